@@ -1,0 +1,117 @@
+"""The flat tensors of one forward pass, what the pass gives back, and what verification decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from outpace.request import Sequence, TokenLogprob
+from outpace.tree import DraftTree
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """One sequence's part in a step: how many of its known tokens to compute.
+
+    Attributes:
+        sequence: Who runs.
+        num_known: Known tokens to compute, at least one.
+        samples: Whether they reach the last known token, so that new ones follow.
+    """
+
+    sequence: Sequence
+    num_known: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BatchEntry:
+    """One sequence's share of a batch: `num_known` known tokens, then the nodes of its tree.
+
+    Attributes:
+        sequence: Whose rows these are.
+        first_row: Its first row in the batch.
+        num_known: Known tokens computed in this pass, at least one.
+        tree: Draft nodes that follow them.
+        first_sample: Where its logits begin among the sampled rows: those of the last known token, then
+            one row per node; None while the prompt is not yet at its end.
+    """
+
+    sequence: Sequence
+    first_row: int
+    num_known: int
+    tree: DraftTree
+    first_sample: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward pass over ragged rows. Complete when it exists.
+
+    Row r of a sequence sits in the cache at logical index `context_len + r`. Its position (for rotary
+    embedding and attention) is that of its path: a tree node at depth d has the position of the last
+    known token plus d, and attends the context and its own ancestors.
+    """
+
+    entries: tuple[BatchEntry, ...]
+    # [rows] int64
+    token_ids: torch.Tensor
+    # [rows] int32
+    positions: torch.Tensor
+    # [rows] int32: physical cache slot, block_id * block_size + offset
+    slots: torch.Tensor
+    # [rows] int32: the row before this one on its path, counted from the sequence's first row; -1 at the first
+    parents: torch.Tensor
+    # [rows] int32: index of the row's sequence
+    row_sequences: torch.Tensor
+    # [sequences + 1] int32: where each sequence's rows begin
+    row_starts: torch.Tensor
+    # [sequences] int32: tokens in the cache before this pass
+    context_lens: torch.Tensor
+    # [sequences, max_blocks] int32, zero-padded
+    block_tables: torch.Tensor
+    # [samples] int64: rows whose logits are wanted
+    sample_rows: torch.Tensor
+    # whether any sequence's tree branches
+    has_branches: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Token rows computed in this pass."""
+        return self.token_ids.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What the target model says about a batch.
+
+    Attributes:
+        logits: [samples, vocab], in the model's dtype.
+        hidden: [rows, hidden], last hidden states after the final norm, if a proposer asked for them.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What verification decided for one sequence.
+
+    Attributes:
+        path: Accepted tree nodes, root side first (depth d + 1 at index d).
+        token_ids: Their tokens and then one from the target: never empty.
+        logprobs: One per token, if the request asked for them.
+    """
+
+    path: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One Decision per batch entry; None where the entry does not sample in this step."""
+
+    decisions: tuple[Decision | None, ...]

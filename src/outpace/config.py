@@ -1,0 +1,113 @@
+"""Every setting, once: its name, type, default and help. Flags, environment and YAML come from here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from outpace.errors import ConfigError
+
+BLOCK_SIZE = 16  # tokens in a cache block; also the tile of the CPU attention kernel
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with its help text.
+
+    Args:
+        default: The default value.
+        help: One sentence for `--help` and the docs.
+        **metadata: `positional=True` for a positional argument; `metavar` for the help.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The model and the engine that runs it. Names are vLLM's where it has them."""
+
+    model: str | None = setting(
+        None,
+        "Hugging Face directory or hub id, or a GGUF file; the default is SmolLM2-135M-Instruct",
+        positional=True,
+    )
+    tokenizer: str | None = setting(None, "Directory or hub id of the tokenizer, if not the model's own")
+    revision: str | None = setting(None, "Branch, tag or commit of the hub model")
+    dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto", "Type of weights and cache; auto is bfloat16 where the CPU computes in it, else float32"
+    )
+    max_model_len: int | None = setting(None, "Most tokens of prompt and answer; the default is the model's")
+    max_num_seqs: int = setting(64, "Most sequences that run at once")
+    max_num_batched_tokens: int = setting(512, "Most token rows of one step; longer prompts are cut in chunks")
+    max_num_queued_reqs: int = setting(1024, "Most requests that wait; one more is answered with 429")
+    scheduling_policy: Literal["fcfs", "priority"] = setting(
+        "fcfs", "Who runs first: first come, or the request's priority (lower first)"
+    )
+    enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prompt beginnings")
+    kv_cache_memory_bytes: int | None = setting(
+        None, "Memory of the KV cache; the default holds max-num-seqs sequences of 1,024 tokens, or one of max-model-len if that is more"
+    )
+    num_threads: int | None = setting(None, "Threads of the CPU kernels; the default is one per core")
+    kernels: Literal["auto", "native", "reference"] = setting(
+        "auto", "CPU kernels: native C++ (built on first use), plain torch, or native if a compiler is there"
+    )
+    seed: int = setting(0, "Seeds the draw of seeds for requests that give none")
+    spec_method: str = setting("none", "Draft method, a name of spec/proposers")
+    spec_policy: str = setting("off", "Speculation policy, a name of policy")
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without the model.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        for name in ("max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
+        if self.max_num_queued_reqs < 0:
+            raise ConfigError(f"{flag('max_num_queued_reqs')} must be at least 0, got {self.max_num_queued_reqs}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
+                f"--max-num-seqs ({self.max_num_seqs}): each running sequence takes a row of every step"
+            )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP side."""
+
+    host: str = setting("127.0.0.1", "Address to listen on")
+    port: int = setting(8000, "Port to listen on")
+    api_key: str | None = setting(None, "If given, clients must send it as a bearer token")
+    served_model_name: str | None = setting(None, "Name of the model in the API; the default is the model's own")
+    chat_template: str | None = setting(None, "File with a Jinja chat template, if not the tokenizer's own")
+    shutdown_timeout: int = setting(30, "Seconds that running requests get to finish after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "What is logged")
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port must be in [0, 65535], got {self.port}")
+        if self.shutdown_timeout < 0:
+            raise ConfigError(f"--shutdown-timeout must be at least 0, got {self.shutdown_timeout}")
+
+
+def flag(field_name: str) -> str:
+    """The command-line flag of a setting."""
+    return "--" + field_name.replace("_", "-")
+
+
+def cache_dir() -> Path:
+    """Where downloads and built kernels are kept: `$OUTPACE_CACHE`, else `~/.cache/outpace`."""
+    if root := os.environ.get("OUTPACE_CACHE"):
+        return Path(root).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "outpace"

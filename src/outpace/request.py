@@ -1,0 +1,137 @@
+"""Requests, their progress, and what comes out."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from outpace.sampling import SamplingParams
+
+
+class FinishReason(enum.StrEnum):
+    """Why an answer ended; `stop` and `length` carry the OpenAI names."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One answer to produce. Never changes; safe to hand between threads.
+
+    A client's request with `n` answers becomes n of these, told apart by `index`.
+
+    Attributes:
+        id: Unique in the engine.
+        prompt_ids: Token ids of the prompt, at least one.
+        sampling: How to choose and when to stop.
+        seed: Key of this answer's sampling noise (never None: drawn at admission if the client gave none).
+        max_tokens: Most tokens the answer may have, the context limit counted in.
+        eos_token_ids: Tokens that end the answer unless `sampling.ignore_eos`.
+        bad_words_ids: Token sequences never to be completed (`sampling.bad_words`, tokenised).
+        index: Which of the client's n answers this is.
+        priority: Lower runs first under the `priority` scheduling policy.
+        arrival: Seconds on the monotonic clock when the request was accepted.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    max_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    index: int = 0
+    priority: int = 0
+    arrival: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Progress of one request. Known tokens run ahead, computed ones catch up.
+
+    There is no prefill or decode phase: each step computes some of the known tokens, and where it
+    reaches the last one it samples. A preempted sequence starts again with `num_computed = 0`.
+
+    Attributes:
+        request: What was asked.
+        token_ids: Prompt and answer so far; only `Scheduler.advance` appends.
+        num_computed: How many of them have their keys and values in the cache.
+        block_ids: The cache blocks that hold them, in order.
+        num_cached: Prompt tokens that were found in the prefix cache at first admission.
+        num_preemptions: How often its blocks were taken away.
+        first_scheduled: Seconds on the monotonic clock of its first step, or None.
+    """
+
+    request: Request
+    token_ids: list[int]
+    num_computed: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    num_cached: int = 0
+    num_preemptions: int = 0
+    first_scheduled: float | None = None
+
+    @classmethod
+    def start(cls, request: Request) -> Sequence:
+        """A sequence that has computed nothing yet."""
+        return cls(request, list(request.prompt_ids))
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens in the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens answered so far."""
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities at one answered position, from the model's own logits (before any parameter).
+
+    Attributes:
+        token_id: The token that was chosen.
+        logprob: Its natural log-probability.
+        rank: Its place among all tokens, 1 being the most probable.
+        top: The most probable tokens as (token id, log-probability), best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one answer. Every request ends with exactly one finished Output.
+
+    Attributes:
+        request_id: The engine request this belongs to.
+        index: Which of the client's n answers.
+        text: New text, safe to show: it holds no part of a stop string and no broken character.
+        token_ids: New tokens.
+        logprobs: One per new token, if asked for.
+        finish_reason: Why the answer ended, or None while it goes on.
+        stop_reason: The stop string or stop token that ended it, if one did.
+        num_prompt_tokens: Length of the prompt.
+        num_cached_tokens: How many of those came from the prefix cache.
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    num_prompt_tokens: int
+    num_cached_tokens: int

@@ -1,0 +1,1 @@
+"""One file per draft method; the file name is its `--spec-method` name."""

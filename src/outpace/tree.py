@@ -1,0 +1,63 @@
+"""The one shape of a draft, whatever made it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Draft tokens for one sequence: the continuations to be verified in one forward.
+
+    Parents come before their children and nodes are ordered best first, so that any prefix is a valid
+    tree and cutting is slicing. The root is not a node: it is the sequence's last known token.
+
+    Attributes:
+        parents: For each node the index of its parent, or -1 where the parent is the root. A chain is
+            `(-1, 0, 1, ...)`.
+        token_ids: For each node its token.
+        confidence: For each node the drafter's own estimate that it is on the accepted path given that
+            its parent is, in [0, 1]; None where the drafter has none.
+    """
+
+    parents: tuple[int, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    confidence: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.parents) != len(self.token_ids):
+            raise ValueError(f"{len(self.parents)} parents for {len(self.token_ids)} tokens")
+        if self.confidence is not None and len(self.confidence) != len(self.token_ids):
+            raise ValueError(f"{len(self.confidence)} confidences for {len(self.token_ids)} tokens")
+        for node, parent in enumerate(self.parents):
+            if not -1 <= parent < node:
+                raise ValueError(f"node {node} has parent {parent}: parents come before their children")
+
+    @classmethod
+    def chain(cls, token_ids: tuple[int, ...], confidence: tuple[float, ...] | None = None) -> DraftTree:
+        """A tree of width one."""
+        return cls(tuple(range(-1, len(token_ids) - 1)), token_ids, confidence)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def cut(self, num_nodes: int) -> DraftTree:
+        """The best `num_nodes` nodes (or all, if there are fewer)."""
+        if num_nodes >= len(self):
+            return self
+        confidence = None if self.confidence is None else self.confidence[:num_nodes]
+        return DraftTree(self.parents[:num_nodes], self.token_ids[:num_nodes], confidence)
+
+    def is_chain(self) -> bool:
+        """Whether every node's parent is the node before it."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def depths(self) -> list[int]:
+        """Depth of each node: 1 for children of the root."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent < 0 else depths[parent] + 1)
+        return depths
+
+
+EMPTY_TREE = DraftTree()
