@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from outpace.kernels import Rows
 from outpace.request import Sequence, TokenLogprob
 from outpace.tree import DraftTree
 
@@ -52,29 +53,18 @@ class Batch:
     Row r of a sequence sits in the cache at logical index `context_len + r`. Its position (for rotary
     embedding and attention) is that of its path: a tree node at depth d has the position of the last
     known token plus d, and attends the context and its own ancestors.
+
+    Attributes:
+        entries: One per sequence, in row order.
+        token_ids: [rows] int64.
+        rows: Where each row stands.
+        sample_rows: [samples] int64, the rows whose logits are wanted.
     """
 
     entries: tuple[BatchEntry, ...]
-    # [rows] int64
     token_ids: torch.Tensor
-    # [rows] int32
-    positions: torch.Tensor
-    # [rows] int32: physical cache slot, block_id * block_size + offset
-    slots: torch.Tensor
-    # [rows] int32: the row before this one on its path, counted from the sequence's first row; -1 at the first
-    parents: torch.Tensor
-    # [rows] int32: index of the row's sequence
-    row_sequences: torch.Tensor
-    # [sequences + 1] int32: where each sequence's rows begin
-    row_starts: torch.Tensor
-    # [sequences] int32: tokens in the cache before this pass
-    context_lens: torch.Tensor
-    # [sequences, max_blocks] int32, zero-padded
-    block_tables: torch.Tensor
-    # [samples] int64: rows whose logits are wanted
+    rows: Rows
     sample_rows: torch.Tensor
-    # whether any sequence's tree branches
-    has_branches: bool
 
     @property
     def num_rows(self) -> int:

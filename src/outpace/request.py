@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from outpace.sampling import SamplingParams
+from outpace.sampling import TokenLogprob as TokenLogprob
 
 
 class FinishReason(enum.StrEnum):
@@ -91,23 +92,6 @@ class Sequence:
     def num_output(self) -> int:
         """Tokens answered so far."""
         return len(self.token_ids) - len(self.request.prompt_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Log-probabilities at one answered position, from the model's own logits (before any parameter).
-
-    Attributes:
-        token_id: The token that was chosen.
-        logprob: Its natural log-probability.
-        rank: Its place among all tokens, 1 being the most probable.
-        top: The most probable tokens as (token id, log-probability), best first.
-    """
-
-    token_id: int
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)

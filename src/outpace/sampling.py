@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
 
 from outpace.errors import InvalidRequestError
+from outpace.kernels.reference_sampling import best_tokens, filter_logits_, noisy_argmax
+
+if TYPE_CHECKING:
+    from outpace import request
 
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-5  # anything below is greedy: dividing by it would overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +26,7 @@ class SamplingParams:
 
     Attributes:
         n: Number of answers for the prompt.
-        temperature: 0 is greedy; otherwise logits are divided by it.
+        temperature: Logits are divided by it; 0 (or below 1e-5) is greedy.
         top_p: Keep the smallest set of most probable tokens whose mass reaches this, in (0, 1].
         top_k: Keep the k most probable tokens; 0 or -1 keeps all.
         min_p: Drop tokens less probable than this times the most probable one, in [0, 1].
@@ -65,13 +76,14 @@ class SamplingParams:
             InvalidRequestError: A value is out of range; `param` names the field.
         """
         _require(self.n >= 1, "n", self.n, "at least 1")
-        _require(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "finite and at least 0")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _require(self.top_k >= -1, "top_k", self.top_k, "at least 1, or 0 or -1 for all tokens")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "in [-2, 2]")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "in [-2, 2]")
-        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        repetition = self.repetition_penalty
+        _require(0 < repetition < math.inf, "repetition_penalty", repetition, "finite and above 0")
         for bias in self.logit_bias.values():
             _require(-100 <= bias <= 100, "logit_bias", bias, "in [-100, 100]")
         if self.seed is not None:
@@ -88,7 +100,196 @@ class SamplingParams:
         if self.logprobs is not None:
             _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"in [0, {MAX_LOGPROBS}]")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is taken, without noise or filters."""
+        return self.temperature < MIN_TEMPERATURE
+
+    @property
+    def filters(self) -> bool:
+        """Whether only some of the most probable tokens are kept."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change before temperature: penalties, bias and forbidden tokens."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_tokens
+            or self.bad_words
+            or self.allowed_token_ids is not None
+        )
+
+    def check_token_ids(self, vocab_size: int) -> None:
+        """Checks that the tokens named exist.
+
+        Raises:
+            InvalidRequestError: One is not in [0, vocab_size); `param` names the field.
+        """
+        named: dict[str, Iterable[int]] = {
+            "logit_bias": self.logit_bias,
+            "stop_token_ids": self.stop_token_ids,
+            "allowed_token_ids": self.allowed_token_ids or (),
+        }
+        for param, token_ids in named.items():
+            for token_id in token_ids:
+                limit = f"token ids in [0, {vocab_size})"
+                _require(0 <= token_id < vocab_size, param, token_id, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities at one answered position, from the model's own logits (before any parameter).
+
+    Attributes:
+        token_id: The token that was chosen.
+        logprob: Its natural log-probability.
+        rank: Its place among all tokens, 1 being the most probable.
+        top: The most probable tokens as (token id, log-probability), best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+class SampleRow(NamedTuple):
+    """One row of logits to choose a token from.
+
+    Attributes:
+        sequence: Whose token it is; its known tokens come before the drafted ones.
+        drafted: Drafted tokens between the last known one and the one to choose, in order. Empty but at
+            the nodes of a tree.
+    """
+
+    sequence: request.Sequence
+    drafted: tuple[int, ...] = ()
+
+    @property
+    def params(self) -> SamplingParams:
+        """What the request asks."""
+        return self.sequence.request.sampling
+
+    @property
+    def position(self) -> int:
+        """Index in the sequence of the token to choose."""
+        return len(self.sequence.token_ids) + len(self.drafted)
+
+    @property
+    def num_output(self) -> int:
+        """Tokens of the answer before the one to choose."""
+        return self.sequence.num_output + len(self.drafted)
+
+
+def target_logits(
+    logits: torch.Tensor, rows: Sequence[SampleRow], allowed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The one function from the model's logits to those of the target distribution, for every path.
+
+    In this order: repetition penalty (prompt and answer), frequency and presence penalty (answer), bias,
+    allowed tokens, bad words, minimum length; then for rows that are not greedy temperature, top-k,
+    top-p and min-p. Drafted ancestors count as part of the answer. A row's result has the same bits
+    whatever rows are beside it.
+
+    Args:
+        logits: [rows, vocab] float32 or bfloat16; not modified.
+        rows: What each row is for.
+        allowed: [rows, vocab] bool, False where a grammar forbids a token; None allows all.
+
+    Returns:
+        [rows, vocab]: `logits` itself if there is nothing to do to it, else float32. Softmax over it is
+        the distribution to draw from; where the row is greedy, its best token is meant.
+    """
+    params = [row.params for row in rows]
+    if allowed is None and all(p.is_greedy and not p.adjusts for p in params):
+        return logits
+    target = logits.to(torch.float32, copy=True)
+    if allowed is not None:
+        target.masked_fill_(~allowed, -math.inf)
+    _adjust_(target, rows)
+    if not all(p.is_greedy for p in params):
+        temperature = torch.tensor([1.0 if p.is_greedy else p.temperature for p in params])
+        target.div_(temperature.unsqueeze(1))
+    drawn = [p if not p.is_greedy else _KEEP_ALL for p in params]
+    if any(p.filters for p in drawn):
+        top_k = torch.tensor([max(p.top_k, 0) for p in drawn])
+        top_p = torch.tensor([p.top_p for p in drawn])
+        min_p = torch.tensor([p.min_p for p in drawn])
+        filter_logits_(target, top_k, top_p, min_p)
+    return target
+
+
+def choose(target: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """Chooses each row's token: a function of target logits, seed and position only.
+
+    Args:
+        target: [rows, vocab] from `target_logits`.
+        rows: What each row is for.
+    """
+    seeds = torch.tensor([row.sequence.request.seed for row in rows])
+    positions = torch.tensor([row.position for row in rows])
+    noisy = torch.tensor([not row.params.is_greedy for row in rows])
+    chosen: list[int] = noisy_argmax(target, seeds, positions, noisy).tolist()
+    return chosen
+
+
+def token_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprob]:
+    """Log-probabilities of chosen tokens under the model itself.
+
+    As in vLLM, the rank is the number of tokens at least as probable as the chosen one. Equally probable
+    tokens are listed by id, lowest first.
+
+    Args:
+        logits: [rows, vocab], the model's own.
+        token_ids: The token chosen in each row.
+        num_top: How many of the most probable tokens to list for each row.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    chosen = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1))
+    ranks = (logprobs >= chosen).sum(dim=-1).tolist()
+    result = []
+    for row, token_id, logprob, rank, num in zip(
+        logprobs, token_ids, chosen.squeeze(1).tolist(), ranks, num_top, strict=True
+    ):
+        best = best_tokens(row, min(num, len(row))) if num else torch.empty(0, dtype=torch.int64)
+        top = tuple(zip(best.tolist(), row[best].tolist(), strict=True))
+        result.append(TokenLogprob(token_id, logprob, rank, top))
+    return result
+
+
+def _adjust_(target: torch.Tensor, rows: Sequence[SampleRow]) -> None:
+    """Applies, in place, what comes before temperature to the rows that ask for it.
+
+    Args:
+        target: [rows, vocab] float32.
+        rows: What each row is for.
+    """
+    sequence, known = None, torch.empty(0, dtype=torch.int64)
+    for row, logits in zip(rows, target, strict=True):
+        params = row.params
+        if not params.adjusts:
+            continue
+        if row.sequence is not sequence:  # the rows of a tree share the known tokens
+            sequence = row.sequence
+            known = _tensor(sequence.token_ids)
+        _penalise_(logits, row, known)
+        if params.logit_bias:
+            logits[_tensor(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
+        if params.allowed_token_ids is not None:
+            _keep_only_(logits, _tensor(params.allowed_token_ids))
+        if forbidden := _forbidden(row):
+            _forbid_(logits, _tensor(forbidden))
+
 
 def _require(holds: bool, param: str, value: object, limit: str) -> None:
     if not holds:
         raise InvalidRequestError(f"{param} must be {limit}, got {value}", param)
+
+
+_KEEP_ALL = SamplingParams()

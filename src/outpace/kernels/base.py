@@ -1,0 +1,153 @@
+"""The operations a decoder is made of. Two implementations: native.py and, slow and obvious, reference.py.
+
+All of them promise that a row's result depends on that row alone, bit for bit: not on how many rows share
+the call, nor on their order (design: the output never depends on the batch).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Cosines and sines by position.
+
+    Attributes:
+        cos_sin: [max_position, head_dim] float32: head_dim / 2 cosines, then as many sines.
+    """
+
+    cos_sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How a qkv row is divided: query heads, then key heads, then value heads."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the rows of one forward pass stand, as attention sees them.
+
+    Attributes:
+        positions: [rows] int32.
+        slots: [rows] int32, the physical cache slot: block id * block size + offset.
+        parents: [rows] int32, the row before this one on its path, counted from the sequence's first row;
+            -1 at the first.
+        row_starts: [sequences + 1] int32, where each sequence's rows begin.
+        context_lens: [sequences] int32, tokens in the cache before this pass.
+        block_tables: [sequences, max_blocks] int32, zero-padded.
+        branching: [sequences] int32, 1 where a sequence's rows are not simply one after the other.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    parents: torch.Tensor
+    row_starts: torch.Tensor
+    context_lens: torch.Tensor
+    block_tables: torch.Tensor
+    branching: torch.Tensor
+
+
+class LayerAttention(ABC):
+    """Attention of one forward pass: built once per pass, called once per layer."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Norms and rotates q and k, writes k and v to the cache, attends.
+
+        Row r of a sequence attends to the cached context, to the rows on its path (itself included), and
+        where `window` is given only to the latest `window` positions of those.
+
+        Args:
+            qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim]; overwritten. There may be more rows
+                than the pass has (padding); theirs are left alone and come out as zeros.
+            k_cache: [blocks, num_kv_heads, head_dim, 16], written at the pass's slots.
+            v_cache: [blocks, num_kv_heads, 16, head_dim], likewise.
+            q_norm: [head_dim] weight of the RMS norm of q heads, or None.
+            k_norm: The same for k heads.
+            window: Sliding window in positions, or None.
+
+        Returns:
+            [rows, num_heads * head_dim].
+        """
+
+
+class Kernels(ABC):
+    """One backend."""
+
+    name: str
+
+    @abstractmethod
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        """Packs `weight` [out, in] and gives x [rows, in] -> [rows, out]. Rows must be at least two."""
+
+    @abstractmethod
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """`weight * x / rms(x)` for each row of x [rows, width]."""
+
+    @abstractmethod
+    def add_rms_norm(
+        self, delta: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """Adds `delta` to `residual` in place, then norms it; both are [rows, width]."""
+
+    @abstractmethod
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """`silu(gate) * up`: [rows, 2 * width] -> [rows, width]."""
+
+    @abstractmethod
+    def attention(self, heads: Heads, rope: RopeTable, eps: float, rows: Rows) -> LayerAttention:
+        """Prepares the attention of one forward pass; `eps` is that of the q and k norms."""
+
+    @abstractmethod
+    def filter_logits_(
+        self, logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    ) -> None:
+        """Sets to -inf, in place, what each row's top-k, top-p and min-p remove.
+
+        The order is top-k, then top-p on the renormalised rest, then min-p against the most probable token.
+        Equal logits are ranked by token id, lower first. One token always stays.
+
+        Args:
+            logits: [rows, vocab] float32.
+            top_k: [rows] int64; 0 keeps all.
+            top_p: [rows] float32 in (0, 1].
+            min_p: [rows] float32 in [0, 1].
+        """
+
+    @abstractmethod
+    def noisy_argmax(
+        self, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, noisy: torch.Tensor
+    ) -> torch.Tensor:
+        """Argmax of each row, with Gumbel noise keyed by (seed, position, token id) where asked.
+
+        Ties go to the lowest token id.
+
+        Args:
+            logits: [rows, vocab] in float32 or the model's dtype.
+            seeds: [rows] int64.
+            positions: [rows] int64, the index in its sequence of the token being chosen.
+            noisy: [rows] bool.
+
+        Returns:
+            [rows] int64 token ids.
+        """

@@ -1,0 +1,589 @@
+// CPU kernels: norms, rotary embedding, paged attention with a tree mask, gated activation, sampling.
+//
+// Two rules hold everywhere and are what makes answers independent of the batch:
+//   1. A row's arithmetic depends on that row alone. It is never split by the number of threads, by the
+//      other rows of the batch, or by how many rows share a register tile.
+//   2. Sums run in an order fixed by the row's own length: 16 lanes over positions mod 16, tiles in order,
+//      chunks of kChunk positions in order.
+//
+// Portable C++17 with the vector extensions of GCC and Clang: 16 floats are one AVX-512 register, two AVX
+// ones or four NEON ones. No intrinsics. Plain torch references with the same signatures: reference.py.
+//
+// Matrices are row-major. `Scalar` is the model's dtype: float, or bf16 stored as uint16_t.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 16;   // also the cache block: one tile of keys is one block
+constexpr int kChunk = 256;  // positions whose softmax is taken together
+constexpr int kMaxQueries = 8;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+template <typename To, typename From>
+inline To bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit cast between sizes");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline vf splat(float x) { return vf{} + x; }
+
+inline vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline vf load(const uint16_t* p) {
+  vh half;
+  std::memcpy(&half, p, sizeof half);
+  return bits<vf>(__builtin_convertvector(half, vu) << 16);
+}
+// To bf16, to nearest, ties to even (finite values).
+inline vh narrow(vf x) {
+  vu u = bits<vu>(x);
+  return __builtin_convertvector((u + 0x7FFF + ((u >> 16) & 1)) >> 16, vh);
+}
+inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+inline void store(uint16_t* p, vf x) {
+  vh half = narrow(x);
+  std::memcpy(p, &half, sizeof half);
+}
+inline float widen(float x) { return x; }
+inline float widen(uint16_t x) { return bits<float>(uint32_t(x) << 16); }
+inline void put(float* p, float x) { *p = x; }
+inline void put(uint16_t* p, float x) {
+  uint32_t u = bits<uint32_t>(x);
+  *p = uint16_t((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+// The value a Scalar can hold: what rounding through memory gives.
+inline vf round_to(const float*, vf x) { return x; }
+inline vf round_to(const uint16_t*, vf x) { return bits<vf>(__builtin_convertvector(narrow(x), vu) << 16); }
+
+inline float sum(vf x) {
+  float s = 0;
+  for (int i = 0; i < kLanes; i++) s += x[i];
+  return s;
+}
+inline float max(vf x) {
+  float m = x[0];
+  for (int i = 1; i < kLanes; i++) m = std::max(m, x[i]);
+  return m;
+}
+inline vf select(vi condition, vf a, vf b) { return bits<vf>((condition & bits<vi>(a)) | (~condition & bits<vi>(b))); }
+inline vf max(vf a, vf b) { return select(a > b, a, b); }
+
+// e^x to about 2 ulp; exactly 0 below -87, so that masked scores vanish.
+inline vf exp(vf x) {
+  vf clamped = max(x, splat(-87.f));
+  clamped = select(clamped > 88.f, splat(88.f), clamped);
+  vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  vf n = (clamped * 1.44269504f + magic) - magic;
+  vf r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+  return select(x < -87.f, splat(0.f), p * bits<vf>(exponent));
+}
+
+// Natural logarithm of normal positive floats, to about 1 ulp (Cephes logf).
+inline vf log(vf x) {
+  vi u = bits<vi>(x);
+  vi exponent = ((u >> 23) & 0xFF) - 126;
+  vf m = bits<vf>((u & 0x007FFFFF) | 0x3F000000);  // in [0.5, 1)
+  vi small = m < 0.70710678f;
+  exponent = exponent + small;  // true is -1
+  m = select(small, m + m, m) - 1.f;
+  vf e = __builtin_convertvector(exponent, vf);
+  vf z = m * m;
+  vf p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  vf y = m * z * p + e * -2.12194440e-4f - 0.5f * z;
+  return m + y + e * 0.693359375f;
+}
+
+// ---------------------------------------------------------------------------------------------- norms
+
+// out = weight * x / rms(x), rounded to Scalar before the weight as Hugging Face does.
+template <typename Scalar>
+inline void normalise(Scalar* out, const Scalar* x, const Scalar* weight, float eps, int width) {
+  vf squares = splat(0.f);
+  for (int i = 0; i < width; i += kLanes) {
+    vf v = load(x + i);
+    squares += v * v;
+  }
+  float scale = 1.f / std::sqrt(sum(squares) / width + eps);
+  for (int i = 0; i < width; i += kLanes)
+    store(out + i, round_to(x, load(x + i) * scale) * load(weight + i));
+}
+
+template <typename Scalar>
+void rms_norm(Scalar* out, const Scalar* x, const Scalar* delta, Scalar* residual, const Scalar* weight, float eps,
+              int rows, int width) {
+#pragma omp parallel for schedule(static) if (rows * width > 1 << 14)
+  for (int r = 0; r < rows; r++) {
+    const Scalar* row = x + int64_t(r) * width;
+    if (delta) {
+      Scalar* sum = residual + int64_t(r) * width;
+      const Scalar* change = delta + int64_t(r) * width;
+      for (int i = 0; i < width; i += kLanes) store(sum + i, load(sum + i) + load(change + i));
+      row = sum;
+    }
+    normalise(out + int64_t(r) * width, row, weight, eps, width);
+  }
+}
+
+// --------------------------------------------------------------------------------- rotation, KV write
+
+struct RopeArgs {
+  const int32_t* positions;    // [rows]
+  const int32_t* slots;        // [rows]
+  const float* cos_sin;        // [max_position, head_dim]: cosines, then sines
+  int32_t rows, num_heads, num_kv_heads, head_dim;
+  float eps;
+};
+
+template <typename Scalar>
+inline void rotate(Scalar* head, const float* cos_sin, int dim) {
+  int half = dim / 2;
+  for (int i = 0; i < half; i++) {
+    float a = widen(head[i]), b = widen(head[i + half]), c = cos_sin[i], s = cos_sin[i + half];
+    put(head + i, a * c - b * s);
+    put(head + i + half, b * c + a * s);
+  }
+}
+
+// Rotates q and k of each row in place (after their norms, if given) and writes k and v to their slots.
+// K blocks are [kv_head, dim, 16] (a tile's 16 keys are the lanes), V blocks [kv_head, 16, dim].
+template <typename Scalar>
+void rope_and_cache(const RopeArgs& a, Scalar* qkv, Scalar* k_cache, Scalar* v_cache, const Scalar* q_norm,
+                    const Scalar* k_norm) {
+  int dim = a.head_dim, width = (a.num_heads + 2 * a.num_kv_heads) * dim;
+#pragma omp parallel for schedule(static) if (a.rows * width > 1 << 14)
+  for (int r = 0; r < a.rows; r++) {
+    Scalar* row = qkv + int64_t(r) * width;
+    const float* cos_sin = a.cos_sin + int64_t(a.positions[r]) * dim;
+    int64_t block = a.slots[r] / kLanes, offset = a.slots[r] % kLanes;
+    for (int h = 0; h < a.num_heads + a.num_kv_heads; h++) {
+      const Scalar* norm = h < a.num_heads ? q_norm : k_norm;
+      if (norm) normalise(row + h * dim, row + h * dim, norm, a.eps, dim);
+      rotate(row + h * dim, cos_sin, dim);
+    }
+    for (int h = 0; h < a.num_kv_heads; h++) {
+      const Scalar* k = row + (a.num_heads + h) * dim;
+      const Scalar* v = k + a.num_kv_heads * dim;
+      Scalar* k_tile = k_cache + (block * a.num_kv_heads + h) * dim * kLanes + offset;
+      Scalar* v_tile = v_cache + (block * a.num_kv_heads + h) * dim * kLanes + offset * dim;
+      for (int d = 0; d < dim; d++) k_tile[d * kLanes] = k[d];
+      std::memcpy(v_tile, v, dim * sizeof(Scalar));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------ attention
+
+struct AttendArgs {
+  const int32_t* positions;     // [rows]
+  const int32_t* parents;       // [rows]
+  const int32_t* row_starts;    // [sequences + 1]
+  const int32_t* context_lens;  // [sequences]
+  const int32_t* block_tables;  // [sequences, max_blocks]
+  const int32_t* branching;     // [sequences]: whether its rows are not simply one after the other
+  int32_t sequences, max_blocks, num_heads, num_kv_heads, head_dim;
+  float scale;
+};
+
+// The queries that share a register tile: `rows` rows of one sequence times `heads` heads of one kv head.
+struct Unit {
+  int sequence, kv_head, first_row, rows, first_head, heads;
+};
+
+// Softmax state of one query: running maximum, sum of exponentials, weighted sum of values.
+struct Partial {
+  float max, sum;
+  std::vector<float> values;
+};
+
+// A tile of keys and values: either a cache block, or gathered along a tree path.
+template <typename Scalar>
+struct Tiles {
+  const AttendArgs& a;
+  const Scalar* k_cache;
+  const Scalar* v_cache;
+  const Unit& u;
+  int first_gathered;  // tiles from here on are gathered
+  std::vector<Scalar> gathered_k, gathered_v;
+
+  Tiles(const AttendArgs& args, const Scalar* k, const Scalar* v, const Unit& unit)
+      : a(args), k_cache(k), v_cache(v), u(unit), first_gathered(std::numeric_limits<int>::max()) {
+    if (a.branching[u.sequence]) gather();
+  }
+
+  int64_t block_offset(int logical) const {
+    int64_t block = a.block_tables[int64_t(u.sequence) * a.max_blocks + logical / kLanes];
+    return (block * a.num_kv_heads + u.kv_head) * a.head_dim * kLanes;
+  }
+  const Scalar* k(int tile) const {
+    if (tile >= first_gathered) return gathered_k.data() + int64_t(tile - first_gathered) * a.head_dim * kLanes;
+    return k_cache + block_offset(tile * kLanes);
+  }
+  const Scalar* v(int tile) const {
+    if (tile >= first_gathered) return gathered_v.data() + int64_t(tile - first_gathered) * a.head_dim * kLanes;
+    return v_cache + block_offset(tile * kLanes);
+  }
+
+  // Lays the path of the unit's one row out by position, exactly as plain decoding would have cached it.
+  void gather() {
+    int start = a.row_starts[u.sequence], context = a.context_lens[u.sequence], dim = a.head_dim;
+    first_gathered = context / kLanes;
+    int position = a.positions[u.first_row], tiles = position / kLanes + 1 - first_gathered;
+    gathered_k.assign(int64_t(tiles) * dim * kLanes, Scalar(0));
+    gathered_v.assign(int64_t(tiles) * dim * kLanes, Scalar(0));
+    int row = u.first_row - start;
+    for (int p = position; p >= first_gathered * kLanes; p--) {
+      int logical = p < context ? p : context + row;
+      const Scalar* from_k = k_cache + block_offset(logical) + logical % kLanes;
+      const Scalar* from_v = v_cache + block_offset(logical) + (logical % kLanes) * dim;
+      int64_t tile = int64_t(p / kLanes - first_gathered) * dim * kLanes;
+      for (int d = 0; d < dim; d++) gathered_k[tile + d * kLanes + p % kLanes] = from_k[d * kLanes];
+      std::memcpy(&gathered_v[tile + (p % kLanes) * dim], from_v, dim * sizeof(Scalar));
+      if (p > context) row = a.parents[start + row];
+    }
+  }
+};
+
+// scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
+template <int N, int T, typename Scalar>
+inline void dot_tiles(const float* q, const Scalar* const* k, int dim, float* scores, int stride) {
+  vf acc[N][T];
+  for (int n = 0; n < N; n++)
+    for (int t = 0; t < T; t++) acc[n][t] = splat(0.f);
+  for (int d = 0; d < dim; d++) {
+    vf key[T];
+    for (int t = 0; t < T; t++) key[t] = load(k[t] + d * kLanes);
+    for (int n = 0; n < N; n++)
+      for (int t = 0; t < T; t++) acc[n][t] += key[t] * q[n * dim + d];
+  }
+  for (int n = 0; n < N; n++)
+    for (int t = 0; t < T; t++) store(scores + n * stride + t * kLanes, acc[n][t]);
+}
+
+// One chunk of positions [begin, end) for N queries: fresh softmax partials.
+template <int N, typename Scalar>
+void attend_chunk(const Tiles<Scalar>& tiles, const float* q, const int* lowest, const int* highest, int begin, int end,
+                  float* maxima, float* sums, float* values) {
+  const int dim = tiles.a.head_dim;
+  const int first = begin / kLanes, count = (end - begin + kLanes - 1) / kLanes;
+  float scores[N * kChunk];
+  int t = 0;
+  for (; t + 1 < count; t += 2) {
+    const Scalar* k[2] = {tiles.k(first + t), tiles.k(first + t + 1)};
+    dot_tiles<N, 2>(q, k, dim, scores + t * kLanes, kChunk);
+  }
+  if (t < count) {
+    const Scalar* k[1] = {tiles.k(first + t)};
+    dot_tiles<N, 1>(q, k, dim, scores + t * kLanes, kChunk);
+  }
+  const vf scale = splat(tiles.a.scale);
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int n = 0; n < N; n++) {
+    float* s = scores + n * kChunk;
+    vf top = splat(-kInf);
+    for (int i = 0; i < count; i++) {
+      vi position = lane + (begin + i * kLanes);
+      vf score = load(s + i * kLanes) * scale;
+      score = select((position >= lowest[n]) & (position <= highest[n]), score, splat(-kInf));
+      store(s + i * kLanes, score);
+      top = max(top, score);
+    }
+    maxima[n] = max(top);
+    vf total = splat(0.f);
+    vf shift = splat(maxima[n] == -kInf ? 0.f : maxima[n]);
+    for (int i = 0; i < count; i++) {
+      vf p = exp(load(s + i * kLanes) - shift);
+      store(s + i * kLanes, p);
+      total += p;
+    }
+    sums[n] = sum(total);
+  }
+  for (int d = 0; d < dim; d += 2 * kLanes) {
+    vf acc[N][2];
+    for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = splat(0.f);
+    const bool wide = d + kLanes < dim;
+    for (int i = 0; i < count; i++) {
+      const Scalar* v = tiles.v(first + i) + d;
+      for (int j = 0; j < kLanes; j++) {
+        vf left = load(v + j * dim), right = wide ? load(v + j * dim + kLanes) : splat(0.f);
+        for (int n = 0; n < N; n++) {
+          float p = scores[n * kChunk + i * kLanes + j];
+          acc[n][0] += left * p;
+          acc[n][1] += right * p;
+        }
+      }
+    }
+    for (int n = 0; n < N; n++) {
+      store(values + n * dim + d, acc[n][0]);
+      if (wide) store(values + n * dim + d + kLanes, acc[n][1]);
+    }
+  }
+}
+
+template <typename Scalar>
+using ChunkKernel = void (*)(const Tiles<Scalar>&, const float*, const int*, const int*, int, int, float*, float*, float*);
+
+template <typename Scalar>
+ChunkKernel<Scalar> chunk_kernel(int queries) {
+  static const ChunkKernel<Scalar> table[kMaxQueries] = {
+      attend_chunk<1, Scalar>, attend_chunk<2, Scalar>, attend_chunk<3, Scalar>, attend_chunk<4, Scalar>,
+      attend_chunk<5, Scalar>, attend_chunk<6, Scalar>, attend_chunk<7, Scalar>, attend_chunk<8, Scalar>};
+  return table[queries - 1];
+}
+
+// Folds the next chunk into a query's running softmax; chunks come in order of position.
+inline void fold(float& max, float& sum, float* values, float chunk_max, float chunk_sum, const float* chunk, int dim) {
+  if (chunk_max == -kInf) return;
+  float top = std::max(max, chunk_max);
+  float keep = max == -kInf ? 0.f : std::exp(max - top), add = std::exp(chunk_max - top);
+  sum = sum * keep + chunk_sum * add;
+  for (int d = 0; d < dim; d += kLanes) store(values + d, load(values + d) * keep + load(chunk + d) * add);
+  max = top;
+}
+
+template <typename Scalar>
+void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache,
+                 Scalar* out, int window) {
+  const int dim = a.head_dim, queries = u.rows * u.heads;
+  const int width = (a.num_heads + 2 * a.num_kv_heads) * dim;
+  Tiles<Scalar> tiles(a, k_cache, v_cache, u);
+  std::vector<float> q(queries * dim), values(queries * dim, 0.f), chunk_values(queries * dim);
+  int lowest[kMaxQueries], highest[kMaxQueries];
+  float maxima[kMaxQueries], sums[kMaxQueries], chunk_maxima[kMaxQueries], chunk_sums[kMaxQueries];
+  for (int n = 0; n < queries; n++) {
+    int row = u.first_row + n / u.heads;
+    const Scalar* from = qkv + int64_t(row) * width + (u.first_head + n % u.heads) * dim;
+    for (int d = 0; d < dim; d += kLanes) store(&q[n * dim + d], load(from + d));
+    highest[n] = a.positions[row];
+    lowest[n] = window > 0 ? std::max(0, highest[n] - window + 1) : 0;
+    maxima[n] = -kInf;
+    sums[n] = 0.f;
+  }
+  // Rows of a unit follow one another, so the first reaches furthest back and the last furthest ahead.
+  const int end = highest[queries - 1] + 1;
+  for (int begin = lowest[0] / kChunk * kChunk; begin < end; begin += kChunk) {
+    int from = std::max(begin, lowest[0] / kLanes * kLanes);
+    chunk_kernel<Scalar>(queries)(tiles, q.data(), lowest, highest, from, std::min(begin + kChunk, end), chunk_maxima,
+                                  chunk_sums, chunk_values.data());
+    for (int n = 0; n < queries; n++)
+      fold(maxima[n], sums[n], &values[n * dim], chunk_maxima[n], chunk_sums[n], &chunk_values[n * dim], dim);
+  }
+  for (int n = 0; n < queries; n++) {
+    Scalar* to = out + (int64_t(u.first_row + n / u.heads) * a.num_heads + u.first_head + n % u.heads) * dim;
+    float inverse = 1.f / sums[n];
+    for (int d = 0; d < dim; d += kLanes) store(to + d, load(&values[n * dim + d]) * inverse);
+  }
+}
+
+std::vector<Unit> plan_units(const AttendArgs& a) {
+  std::vector<Unit> units;
+  const int group = a.num_heads / a.num_kv_heads;
+  for (int s = 0; s < a.sequences; s++) {
+    const int tile_rows = a.branching[s] ? 1 : std::max(1, kMaxQueries / group);
+    for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
+      for (int h = 0; h < a.num_kv_heads; h++)
+        for (int g = 0; g < group; g += kMaxQueries)
+          units.push_back({s, h, row, std::min(tile_rows, a.row_starts[s + 1] - row), h * group + g,
+                           std::min(group - g, kMaxQueries)});
+  }
+  return units;
+}
+
+template <typename Scalar>
+void attend(const AttendArgs& a, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache, Scalar* out, int window) {
+  const std::vector<Unit> units = plan_units(a);
+#pragma omp parallel for schedule(dynamic)
+  for (size_t i = 0; i < units.size(); i++) attend_unit(a, units[i], qkv, k_cache, v_cache, out, window);
+}
+
+// ----------------------------------------------------------------------------------------- activation
+
+template <typename Scalar>
+void silu_mul(Scalar* out, const Scalar* gate_up, int rows, int width) {
+#pragma omp parallel for schedule(static) if (rows * width > 1 << 14)
+  for (int r = 0; r < rows; r++) {
+    const Scalar* gate = gate_up + int64_t(r) * 2 * width;
+    for (int i = 0; i < width; i += kLanes) {
+      vf g = load(gate + i);
+      store(out + int64_t(r) * width + i, round_to(gate, g / (1.f + exp(-g))) * load(gate + width + i));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------- sampling
+
+// A token's place in its row: by logit, equal ones by id.
+struct Ranked {
+  float logit;
+  int32_t id;
+  bool operator<(const Ranked& other) const { return logit > other.logit || (logit == other.logit && id < other.id); }
+};
+
+// The worst token that top-k, top-p and min-p leave; everything ranked after it is to go.
+Ranked last_kept(const float* logits, int vocab, int64_t top_k, float top_p, float min_p) {
+  std::vector<Ranked> kept;
+  float top = *std::max_element(logits, logits + vocab);
+  for (int i = 0; i < vocab; i++)
+    if (logits[i] > -kInf) kept.push_back({logits[i], i});
+  if (top_k > 0 && size_t(top_k) < kept.size()) {
+    std::nth_element(kept.begin(), kept.begin() + top_k, kept.end());
+    kept.resize(top_k);
+  }
+  if (top_p < 1.f) {
+    double total = 0;
+    for (const Ranked& t : kept) total += std::exp(double(t.logit) - top);
+    // Tokens below (1 - top_p) / n of the mass have less than 1 - top_p together: none is in the nucleus.
+    float floor = top + float(std::log((1. - top_p) * total / kept.size()));
+    kept.erase(std::remove_if(kept.begin(), kept.end(), [&](const Ranked& t) { return t.logit < floor && t.logit < top; }),
+               kept.end());
+    std::sort(kept.begin(), kept.end());
+    double mass = 0;
+    size_t n = 0;
+    while (n < kept.size() && mass < top_p * total) mass += std::exp(double(kept[n++].logit) - top);
+    kept.resize(std::max<size_t>(n, 1));
+  }
+  Ranked last = *std::max_element(kept.begin(), kept.end());
+  if (min_p > 0.f) {
+    float floor = top + std::log(min_p);
+    Ranked best = *std::min_element(kept.begin(), kept.end());
+    last = best;
+    for (const Ranked& t : kept)
+      if (t.logit >= floor && last < t) last = t;
+  }
+  return last;
+}
+
+// Finalises a 64-bit state into well mixed bits (splitmix64).
+inline uint64_t mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+// Gumbel noise of 16 tokens from the row's key; reference_sampling.py states the function.
+inline vf gumbel(vu token, uint32_t lo, uint32_t hi) {
+  vu x = (token * 0x9E3779B9u) ^ lo;
+  x ^= x >> 16;
+  x *= 0x21F0AAADu;
+  x ^= x >> 15;
+  x += hi;
+  x *= 0x735A2D97u;
+  x ^= x >> 15;
+  x *= 0x85EBCA6Bu;
+  x ^= x >> 13;
+  vf v = (__builtin_convertvector(x >> 8, vf) + __builtin_convertvector(x & 0xFF, vf) * 0x1p-8f + 0x1p-9f) * 0x1p-24f;
+  // -log1p(-v): where 1 - v rounds, the lost part is made up for by v / (1 - w) (Kahan).
+  vf w = 1.f - v;
+  vf exponential = select(w == 1.f, v, log(w) * v / (w - 1.f));
+  return -log(exponential);
+}
+
+template <typename Scalar>
+int64_t noisy_argmax_row(const Scalar* logits, int vocab, uint64_t key, bool noisy) {
+  const uint32_t lo = uint32_t(key), hi = uint32_t(key >> 32);
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vf best = splat(-kInf);
+  vi where = lane;
+  auto consider = [&](vf value, int first) {
+    vi id = lane + first;
+    if (noisy) value += gumbel(bits<vu>(id), lo, hi);
+    vi better = value > best;
+    best = select(better, value, best);
+    where = (better & id) | (~better & where);
+  };
+  int i = 0;
+  for (; i + kLanes <= vocab; i += kLanes) consider(load(logits + i), i);
+  if (i < vocab) {
+    vf rest = splat(-kInf);
+    for (int j = 0; i + j < vocab; j++) rest[j] = widen(logits[i + j]);
+    consider(rest, i);
+  }
+  int winner = 0;
+  for (int j = 1; j < kLanes; j++)
+    if (best[j] > best[winner] || (best[j] == best[winner] && where[j] < where[winner])) winner = j;
+  return where[winner];
+}
+
+template <typename Scalar>
+void noisy_argmax(int64_t* out, const Scalar* logits, const int64_t* seeds, const int64_t* positions, const uint8_t* noisy,
+                  int rows, int vocab) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+  for (int r = 0; r < rows; r++) {
+    uint64_t key = mix(uint64_t(seeds[r]) + 0x9E3779B97F4A7C15ull * (uint64_t(positions[r]) + 1));
+    out[r] = noisy_argmax_row(logits + int64_t(r) * vocab, vocab, key, noisy[r]);
+  }
+}
+
+}  // namespace
+
+extern "C" void filter_logits(float* logits, const int64_t* top_k, const float* top_p, const float* min_p, int rows,
+                              int vocab) {
+#pragma omp parallel for schedule(dynamic)
+  for (int r = 0; r < rows; r++) {
+    if (top_k[r] <= 0 && top_p[r] >= 1.f && min_p[r] <= 0.f) continue;
+    float* row = logits + int64_t(r) * vocab;
+    Ranked last = last_kept(row, vocab, top_k[r], top_p[r], min_p[r]);
+    for (int i = 0; i < vocab; i++)
+      if (last < Ranked{row[i], i}) row[i] = -kInf;
+  }
+}
+
+// Every entry point comes twice: _f32 and _bf16.
+#define EXPORT(suffix, Scalar)                                                                                          \
+  extern "C" void rms_norm_##suffix(Scalar* out, const Scalar* x, const Scalar* weight, float eps, int rows,             \
+                                    int width) {                                                                         \
+    rms_norm<Scalar>(out, x, nullptr, nullptr, weight, eps, rows, width);                                                \
+  }                                                                                                                     \
+  extern "C" void add_rms_norm_##suffix(Scalar* out, const Scalar* delta, Scalar* residual, const Scalar* weight,        \
+                                        float eps, int rows, int width) {                                                \
+    rms_norm<Scalar>(out, residual, delta, residual, weight, eps, rows, width);                                          \
+  }                                                                                                                     \
+  extern "C" void rope_and_cache_##suffix(const RopeArgs* args, Scalar* qkv, Scalar* k_cache, Scalar* v_cache,           \
+                                          const Scalar* q_norm, const Scalar* k_norm) {                                  \
+    rope_and_cache<Scalar>(*args, qkv, k_cache, v_cache, q_norm, k_norm);                                                \
+  }                                                                                                                     \
+  extern "C" void attend_##suffix(const AttendArgs* args, const Scalar* qkv, const Scalar* k_cache,                      \
+                                  const Scalar* v_cache, Scalar* out, int window) {                                      \
+    attend<Scalar>(*args, qkv, k_cache, v_cache, out, window);                                                           \
+  }                                                                                                                     \
+  extern "C" void silu_mul_##suffix(Scalar* out, const Scalar* gate_up, int rows, int width) {                           \
+    silu_mul<Scalar>(out, gate_up, rows, width);                                                                         \
+  }                                                                                                                     \
+  extern "C" void noisy_argmax_##suffix(int64_t* out, const Scalar* logits, const int64_t* seeds,                        \
+                                        const int64_t* positions, const uint8_t* noisy, int rows, int vocab) {           \
+    noisy_argmax<Scalar>(out, logits, seeds, positions, noisy, rows, vocab);                                             \
+  }
+
+EXPORT(f32, float)
+EXPORT(bf16, uint16_t)

@@ -1,0 +1,265 @@
+"""The C++ kernels: built on first use with the system compiler, called through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from outpace.config import BLOCK_SIZE, cache_dir
+from outpace.errors import ConfigError
+from outpace.kernels.base import Heads, Kernels, LayerAttention, Linear, RopeTable, Rows
+from outpace.kernels.linear import packed_linear
+
+LANES = 16
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-O3", "-std=gnu++17", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-Wno-psabi")
+
+Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+SIGNATURES = {
+    "rms_norm": (Pointer, Pointer, Pointer, Float, Int, Int),
+    "add_rms_norm": (Pointer, Pointer, Pointer, Pointer, Float, Int, Int),
+    "silu_mul": (Pointer, Pointer, Int, Int),
+    "rope_and_cache": (Pointer, Pointer, Pointer, Pointer, Pointer, Pointer),
+    "attend": (Pointer, Pointer, Pointer, Pointer, Pointer, Int),
+    "noisy_argmax": (Pointer, Pointer, Pointer, Pointer, Pointer, Int, Int),
+}
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class RopeArgs(ctypes.Structure):
+    """`RopeArgs` of cpu.cpp."""
+
+    _fields_ = (
+        ("positions", Pointer),
+        ("slots", Pointer),
+        ("cos_sin", Pointer),
+        ("rows", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("eps", Float),
+    )
+
+
+class AttendArgs(ctypes.Structure):
+    """`AttendArgs` of cpu.cpp."""
+
+    _fields_ = (
+        ("positions", Pointer),
+        ("parents", Pointer),
+        ("row_starts", Pointer),
+        ("context_lens", Pointer),
+        ("block_tables", Pointer),
+        ("branching", Pointer),
+        ("sequences", ctypes.c_int32),
+        ("max_blocks", ctypes.c_int32),
+        ("num_heads", ctypes.c_int32),
+        ("num_kv_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("scale", Float),
+    )
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler: `$CXX`, else the first of c++, g++ and clang++ on the path."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name):
+            return name
+    return None
+
+
+def build() -> Path:
+    """Compiles cpu.cpp for this machine, unless the cache has it, and gives the library's path.
+
+    Raises:
+        ConfigError: There is no compiler, or it fails.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise ConfigError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
+    target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    machine = f"{platform.machine()} {_cpu_flags()}"
+    key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, target, version, machine)).encode())
+    library = cache_dir() / "kernels" / f"cpu-{key.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        built = Path(scratch) / library.name
+        # Without OpenMP (Apple's clang) the kernels still work, on one thread.
+        for threads in (["-fopenmp"], []):
+            command = [compiler, *FLAGS, target, *threads, "-o", str(built), str(SOURCE)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                built.rename(library)
+                return library
+    reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[0]
+    raise ConfigError(f"{' '.join(command[:1])} could not compile {SOURCE.name}: {reason}")
+
+
+def _cpu_flags() -> str:
+    """What -march=native looks at, so that a cache shared between machines does not mix their libraries."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+class NativeKernels(Kernels):
+    """The backend in C++."""
+
+    name = "native"
+
+    def __init__(self, dtype: torch.dtype, library: Path) -> None:
+        """Loads a built library.
+
+        Args:
+            dtype: The model's: float32 or bfloat16.
+            library: What `build` returned.
+        """
+        self._dtype = dtype
+        self._lib = ctypes.CDLL(str(library))
+        for stem, argtypes in SIGNATURES.items():
+            for suffix in SUFFIXES.values():
+                function = getattr(self._lib, f"{stem}_{suffix}")
+                function.argtypes, function.restype = argtypes, None
+        self._lib.filter_logits.argtypes = (Pointer, Pointer, Pointer, Pointer, Int, Int)
+        self._lib.filter_logits.restype = None
+        own = SUFFIXES[dtype]
+        self._rms_norm = getattr(self._lib, f"rms_norm_{own}")
+        self._add_rms_norm = getattr(self._lib, f"add_rms_norm_{own}")
+        self._silu_mul = getattr(self._lib, f"silu_mul_{own}")
+        self._rope_and_cache = getattr(self._lib, f"rope_and_cache_{own}")
+        self._attend = getattr(self._lib, f"attend_{own}")
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+        """See `Kernels`."""
+        return packed_linear(weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """See `Kernels`."""
+        out = torch.empty_like(x)
+        self._rms_norm(out.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, *x.shape)
+        return out
+
+    def add_rms_norm(
+        self, delta: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """See `Kernels`."""
+        out = torch.empty_like(delta)
+        self._add_rms_norm(
+            out.data_ptr(), delta.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, *delta.shape
+        )
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """See `Kernels`."""
+        rows, width = gate_up.shape
+        out = gate_up.new_empty((rows, width // 2))
+        self._silu_mul(out.data_ptr(), gate_up.data_ptr(), rows, width // 2)
+        return out
+
+    def attention(self, heads: Heads, rope: RopeTable, eps: float, rows: Rows) -> LayerAttention:
+        """See `Kernels`."""
+        return NativeAttention(self._rope_and_cache, self._attend, heads, rope, eps, rows)
+
+    def filter_logits_(
+        self, logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    ) -> None:
+        """See `Kernels`."""
+        self._lib.filter_logits(
+            logits.data_ptr(), top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(), *logits.shape
+        )
+
+    def noisy_argmax(
+        self, logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, noisy: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Kernels`."""
+        out = torch.empty(len(logits), dtype=torch.int64)
+        run = getattr(self._lib, f"noisy_argmax_{SUFFIXES[logits.dtype]}")
+        run(
+            out.data_ptr(),
+            logits.data_ptr(),
+            seeds.data_ptr(),
+            positions.data_ptr(),
+            noisy.data_ptr(),
+            *logits.shape,
+        )
+        return out
+
+
+class NativeAttention(LayerAttention):
+    """Attention of one pass: the arguments that all layers share are laid out once."""
+
+    def __init__(
+        self,
+        rope_and_cache: ctypes._NamedFuncPointer,
+        attend: ctypes._NamedFuncPointer,
+        heads: Heads,
+        rope: RopeTable,
+        eps: float,
+        rows: Rows,
+    ) -> None:
+        self._rope_and_cache, self._attend = rope_and_cache, attend
+        self._keep = (rows, rope)  # the structures below point into their tensors
+        shape = (heads.num_heads, heads.num_kv_heads, heads.head_dim)
+        self._width = heads.num_heads * heads.head_dim
+        self._num_rows = len(rows.positions)
+        positions = rows.positions.data_ptr()
+        self._rope = RopeArgs(
+            positions, rows.slots.data_ptr(), rope.cos_sin.data_ptr(), self._num_rows, *shape, eps
+        )
+        self._args = AttendArgs(
+            positions,
+            rows.parents.data_ptr(),
+            rows.row_starts.data_ptr(),
+            rows.context_lens.data_ptr(),
+            rows.block_tables.data_ptr(),
+            rows.branching.data_ptr(),
+            *rows.block_tables.shape,
+            *shape,
+            heads.head_dim**-0.5,
+        )
+        self._rope_address, self._args_address = ctypes.addressof(self._rope), ctypes.addressof(self._args)
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See `LayerAttention`."""
+        new = qkv.new_empty if len(qkv) == self._num_rows else qkv.new_zeros
+        out = new((len(qkv), self._width))
+        q, k, v = qkv.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
+        self._rope_and_cache(
+            self._rope_address,
+            q,
+            k,
+            v,
+            None if q_norm is None else q_norm.data_ptr(),
+            None if k_norm is None else k_norm.data_ptr(),
+        )
+        self._attend(self._args_address, q, k, v, out.data_ptr(), window or 0)
+        return out
+
+
+def unsupported_reason(head_dim: int, *widths: int) -> str | None:
+    """Why the native kernels cannot run a model of these sizes, or None."""
+    if BLOCK_SIZE != LANES:
+        return f"cache blocks of {BLOCK_SIZE} tokens (native kernels need {LANES})"
+    odd = [size for size in (head_dim, *widths) if size % LANES]
+    return f"sizes {odd} are not multiples of {LANES}" if odd else None

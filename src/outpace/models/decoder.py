@@ -1,0 +1,170 @@
+"""One decoder for the whole Llama family; `ModelConfig` says in what its members differ."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from outpace.kernels import Heads, Kernels, Linear, RopeTable, Rows
+from outpace.models.config import ModelConfig, RopeConfig
+
+MIN_ROWS = 2  # a linear layer never runs a row alone: see kernels/linear.py
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one decoder layer, packed."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    out: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+class Decoder:
+    """Embedding, layers, final norm and head. Holds no state between passes.
+
+    The residual stream and everything that enters or leaves a kernel is in the model's dtype; sums are in
+    float32.
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, kernels: Kernels
+    ) -> None:
+        """Packs the weights.
+
+        Args:
+            config: The model's shape.
+            weights: As `config.weight_shapes()` names them, in `dtype`. Emptied as they are packed, so that
+                they are not in memory twice.
+            dtype: float32 or bfloat16.
+            kernels: Who computes.
+        """
+        self.config, self.dtype, self.kernels = config, dtype, kernels
+        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+        self._rope = RopeTable(rope_table(config.rope, config.head_dim, config.max_position_embeddings))
+        self._embedding = weights.pop("model.embed_tokens.weight")
+        self._layers = tuple(_layer(config, weights, i, kernels) for i in range(config.num_layers))
+        self._norm = weights.pop("model.norm.weight")
+        head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
+        self._head = kernels.linear(head)
+
+    @torch.inference_mode()
+    def forward(
+        self, token_ids: torch.Tensor, rows: Rows, cache: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Runs all layers and writes the keys and values of every row.
+
+        Args:
+            token_ids: [rows] int64.
+            rows: Where they stand.
+            cache: Per layer the key and value cache; shapes as `LayerAttention` states them.
+
+        Returns:
+            [rows, hidden]: hidden states after the final norm.
+        """
+        num_rows = len(token_ids)
+        if num_rows < MIN_ROWS:
+            token_ids = token_ids.expand(MIN_ROWS)
+        kernels, eps = self.kernels, self.config.rms_norm_eps
+        attend = kernels.attention(self._heads, self._rope, eps, rows)
+        residual = self._embedding[token_ids]
+        x = kernels.rms_norm(residual, self._layers[0].input_norm, eps)
+        for i, layer in enumerate(self._layers):
+            mixed = attend(layer.qkv(x), *cache[i], layer.q_norm, layer.k_norm, layer.window)
+            x = kernels.add_rms_norm(layer.out(mixed), residual, layer.post_norm, eps)
+            change = layer.down(kernels.silu_mul(layer.gate_up(x)))
+            next_norm = self._layers[i + 1].input_norm if i + 1 < len(self._layers) else self._norm
+            x = kernels.add_rms_norm(change, residual, next_norm, eps)
+        return x[:num_rows]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output head: [rows, hidden] -> [rows, vocab]."""
+        if len(hidden) >= MIN_ROWS:
+            return self._head(hidden)
+        return self._head(hidden.expand(MIN_ROWS, -1).contiguous())[: len(hidden)]
+
+
+def _layer(config: ModelConfig, weights: dict[str, torch.Tensor], index: int, kernels: Kernels) -> Layer:
+    prefix = f"model.layers.{index}."
+
+    def take(name: str) -> torch.Tensor:
+        return weights.pop(prefix + name)
+
+    def linear(*names: str) -> Linear:
+        weight = torch.cat([take(f"{name}.weight") for name in names])
+        has_bias = f"{prefix}{names[0]}.bias" in weights
+        return kernels.linear(weight, torch.cat([take(f"{name}.bias") for name in names]) if has_bias else None)
+
+    return Layer(
+        input_norm=take("input_layernorm.weight"),
+        qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        q_norm=take("self_attn.q_norm.weight") if config.qk_norm else None,
+        k_norm=take("self_attn.k_norm.weight") if config.qk_norm else None,
+        out=linear("self_attn.o_proj"),
+        post_norm=take("post_attention_layernorm.weight"),
+        gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+        down=linear("mlp.down_proj"),
+        window=config.sliding_windows[index] if config.sliding_windows else None,
+    )
+
+
+def rope_table(rope: RopeConfig, head_dim: int, max_position: int) -> torch.Tensor:
+    """Cosines and sines by position: [max_position, head_dim] float32, cosines first.
+
+    Scaling follows transformers' `modeling_rope_utils`: linear (Chen et al. 2023), llama3 (by wavelength),
+    yarn (Peng et al. 2023, with its attention factor folded in).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inverse = 1.0 / rope.theta**exponents  # [head_dim / 2] radians per position
+    scale = 1.0
+    match rope.kind:
+        case "linear":
+            inverse = inverse / rope.factor
+        case "llama3":
+            inverse = _llama3(rope, inverse)
+        case "yarn":
+            inverse = _yarn(rope, inverse, head_dim)
+            scale = rope.attention_factor if rope.attention_factor is not None else _yarn_scale(rope.factor)
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inverse)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
+
+
+def _llama3(rope: RopeConfig, inverse: torch.Tensor) -> torch.Tensor:
+    """Long wavelengths are stretched, short ones kept, those between blended."""
+    wavelength = 2 * math.pi / inverse
+    long = rope.original_max_position / rope.low_freq_factor
+    short = rope.original_max_position / rope.high_freq_factor
+    blend = (rope.original_max_position / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blended = (1 - blend) * inverse / rope.factor + blend * inverse
+    scaled = torch.where(wavelength > long, inverse / rope.factor, inverse)
+    return torch.where((wavelength <= long) & (wavelength >= short), blended, scaled)
+
+
+def _yarn(rope: RopeConfig, inverse: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Dimensions that turn often within the original context are kept, slow ones stretched."""
+
+    def dimension(rotations: float) -> float:
+        turns = rope.original_max_position / (rotations * 2 * math.pi)
+        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = ((torch.arange(head_dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inverse / rope.factor * ramp + inverse * (1 - ramp)
+
+
+def _yarn_scale(factor: float) -> float:
+    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0

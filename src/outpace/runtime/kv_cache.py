@@ -1,0 +1,136 @@
+"""Keys and values in paged blocks: a slot for each row before the pass, the accepted ones kept after it."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+
+from outpace.batch import Batch, BatchEntry, Scheduled, Verdict
+from outpace.config import BLOCK_SIZE
+from outpace.kernels import Rows
+from outpace.models.config import ModelConfig
+from outpace.request import Sequence
+from outpace.runtime.block_manager import BlockManager
+from outpace.tree import EMPTY_TREE, DraftTree
+
+
+class KVCache:
+    """The cache tensors of one model and the blocks they are divided in.
+
+    Attributes:
+        blocks: Who owns which block.
+        keys: [layers, blocks, kv_heads, head_dim, 16]: the 16 keys of a block are the lanes of a vector.
+        values: [layers, blocks, kv_heads, 16, head_dim].
+        layers: Per layer its keys and values.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, enable_prefix_caching: bool
+    ) -> None:
+        self.blocks = BlockManager(num_blocks, enable_prefix_caching)
+        shape = (config.num_layers, num_blocks, config.num_kv_heads)
+        # Zeros, not garbage: a masked lane's value is multiplied by 0, which would keep a NaN.
+        self.keys = torch.zeros(*shape, config.head_dim, BLOCK_SIZE, dtype=dtype)
+        self.values = torch.zeros(*shape, BLOCK_SIZE, config.head_dim, dtype=dtype)
+        self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
+
+    @staticmethod
+    def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+        """Memory of one block over all layers."""
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * BLOCK_SIZE * dtype.itemsize
+
+    def place(self, scheduled: list[Scheduled], trees: list[DraftTree]) -> Batch:
+        """Gives each known token and draft node a slot and lays out the pass.
+
+        Args:
+            scheduled: Who runs; the scheduler has reserved blocks for their known tokens.
+            trees: One per scheduled sequence that samples, in that order. Cut where blocks are short: drafts
+                never take them from a running sequence.
+        """
+        remaining = iter(trees)
+        entries: list[BatchEntry] = []
+        row = sample = 0
+        for s in scheduled:
+            tree = self._fit(s, next(remaining)) if s.samples else EMPTY_TREE
+            entries.append(BatchEntry(s.sequence, row, s.num_known, tree, sample if s.samples else None))
+            row += s.num_known + len(tree)
+            sample += 1 + len(tree) if s.samples else 0
+        return _lay_out(tuple(entries))
+
+    def commit(self, batch: Batch, verdict: Verdict) -> None:
+        """Keeps the rows of known tokens and accepted paths, gives the other slots back."""
+        moves: list[tuple[int, int]] = []  # physical slots (from, to)
+        for entry, decision in zip(batch.entries, verdict.decisions, strict=True):
+            sequence, path = entry.sequence, () if decision is None else decision.path
+            end = sequence.num_computed + entry.num_known
+            moves.extend(
+                (_slot(sequence, end + node), _slot(sequence, end + depth))
+                for depth, node in enumerate(path)
+                if node != depth
+            )
+            sequence.num_computed = end + len(path)
+            self.blocks.trim(sequence)
+        if moves:
+            self._move(*torch.tensor(moves).unbind(1))
+
+    def _fit(self, scheduled: Scheduled, tree: DraftTree) -> DraftTree:
+        if not len(tree):
+            return tree
+        sequence = scheduled.sequence
+        known = sequence.num_computed + scheduled.num_known
+        room = len(sequence.block_ids) * BLOCK_SIZE + self.blocks.num_free_slots - known
+        tree = tree.cut(room)
+        self.blocks.reserve(sequence, known + len(tree))
+        return tree
+
+    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies slots over all layers; indexing copies the sources before any target is written."""
+        from_block, from_offset = source // BLOCK_SIZE, source % BLOCK_SIZE
+        to_block, to_offset = target // BLOCK_SIZE, target % BLOCK_SIZE
+        self.keys[:, to_block, :, :, to_offset] = self.keys[:, from_block, :, :, from_offset]
+        self.values[:, to_block, :, to_offset] = self.values[:, from_block, :, from_offset]
+
+
+def _slot(sequence: Sequence, logical: int) -> int:
+    return sequence.block_ids[logical // BLOCK_SIZE] * BLOCK_SIZE + logical % BLOCK_SIZE
+
+
+def _lay_out(entries: tuple[BatchEntry, ...]) -> Batch:
+    """Builds the flat tensors of a pass."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    parents: list[int] = []
+    samples: list[int] = []
+    tables = np.zeros((len(entries), max(len(e.sequence.block_ids) for e in entries)), dtype=np.int32)
+    for index, entry in enumerate(entries):
+        sequence, known, tree = entry.sequence, entry.num_known, entry.tree
+        context = sequence.num_computed
+        rows = known + len(tree)
+        tables[index, : len(sequence.block_ids)] = sequence.block_ids
+        token_ids += sequence.token_ids[context : context + known]
+        token_ids += tree.token_ids
+        positions += range(context, context + known)
+        positions += (context + known - 1 + depth for depth in tree.depths())
+        slots += (_slot(sequence, context + r) for r in range(rows))
+        parents += range(-1, known - 1)
+        parents += (known + parent for parent in tree.parents)  # a parent of -1 is the last known row
+        if entry.first_sample is not None:
+            samples += range(entry.first_row + known - 1, entry.first_row + rows)
+    ends = itertools.accumulate((e.num_known + len(e.tree) for e in entries), initial=0)
+    layout = Rows(
+        positions=_int32(positions),
+        slots=_int32(slots),
+        parents=_int32(parents),
+        row_starts=_int32(list(ends)),
+        context_lens=_int32([e.sequence.num_computed for e in entries]),
+        block_tables=torch.from_numpy(tables),
+        branching=_int32([int(not e.tree.is_chain()) for e in entries]),
+    )
+    return Batch(entries, torch.tensor(token_ids), layout, torch.tensor(samples, dtype=torch.int64))
+
+
+def _int32(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,20 @@
+"""One forward pass of one model over its own cache."""
+
+from __future__ import annotations
+
+from outpace.batch import Batch, TargetOutput
+from outpace.models.decoder import Decoder
+from outpace.runtime.kv_cache import KVCache
+
+
+class ModelRunner:
+    """Runs a decoder on batches placed in its cache."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
+        self._decoder, self._cache = decoder, cache
+
+    def forward(self, batch: Batch) -> TargetOutput:
+        """Computes every row of the batch and the logits of its sampled rows."""
+        hidden = self._decoder.forward(batch.token_ids, batch.rows, self._cache.layers)
+        sampled = hidden if len(batch.sample_rows) == len(hidden) else hidden[batch.sample_rows]
+        return TargetOutput(self._decoder.logits(sampled), hidden)
