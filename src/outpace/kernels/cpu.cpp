@@ -276,14 +276,17 @@ struct Tiles {
 };
 
 // scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
+// Meanwhile fetches what comes next: blocks are scattered, so the hardware does not foresee them.
 template <int N, int T, typename Scalar>
-inline void dot_tiles(const float* q, const Scalar* const* k, int dim, float* scores, int stride) {
+inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* const* next, int num_next, int dim, float* scores,
+                      int stride) {
   vf acc[N][T];
   for (int n = 0; n < N; n++)
     for (int t = 0; t < T; t++) acc[n][t] = splat(0.f);
   for (int d = 0; d < dim; d++) {
     vf key[T];
     for (int t = 0; t < T; t++) key[t] = load(k[t] + d * kLanes);
+    for (int t = 0; t < num_next; t++) __builtin_prefetch(next[t] + d * kLanes);
     for (int n = 0; n < N; n++)
       for (int t = 0; t < T; t++) acc[n][t] += key[t] * q[n * dim + d];
   }
@@ -301,11 +304,15 @@ void attend_chunk(const Tiles<Scalar>& tiles, const float* q, const int* lowest,
   int t = 0;
   for (; t + 1 < count; t += 2) {
     const Scalar* k[2] = {tiles.k(first + t), tiles.k(first + t + 1)};
-    dot_tiles<N, 2>(q, k, dim, scores + t * kLanes, kChunk);
+    const Scalar* next[4] = {tiles.v(first + t), tiles.v(first + t + 1)};
+    int num_next = 2;
+    for (int ahead = t + 2; ahead < std::min(t + 4, count); ahead++) next[num_next++] = tiles.k(first + ahead);
+    dot_tiles<N, 2>(q, k, next, num_next, dim, scores + t * kLanes, kChunk);
   }
   if (t < count) {
     const Scalar* k[1] = {tiles.k(first + t)};
-    dot_tiles<N, 1>(q, k, dim, scores + t * kLanes, kChunk);
+    const Scalar* next[1] = {tiles.v(first + t)};
+    dot_tiles<N, 1>(q, k, next, 1, dim, scores + t * kLanes, kChunk);
   }
   const vf scale = splat(tiles.a.scale);
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

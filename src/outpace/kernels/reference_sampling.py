@@ -11,7 +11,6 @@ import math
 import torch
 
 _LOW_32 = 0xFFFFFFFF
-_CHUNK = 1 << 17  # logits drawn noise for at once: few enough to stay in the processor's cache
 
 
 def filter_logits_(
@@ -45,11 +44,13 @@ def best_tokens(row: torch.Tensor, k: int) -> torch.Tensor:
 
     Args:
         row: [vocab].
-        k: In [1, vocab].
+        k: In [0, vocab].
 
     Returns:
         [k] int64 token ids.
     """
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64)
     # topk alone would break ties at the threshold as it likes
     threshold = row.topk(k).values[-1]
     candidates = (row >= threshold).nonzero().squeeze(1)
@@ -75,55 +76,55 @@ def noisy_argmax(
     """
     # max() and not argmax(), which is several times slower in bfloat16; both give the first of equals
     chosen = logits.max(dim=-1).indices
-    vocab_size = logits.shape[1]
-    for rows in noisy.nonzero().squeeze(1).split(max(1, _CHUNK // vocab_size)):
-        noise = gumbel_noise(seeds[rows], positions[rows], vocab_size)
-        chosen[rows] = noise.add_(logits[rows]).max(dim=-1).indices
+    for row in noisy.nonzero().squeeze(1).tolist():
+        noise = gumbel_noise(seeds[row], positions[row], logits.shape[1])
+        chosen[row] = noise.add_(logits[row]).max(dim=0).indices
     return chosen
 
 
-def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """Standard Gumbel noise, a pure function of (seed, position, token).
 
     `u = (hash + 0.5) / 2**32`, `gumbel = -log(-log1p(-u))`, in float64, then rounded to float32. It
     falls as the hash grows, and lies within [-3.14, 22.88].
 
+    One row at a time: where torch's vectors of elements begin and end can change the last bit of a
+    logarithm, and must not depend on other rows.
+
     Args:
-        seeds: [rows] int64.
-        positions: [rows] int64.
+        seed: int64 scalar.
+        position: int64 scalar.
         vocab_size: Number of tokens.
 
     Returns:
-        [rows, vocab_size] float32.
+        [vocab_size] float32.
     """
-    uniform = hash_tokens(seeds, positions, vocab_size).double().add_(0.5).mul_(2.0**-32)
+    uniform = hash_tokens(seed, position, vocab_size).double().add_(0.5).mul_(2.0**-32)
     exponential = uniform.neg_().log1p_().neg_()
     return exponential.log_().neg_().float()
 
 
-def hash_tokens(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+def hash_tokens(seed: torch.Tensor, position: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The counter-based random bits below all sampling.
 
-    A 64-bit key per row (SplitMix64's output number `position + 1` from state `seed`) enters a 32-bit
-    mixer of the token id in two halves, one before and one within its rounds. 32-bit unsigned
-    arithmetic per token, wrapping around, so that a vector unit does 8 or 16 tokens at once.
+    A 64-bit key (SplitMix64's output number `position + 1` from state `seed`) enters a 32-bit mixer of
+    the token id in two halves, one before and one within its rounds. 32-bit unsigned arithmetic per
+    token, wrapping around, so that a vector unit does 8 or 16 tokens at once.
 
     Args:
-        seeds: [rows] int64.
-        positions: [rows] int64.
+        seed: int64, a scalar or of any shape [...].
+        position: The same.
         vocab_size: Number of tokens.
 
     Returns:
-        [rows, vocab_size] int64 in [0, 2**32).
+        [..., vocab_size] int64 in [0, 2**32).
     """
-    key = _splitmix64(seeds + _signed(0x9E3779B97F4A7C15) * (positions + 1))
-    low = (key & _LOW_32).unsqueeze(1)
-    high = _shift_right(key, 32).unsqueeze(1)
-    x = (torch.arange(vocab_size) * 0x9E3779B9 & _LOW_32) ^ low
+    key = _splitmix64(seed + _signed(0x9E3779B97F4A7C15) * (position + 1)).unsqueeze(-1)
+    x = (torch.arange(vocab_size) * 0x9E3779B9 & _LOW_32) ^ (key & _LOW_32)
     x ^= x >> 16
     x.mul_(0x21F0AAAD).bitwise_and_(_LOW_32)
     x ^= x >> 15
-    x.add_(high).bitwise_and_(_LOW_32)
+    x.add_(_shift_right(key, 32)).bitwise_and_(_LOW_32)
     x.mul_(0x735A2D97).bitwise_and_(_LOW_32)
     x ^= x >> 15
     x.mul_(0x85EBCA6B).bitwise_and_(_LOW_32)

@@ -48,7 +48,8 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
     head_dim = raw.get("head_dim", 128 if architecture == "Qwen3ForCausalLM" else None)
     num_kv_heads = raw.get("num_key_value_heads", _NUM_KV_HEADS.get(architecture))
     max_position = _size(raw, "max_position_embeddings")
-    attention_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and raw.get("attention_bias", False)
+    may_have_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    attention_bias = may_have_bias and raw.get("attention_bias", False)
     config = ModelConfig(
         architecture=architecture,
         vocab_size=_size(raw, "vocab_size"),
@@ -81,7 +82,9 @@ def check_config(config: ModelConfig) -> None:
         ConfigError: Heads do not divide, or a head cannot be rotated.
     """
     if config.num_heads % config.num_kv_heads:
-        raise ConfigError(f"{config.num_heads} attention heads cannot share {config.num_kv_heads} key-value heads")
+        raise ConfigError(
+            f"{config.num_heads} attention heads cannot share {config.num_kv_heads} key-value heads evenly"
+        )
     if config.head_dim % 2:
         raise ConfigError(f"head_dim must be even for rotary embedding, got {config.head_dim}")
 
@@ -147,10 +150,11 @@ def _yarn(rope: dict[str, Any], theta: float, original: int, max_position: int) 
     factor = _number(rope, "factor") if rope.get("factor") is not None else max_position / original
     mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
     attention_factor = rope.get("attention_factor")
-    if attention_factor is None and mscale and mscale_all_dim:
-        attention_factor = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, mscale_all_dim)
-    elif attention_factor is None:
+    if attention_factor is None:
         attention_factor = yarn_attention_factor(factor)
+        if mscale and mscale_all_dim:
+            attention_factor = yarn_attention_factor(factor, mscale)
+            attention_factor /= yarn_attention_factor(factor, mscale_all_dim)
     return RopeConfig(
         theta,
         "yarn",
@@ -180,7 +184,7 @@ def _sliding_windows(raw: dict[str, Any], architecture: str, num_layers: int) ->
         if layer_type not in (_SLIDING, _FULL):
             raise unsupported(f"layer type {layer_type!r}")
         if layer_type == _SLIDING and window is None:
-            raise ConfigError("config.json: layer_types has sliding_attention but use_sliding_window is not set")
+            raise ConfigError("config.json: layer_types has sliding_attention without use_sliding_window")
     return tuple(window if layer_type == _SLIDING else None for layer_type in layer_types)
 
 

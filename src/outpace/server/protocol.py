@@ -3,44 +3,80 @@
 Types are strict ("5" is no integer) and unknown fields are refused. What is accepted is honoured, apart
 from fields that have no effect on the answer: `user`, `safety_identifier`, `metadata`, `prompt_cache_key`
 (the prefix cache needs no key), `store: false`, `service_tier: auto | default`, `modalities: ["text"]`.
-Fields of type `Unsupported` belong to the OpenAI or vLLM API but are not served: only null is accepted.
+Fields of type `Unsupported` belong to the OpenAI API or are vLLM's extras, but are not served: only null
+is accepted. Ranges are checked by `SamplingParams`, the one place that knows them.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from outpace.errors import InvalidRequestError
 from outpace.sampling import SamplingParams
 
 MAX_N = 128  # the OpenAI API's own limit
+DEFAULT_COMPLETION_TOKENS = 16  # the OpenAI API's own default; chat has none
+
+
+def _check_unicode(text: str) -> str:
+    """Refuses what JSON can escape but UTF-8 cannot hold, and so no tokenizer."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair") from None
+    return text
+
+
+def _shape(value: Any) -> str:
+    """Which member of a union a value is meant to be, so that errors are about that one only."""
+    if isinstance(value, str):
+        return "<text>"
+    if isinstance(value, list):
+        return {int: "<ids>", list: "<lists of ids>"}.get(type(value[0]) if value else str, "<list>")
+    return "<other>"
+
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Float = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, AfterValidator(_check_unicode)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Stop = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[Text], Tag("<list>")],
+    Discriminator(_shape, "stop_type", "Input should be a string or a list of strings"),
+]
+Prompt = Annotated[
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<list>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("<lists of ids>")],
+    Discriminator(_shape, "prompt_type", "Input should be a string, a list of strings, token ids or lists of them"),
+]
 Unsupported = Annotated[None, Field(description="Not supported: only null is accepted.")]
 
 
-class Strict(BaseModel):
+# --- Requests -------------------------------------------------------------------------------------------
+
+
+class RequestModel(BaseModel):
     """A request object: strict types, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class StreamOptions(Strict):
+class StreamOptions(RequestModel):
     """What a stream holds besides the answer."""
 
     include_usage: bool = Field(False, description="Send a last chunk with the usage and no choices")
     continuous_usage_stats: bool = Field(False, description="Send the usage so far with every chunk")
 
 
-class GenerationRequest(Strict):
+class GenerationRequest(RequestModel):
     """What completions and chat completions have in common."""
 
-    model: str | None = Field(None, description="The served model's name; it may be left out")
+    model: str | None = Field(None, description="The served model; may be left out, as there is one")
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Float | None = None
     top_p: Float | None = None
@@ -49,33 +85,32 @@ class GenerationRequest(Strict):
     presence_penalty: Float | None = None
     frequency_penalty: Float | None = None
     repetition_penalty: Float | None = None
-    logit_bias: dict[str, Float] | None = Field(None, description="Token id to a bias in [-100, 100]")
+    logit_bias: dict[str, Float] | None = Field(None, description="From token id to a bias in [-100, 100]")
     seed: Int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | None = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
     min_tokens: Int | None = None
     ignore_eos: bool | None = None
-    bad_words: list[str] | None = None
+    bad_words: list[Text] | None = None
     allowed_token_ids: list[TokenId] | None = None
     skip_special_tokens: bool | None = None
     priority: Int = Field(0, description="Lower runs first under --scheduling-policy priority")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true")
 
-    # No effect on the answer.
     user: str | None = None
+    safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None
 
-    # Of the OpenAI API or vLLM's, not served here.
     prompt_logprobs: Unsupported = None
     structured_outputs: Unsupported = None
     use_beam_search: Unsupported = None
     length_penalty: Unsupported = None
     truncate_prompt_tokens: Unsupported = None
-    logits_processors: Unsupported = None
     return_token_ids: Unsupported = None
 
     @model_validator(mode="after")
@@ -84,13 +119,354 @@ class GenerationRequest(Strict):
             raise InvalidRequestError("stream_options is only allowed with stream: true", "stream_options")
         return self
 
+
+class CompletionRequest(GenerationRequest):
+    """Body of POST /v1/completions."""
+
+    prompt: Prompt = Field(description="A text, token ids, or a list of either")
+    max_tokens: Int | None = Field(DEFAULT_COMPLETION_TOKENS, description="null: as long as the context allows")
+    echo: bool | None = Field(None, description="Begin the text with the prompt; not with logprobs")
+    logprobs: Int | None = None
+    add_special_tokens: bool = Field(True, description="Whether text prompts get the tokenizer's own, such as BOS")
+    best_of: Int | None = Field(None, description="Only equal to n: answers are not ranked")
+
+    suffix: Unsupported = None
+    response_format: Unsupported = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequestError(
+                f"best_of must equal n ({self.n or 1}), got {self.best_of}: answers are not ranked", "best_of"
+            )
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequestError("echo cannot be used with logprobs: a prompt's are not computed", "echo")
+        return self
+
     def sampling(self) -> SamplingParams:
-        """The request's sampling parameters; absent and null fields keep SamplingParams' defaults.
+        """The sampling parameters.
 
         Raises:
-            InvalidRequestError: A value is out of range; `param` is the field as the client wrote it.
+            InvalidRequestError: A value is out of range.
         """
-        raise NotImplementedError
+        return _sampling(self, max_tokens=self.max_tokens, logprobs=self.logprobs)
 
-    def _sampling(self, max_tokens: int | None, logprobs: int | None, names: dict[str, str]) -> SamplingParams:
-        ...
+
+class TextPart(RequestModel):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")],
+    Discriminator(_shape, "content_type", "Input should be a string or a list of text parts"),
+]
+
+
+class ChatMessage(RequestModel):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is a name for system")
+    content: Content
+    name: Text | None = Field(None, description="Handed to the chat template")
+
+    # Null in what a client sends back of an earlier answer.
+    refusal: Unsupported = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    tool_calls: Unsupported = None
+    tool_call_id: Unsupported = None
+
+    def for_template(self) -> dict[str, str]:
+        """The message as chat templates expect it: its text in one string."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.name is not None:
+            message["name"] = self.name
+        return message
+
+
+class ResponseFormat(RequestModel):
+    """How the answer is constrained: not at all."""
+
+    type: Literal["text"]
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_tokens: Int | None = None
+    max_completion_tokens: Int | None = Field(None, description="The newer name of max_tokens")
+    logprobs: bool | None = None
+    top_logprobs: Int | None = Field(None, description="Only with logprobs: true")
+    add_generation_prompt: bool | None = Field(None, description="The default is true, unless continue_final_message")
+    continue_final_message: bool = Field(False, description="Go on with the last message instead of answering it")
+    add_special_tokens: bool = Field(False, description="Add the tokenizer's own to what the template writes")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template")
+
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    tools: Unsupported = None
+    tool_choice: Unsupported = None
+    parallel_tool_calls: Unsupported = None
+    functions: Unsupported = None
+    function_call: Unsupported = None
+    audio: Unsupported = None
+    prediction: Unsupported = None
+    reasoning_effort: Unsupported = None
+    verbosity: Unsupported = None
+    web_search_options: Unsupported = None
+    chat_template: Unsupported = None
+    documents: Unsupported = None
+    echo: Unsupported = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> ChatCompletionRequest:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise InvalidRequestError(
+                f"max_tokens ({self.max_tokens}) and max_completion_tokens ({self.max_completion_tokens}) "
+                "are one limit by two names: give one",
+                "max_tokens",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+        return self
+
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters.
+
+        Raises:
+            InvalidRequestError: A value is out of range.
+        """
+        renamed = {"logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            renamed["max_tokens"] = "max_completion_tokens"
+        return _sampling(
+            self,
+            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            renamed=renamed,
+        )
+
+
+class TokenizeRequest(RequestModel):
+    """Body of POST /tokenize: either a prompt or messages."""
+
+    model: str | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = Field(None, description="The default is true for a prompt, false for messages")
+    add_generation_prompt: bool | None = Field(None, description="The default is true, unless continue_final_message")
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_one_source(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError("give either prompt or messages", "prompt")
+        return self
+
+
+class DetokenizeRequest(RequestModel):
+    """Body of POST /detokenize."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+_SAME_IN_SAMPLING = (
+    *("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "seed", "stop_token_ids", "include_stop_str_in_output", "min_tokens"),
+    *("ignore_eos", "bad_words", "allowed_token_ids", "skip_special_tokens"),
+)
+
+
+def _sampling(
+    request: GenerationRequest,
+    max_tokens: int | None,
+    logprobs: int | None,
+    renamed: dict[str, str] | None = None,
+) -> SamplingParams:
+    """Builds SamplingParams; absent and null fields keep its defaults.
+
+    Args:
+        request: Holds the fields that are called the same in SamplingParams.
+        max_tokens: Its `max_tokens`.
+        logprobs: Its `logprobs`.
+        renamed: From its names to the client's, where they differ, for error messages.
+    """
+    asked: dict[str, Any] = {name: getattr(request, name) for name in _SAME_IN_SAMPLING}
+    asked |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    asked["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
+    asked = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
+    asked["logit_bias"] = {_token_id(key): bias for key, bias in (request.logit_bias or {}).items()}
+    try:
+        return SamplingParams(**{key: value for key, value in asked.items() if value is not None})
+    except InvalidRequestError as error:
+        name = (renamed or {}).get(error.param or "")
+        if error.param is None or name is None:
+            raise
+        raise InvalidRequestError(str(error).replace(error.param, name), name) from None
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 10):
+        raise InvalidRequestError(f"logit_bias maps token ids to numbers, got the key {key!r}", "logit_bias")
+    return int(key)
+
+
+# --- Answers --------------------------------------------------------------------------------------------
+
+
+class PromptTokensDetails(BaseModel):
+    """Where the prompt's tokens came from."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """Token counts; the prompt counts once, however many answers it gets."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class TopLogprob(BaseModel):
+    """A token that could have been chosen."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    """The token that was chosen, and the most probable ones."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities in the chat format."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class AnswerMessage(BaseModel):
+    """The model's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One of the n answers."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None = Field(description="The stop string or token that ended it, if one did")
+
+
+class ChatCompletion(BaseModel):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(BaseModel):
+    """Log-probabilities in the format of the older endpoint, one entry per token."""
+
+    text_offset: list[int]
+    token_logprobs: list[float]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float]]
+
+
+class CompletionChoice(BaseModel):
+    """One answer; answers to prompt i have the indices i·n to i·n + n - 1."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None = Field(description="The stop string or token that ended it, if one did")
+
+
+class Completion(BaseModel):
+    """Answer of POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """A served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "outpace"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """Answer of GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class TokenizeResponse(BaseModel):
+    """Answer of POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeResponse(BaseModel):
+    """Answer of POST /detokenize."""
+
+    prompt: str
+
+
+class VersionResponse(BaseModel):
+    """Answer of GET /version."""
+
+    version: str
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(None, description="The field at fault")
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """Every error, whatever its status."""
+
+    error: ErrorDetail

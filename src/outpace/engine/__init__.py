@@ -1,0 +1,1 @@
+"""The engine: admission, scheduling, text, metrics, and the step that joins them to the model."""

@@ -1,0 +1,149 @@
+"""A model's shape and weights, from a Hugging Face directory or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from outpace.errors import ConfigError
+from outpace.models.config import ModelConfig
+from outpace.models.gguf_file import GGUFFile
+from outpace.models.gguf_model import gguf_config, gguf_weights
+from outpace.models.hf_config import parse_config, unsupported
+from outpace.models.stored import StoredWeight
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_STORED_TYPES = ("F32", "F16", "BF16")
+_SHOWN = 5  # names in an error message
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Reads a model's shape.
+
+    Args:
+        path: A directory with config.json, or a GGUF file.
+
+    Raises:
+        UnsupportedModelError: The model asks for what the decoder does not compute.
+        ConfigError: The configuration is missing, damaged or makes no sense.
+    """
+    if is_gguf(path):
+        return gguf_config(GGUFFile(path))
+    generation_file = path / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.exists() else {}
+    return parse_config(_read_json(path / "config.json"), generation)
+
+
+def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Reads all weights.
+
+    Args:
+        path: What `config` was loaded from.
+        config: Says which weights there must be.
+        dtype: Type of the result, whatever is stored.
+
+    Returns:
+        Exactly the names and shapes of `config.weight_shapes()`, on the CPU.
+
+    Raises:
+        ConfigError: A weight is missing, unexpected or of the wrong shape, or a file cannot be read.
+    """
+    stored = gguf_weights(GGUFFile(path), config) if is_gguf(path) else _safetensors_weights(path)
+    stored = {name: weight for name, weight in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and _HEAD in stored:
+        _check_tied(path, stored)
+        del stored[_HEAD]
+    expected = config.weight_shapes()
+    _check_weights(path, expected, stored)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        tensors = pool.map(lambda name: stored[name].read(dtype), expected)
+        return dict(zip(expected, tensors, strict=True))
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is to be read as a GGUF file."""
+    return path.suffix == ".gguf"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def _safetensors_weights(path: Path) -> dict[str, StoredWeight]:
+    weights: dict[str, StoredWeight] = {}
+    for file in _safetensors_files(path):
+        try:
+            handle: Any = safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"cannot read {file}: {error}") from error
+        for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            part = handle.get_slice(name)
+            if part.get_dtype() not in _STORED_TYPES:
+                raise unsupported(f"{file}: {name} stored as {part.get_dtype()}")
+            weights[name] = StoredWeight(tuple(part.get_shape()), partial(_read_safetensor, handle, name))
+    return weights
+
+
+def _read_safetensor(handle: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
+    tensor: torch.Tensor = handle.get_tensor(name).to(dtype)
+    return tensor
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map", {})
+        return [path / name for name in sorted(set(weight_map.values()))]
+    if (single := path / "model.safetensors").exists():
+        return [single]
+    raise ConfigError(
+        f"{path} has neither model.safetensors nor model.safetensors.index.json; "
+        "weights in other formats (.bin, .pth) must be saved as safetensors first"
+    )
+
+
+def _check_tied(path: Path, stored: dict[str, StoredWeight]) -> None:
+    if _EMBEDDING not in stored:
+        return  # reported as missing
+    if not torch.equal(stored[_HEAD].read(torch.float32), stored[_EMBEDDING].read(torch.float32)):
+        raise ConfigError(
+            f"{path}: config.json says tie_word_embeddings, but {_HEAD} and {_EMBEDDING} differ; "
+            "set it to false if the output head is a weight of its own"
+        )
+
+
+def _check_weights(path: Path, expected: dict[str, tuple[int, ...]], stored: dict[str, StoredWeight]) -> None:
+    problems = []
+    if missing := expected.keys() - stored.keys():
+        problems.append(f"missing {_some(missing)}")
+    if unexpected := stored.keys() - expected.keys():
+        problems.append(f"unexpected {_some(unexpected)}")
+    wrong = [
+        f"{name} {list(stored[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    if wrong:
+        problems.append(f"wrongly shaped {_some(wrong)}")
+    if problems:
+        raise ConfigError(f"the weights in {path} do not fit its configuration: {'; '.join(problems)}")
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return ", ".join(ordered[:_SHOWN]) + more

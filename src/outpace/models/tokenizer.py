@@ -1,0 +1,181 @@
+"""A model's tokenizer, from a Hugging Face directory or rebuilt from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+
+from outpace.errors import ConfigError, UnsupportedModelError
+from outpace.models.gguf_file import GGUFFile
+from outpace.models.loader import is_gguf
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
+_SPACE = "▁"
+# How text is cut into words before merging, as the tokenizer.json files of these models have it.
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    "llama-bpe": rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}{{1,3}}|{_REST}",
+    "qwen2": rf"{_CONTRACTIONS}|{_LETTERS}|\p{{N}}|{_REST}",
+}
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "default": "gpt-2"}
+_PRE_TOKENIZERS = ("gpt-2", "smollm", *_SPLITS)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer with its special tokens and chat template.
+
+    Args:
+        path: A directory with tokenizer.json (or older tokenizer files), or a GGUF file.
+
+    Raises:
+        UnsupportedModelError: A GGUF file names a tokenizer that cannot be rebuilt.
+        ConfigError: There is no tokenizer, or its files cannot be read.
+    """
+    if is_gguf(path):
+        return _gguf_tokenizer(GGUFFile(path))
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # tokenizer.json says everything. AutoTokenizer may put a named class's own pre-tokenizer in place of
+    # the file's: transformers 5 drops the digit splitting of SmolLM that way.
+    cls = PreTrainedTokenizerFast if (path / "tokenizer.json").exists() else AutoTokenizer
+    try:
+        return cls.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"cannot load a tokenizer from {path}: {error}") from error
+
+
+def _gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
+    """Wraps the rebuilt tokenizer; a beginning-of-sequence token is added where llama.cpp adds one."""
+    from transformers import PreTrainedTokenizerFast
+
+    fields = {k.removeprefix("tokenizer."): v for k, v in file.metadata.items() if k.startswith("tokenizer.")}
+    for key in ("ggml.model", "ggml.tokens", "ggml.token_type"):
+        if key not in fields:
+            raise ConfigError(f"{file.path} has no tokenizer.{key}; name another tokenizer with --tokenizer")
+    tokens, kinds = fields["ggml.tokens"], fields["ggml.token_type"]
+    match fields["ggml.model"]:
+        case "gpt2":
+            pre = _pre_tokenizer_name(file, fields)
+            backend = _byte_level(fields, pre)
+            adds_bos = pre == "llama-bpe"
+        case "llama":
+            backend = _sentencepiece(file, fields)
+            adds_bos = True
+        case other:
+            raise _unsupported(file, f"tokenizer model {other!r}", ("gpt2", "llama"))
+    backend.add_special_tokens(_added(tokens, kinds, _CONTROL))
+    backend.add_tokens(_added(tokens, kinds, _USER_DEFINED))
+    named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {f"{name}_token": fields.get(f"ggml.{key}_token_id") for name, key in named.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=fields.get("chat_template"),
+        clean_up_tokenization_spaces=False,
+        add_bos_token=fields.get("ggml.add_bos_token", adds_bos),
+        add_eos_token=fields.get("ggml.add_eos_token", False),
+        **{name: tokens[token] for name, token in ids.items() if token is not None},
+    )
+
+
+def _pre_tokenizer_name(file: GGUFFile, fields: dict[str, Any]) -> str:
+    name = fields.get("ggml.pre")
+    if name is None:
+        raise ConfigError(
+            f"{file.path} does not say how to cut text into words (tokenizer.ggml.pre); "
+            "name the model's Hugging Face tokenizer with --tokenizer"
+        )
+    name = _ALIASES.get(name, name)
+    if name not in _PRE_TOKENIZERS:
+        raise _unsupported(file, f"tokenizer.ggml.pre {name!r}", (*_PRE_TOKENIZERS, *_ALIASES))
+    return str(name)
+
+
+def _byte_level(fields: dict[str, Any], pre: str) -> Tokenizer:
+    """Byte-pair encoding over bytes, with the words of the given pre-tokenizer."""
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["ggml.merges"]]
+    model = BPE(vocab=_vocabulary(fields), merges=merges, ignore_merges=pre == "llama-bpe")
+    tokenizer = Tokenizer(model)
+    words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in _SPLITS)
+    if pre in _SPLITS:
+        words = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_SPLITS[pre]), "isolated"), words])
+    elif pre == "smollm":
+        words = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    tokenizer.pre_tokenizer = words
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(file: GGUFFile, fields: dict[str, Any]) -> Tokenizer:
+    """Byte-pair encoding over characters, with unknown ones as bytes."""
+    if "ggml.scores" not in fields:
+        raise ConfigError(f"{file.path} has no tokenizer.ggml.scores")
+    unknown = fields.get("ggml.unknown_token_id", 0)
+    model = BPE(
+        vocab=_vocabulary(fields),
+        merges=_merges_of_scores(fields),
+        unk_token=fields["ggml.tokens"][unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    replace = normalizers.Replace(" ", _SPACE)
+    restore: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if fields.get("ggml.add_space_prefix", True):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replace])
+        restore.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = replace
+    tokenizer.decoder = decoders.Sequence(restore)
+    return tokenizer
+
+
+def _vocabulary(fields: dict[str, Any]) -> dict[str, int]:
+    # Unused entries pad the vocabulary to the rows of the embedding.
+    return {
+        token: index
+        for index, (token, kind) in enumerate(
+            zip(fields["ggml.tokens"], fields["ggml.token_type"], strict=True)
+        )
+        if kind != _UNUSED
+    }
+
+
+def _merges_of_scores(fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """The pairs that SentencePiece would join, best first: it joins whatever makes a better-scored token."""
+    entries = zip(fields["ggml.tokens"], fields["ggml.scores"], fields["ggml.token_type"], strict=True)
+    scores = {
+        token: score for token, score, kind in entries if kind not in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
+    }
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted(scores, key=scores.__getitem__, reverse=True)
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    return merges
+
+
+def _added(tokens: list[str], kinds: list[int], kind: int) -> list[AddedToken]:
+    special = kind == _CONTROL
+    return [
+        AddedToken(token, normalized=False, special=special)
+        for token, its_kind in zip(tokens, kinds, strict=True)
+        if its_kind == kind
+    ]
+
+
+def _unsupported(file: GGUFFile, what: str, known: tuple[str, ...]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{file.path}: {what} cannot be rebuilt (those that can: {', '.join(known)}); "
+        "name the model's Hugging Face tokenizer with --tokenizer"
+    )
