@@ -72,7 +72,9 @@ HEADS = {"grouped": Heads(6, 2, 32), "plain": Heads(2, 2, 48), "multi-query": He
 def test_native_attention_agrees_with_the_reference(
     dtype: torch.dtype, window: int | None, heads: Heads, normed: bool
 ) -> None:
-    rows = lay_out([(0, chain(37)), (530, chain(1)), (21, chain(5)), (29, TREE), (0, TREE), (255, chain(3))], 80)
+    rows = lay_out(
+        [(0, chain(37)), (530, chain(1)), (21, chain(5)), (29, TREE), (0, TREE), (255, chain(3))], 80
+    )
     rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 1024))
     width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
     qkv = random_like(len(rows.positions) + 1, width, dtype=dtype)
@@ -112,9 +114,8 @@ def test_a_row_attends_to_the_same_bits_alone_in_a_batch_in_a_chunk_or_on_a_tree
         return kernels.attention(heads, rope, 1e-5, rows)(qkv.clone(), *caches, None, None, window)
 
     whole = run(lay_out([(0, chain(total))], 96), tokens, cache())
-    caches, alone = cache(), []
-    for position in range(total):  # one row after the other
-        alone.append(run(lay_out([(position, [-1])], 96), tokens[position : position + 1], caches)[0])
+    caches = cache()
+    alone = [run(lay_out([(p, [-1])], 96), tokens[p : p + 1], caches)[0] for p in range(total)]
     assert torch.equal(whole, torch.stack(alone))
 
     caches = cache()
@@ -169,7 +170,10 @@ def test_native_noisy_argmax_agrees_with_the_reference(dtype: torch.dtype) -> No
         slow = ReferenceKernels().noisy_argmax(logits, seeds, positions, noisy)
         assert torch.equal(fast, slow)
         assert fast[6] == 1002
-    assert native_kernels(dtype).noisy_argmax(logits, seeds, positions, torch.zeros(64, dtype=torch.bool))[5] == 0
+    assert (
+        native_kernels(dtype).noisy_argmax(logits, seeds, positions, torch.zeros(64, dtype=torch.bool))[5]
+        == 0
+    )
 
 
 def test_native_filters_agree_with_the_reference() -> None:

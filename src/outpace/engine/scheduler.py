@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Sized
 from dataclasses import dataclass
 
 from outpace.batch import Decision, Scheduled, Verdict
@@ -123,7 +122,7 @@ class Scheduler:
         num_places = max(0, self._max_num_seqs - len(self._running)) + self._max_num_queued_reqs
         return len(self._waiting) + num_requests <= num_places
 
-    def add(self, requests: Sized[Request]) -> None:
+    def add(self, requests: list[Request]) -> None:
         """Puts requests in line: all of them or none.
 
         Raises:

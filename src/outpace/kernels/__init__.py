@@ -16,12 +16,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_kernels(
-    choice: Literal["auto", "native", "reference"], dtype: torch.dtype, *, head_dim: int, widths: tuple[int, ...]
+    choice: Literal["auto", "native", "reference"],
+    dtype: torch.dtype,
+    *,
+    head_dim: int,
+    widths: tuple[int, ...],
 ) -> Kernels:
     """Builds the CPU backend.
 
     Args:
-        choice: `native`, `reference`, or `auto`: native where it can be had, else the reference with a warning.
+        choice: `native`, `reference`, or `auto`: native where it can be had, else the reference
+            with a warning.
         dtype: The model's dtype.
         head_dim: Width of an attention head.
         widths: Widths of the rows that are normed or gated.
@@ -29,7 +34,7 @@ def load_kernels(
     Raises:
         ConfigError: `native` was asked for and cannot be had.
     """
-    from outpace.kernels import native  # noqa: PLC0415  (needs a compiler only when used)
+    from outpace.kernels import native
     from outpace.kernels.reference import ReferenceKernels
 
     if choice == "reference":
@@ -42,5 +47,7 @@ def load_kernels(
     except (ConfigError, OSError) as error:
         if choice == "native":
             raise ConfigError(f"--kernels native: {error}") from error
-        logger.warning("native kernels are not available (%s): plain torch is used, several times slower", error)
+        logger.warning(
+            "native kernels are not available (%s): plain torch is used, several times slower", error
+        )
         return ReferenceKernels()

@@ -35,8 +35,10 @@ class ReferenceAttention(LayerAttention):
         window: int | None,
     ) -> torch.Tensor:
         heads, num_rows = self._heads, len(self._rows.positions)
-        q, k, v = qkv[:num_rows].view(num_rows, -1, heads.head_dim).split(
-            [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1
+        q, k, v = (
+            qkv[:num_rows]
+            .view(num_rows, -1, heads.head_dim)
+            .split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)
         )
         q = self._rotate(q if q_norm is None else rms_norm(q, q_norm, self._eps))
         k = self._rotate(k if k_norm is None else rms_norm(k, k_norm, self._eps))

@@ -35,7 +35,8 @@ def convert(source: str | None, out: Path, dtype: str = "bfloat16") -> None:
         raise ConfigError(f"{out} exists and is not an empty directory")
     path = resolve_model(source)
     config = load_config(path)
-    content = hugging_face_config(config) | {"dtype": dtype}
+    special = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
+    content = hugging_face_config(config) | special | {"dtype": dtype}
     weights = load_weights(path, config, _DTYPES[dtype])
     tokenizer = load_tokenizer(path)
 
@@ -45,10 +46,9 @@ def convert(source: str | None, out: Path, dtype: str = "bfloat16") -> None:
         out.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(out)
         save_torch_state_dict(weights, out, metadata={"format": "pt"})
-        special = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
         _write_json(out / "generation_config.json", special)
         # Last, because a directory without it is not taken for a model.
-        _write_json(out / "config.json", content | special)
+        _write_json(out / "config.json", content)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error}") from error
 

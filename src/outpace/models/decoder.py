@@ -102,7 +102,9 @@ def _layer(config: ModelConfig, weights: dict[str, torch.Tensor], index: int, ke
     def linear(*names: str) -> Linear:
         weight = torch.cat([take(f"{name}.weight") for name in names])
         has_bias = f"{prefix}{names[0]}.bias" in weights
-        return kernels.linear(weight, torch.cat([take(f"{name}.bias") for name in names]) if has_bias else None)
+        return kernels.linear(
+            weight, torch.cat([take(f"{name}.bias") for name in names]) if has_bias else None
+        )
 
     return Layer(
         input_norm=take("input_layernorm.weight"),

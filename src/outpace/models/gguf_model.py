@@ -210,7 +210,7 @@ def _llama3_divisor(rope: RopeConfig, exponent: float) -> float:
     turns = rope.original_max_position / (2 * math.pi * rope.theta**exponent)
     smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     smooth = min(max(smooth, 0.0), 1.0)
-    return 1 / ((1 - smooth) / rope.factor + smooth)
+    return float(1 / ((1 - smooth) / rope.factor + smooth))
 
 
 def _tensor_shape(file: GGUFFile, name: str) -> tuple[int, ...]:

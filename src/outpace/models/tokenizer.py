@@ -156,13 +156,12 @@ def _merges_of_scores(fields: dict[str, Any]) -> list[tuple[str, str]]:
     scores = {
         token: score for token, score, kind in entries if kind not in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
     }
-    merges = [
+    return [
         (token[:cut], token[cut:])
         for token in sorted(scores, key=scores.__getitem__, reverse=True)
         for cut in range(1, len(token))
         if token[:cut] in scores and token[cut:] in scores
     ]
-    return merges
 
 
 def _added(tokens: list[str], kinds: list[int], kind: int) -> list[AddedToken]:

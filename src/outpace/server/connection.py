@@ -11,11 +11,10 @@ from contextlib import asynccontextmanager
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from outpace.server.errors import ClientGoneError, http_error
+
 MAX_BODY_BYTES = 16 * 2**20
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection before its answer was complete."""
+_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES:,} bytes"
 
 
 @asynccontextmanager
@@ -65,8 +64,6 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        from outpace.server.errors import http_error
-
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"")
         if scope["path"].startswith("/v1") and not self._admits(headers.get(b"authorization", b"")):
@@ -84,9 +81,6 @@ class Gate:
         # Digests have one length, so the time of the comparison tells nothing about the key.
         given = hashlib.sha256(key.strip()).digest()
         return hmac.compare_digest(given, self._key_digest) and scheme.lower() == b"bearer"
-
-
-_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES:,} bytes"
 
 
 def _bounded(receive: Receive) -> Receive:

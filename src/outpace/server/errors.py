@@ -11,12 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from outpace.errors import (
+    EngineDeadError,
     InvalidRequestError,
     NotFoundError,
+    OutpaceError,
     OverloadedError,
     ShuttingDownError,
 )
-from outpace.server.connection import ClientGoneError
 
 logger = logging.getLogger("outpace.server")
 
@@ -29,9 +30,14 @@ _KINDS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (InvalidRequestError, 400, "invalid_request_error", None),
     (OverloadedError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (ShuttingDownError, 503, "service_unavailable_error", "shutting_down"),
+    (EngineDeadError, 500, "server_error", "engine_dead"),
     (Exception, 500, "server_error", "internal_error"),
 )
 _HTTP_CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was complete."""
 
 
 def body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:
@@ -44,7 +50,7 @@ def describe(error: Exception) -> tuple[int, bytes]:
     """Status and body of an exception; an unexpected one is logged, and its text is not shown."""
     status, kind, code = next((s, k, c) for base, s, k, c in _KINDS if isinstance(error, base))
     message = str(error)
-    if status == 500:
+    if not isinstance(error, OutpaceError):
         logger.error("request failed", exc_info=error)
         message = "the server failed on this request; its log says why"
     return status, body(message, kind, getattr(error, "param", None), code)

@@ -1,0 +1,120 @@
+"""From what a client asks to requests the engine can serve, or a clear refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+from outpace.config import EngineConfig, flag
+from outpace.errors import InvalidRequestError
+from outpace.models.config import ModelConfig
+from outpace.request import Request
+from outpace.sampling import SamplingParams
+
+_SEED_BITS = 63
+
+
+class Admission:
+    """Checks requests against the model and completes them: seeds, length limits, tokenised words.
+
+    Not thread-safe: one front end owns it.
+    """
+
+    def __init__(
+        self, config: EngineConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerFast, max_model_len: int
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = model.vocab_size
+        self._eos_token_ids = frozenset(model.eos_token_ids)
+        self._max_model_len = max_model_len
+        self._max_n = config.max_num_seqs + config.max_num_queued_reqs
+        self._random = random.Random(config.seed)
+
+    def requests(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, priority: int = 0
+    ) -> list[Request]:
+        """The engine requests of one client request: one for each of its n answers.
+
+        Args:
+            request_id: Unique among unfinished ones; the children are called `{request_id}-{i}`.
+            prompt_ids: The prompt.
+            sampling: How to choose and when to stop.
+            priority: Lower runs first under the `priority` scheduling policy.
+
+        Raises:
+            InvalidRequestError: It cannot be served as asked; `param` names the field.
+        """
+        self._check_tokens(prompt_ids, sampling)
+        if sampling.n > self._max_n:
+            raise InvalidRequestError(f"n must be at most {self._max_n}, got {sampling.n}", "n")
+        max_tokens = self._max_tokens(len(prompt_ids), sampling)
+        bad_words_ids = tuple(self._bad_words_ids(sampling.bad_words))
+        seed = self._random.getrandbits(_SEED_BITS) if sampling.seed is None else sampling.seed
+        arrival = time.monotonic()
+        return [
+            Request(
+                id=f"{request_id}-{index}",
+                prompt_ids=tuple(prompt_ids),
+                sampling=sampling,
+                seed=child_seed(seed, index),
+                max_tokens=max_tokens,
+                eos_token_ids=self._eos_token_ids,
+                bad_words_ids=bad_words_ids,
+                index=index,
+                priority=priority,
+                arrival=arrival,
+            )
+            for index in range(sampling.n)
+        ]
+
+    def _check_tokens(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+        if not prompt_ids:
+            raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
+        self._check_vocabulary(prompt_ids, "prompt")
+        self._check_vocabulary(sampling.logit_bias, "logit_bias")
+        self._check_vocabulary(sampling.allowed_token_ids or (), "allowed_token_ids")
+        self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
+
+    def _check_vocabulary(self, token_ids: Iterable[int], param: str) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"{param} has token id {token_id}; ids of this model are in [0, {self._vocab_size})", param
+                )
+
+    def _max_tokens(self, num_prompt: int, sampling: SamplingParams) -> int:
+        limit = self._max_model_len - num_prompt
+        if limit < 1:
+            raise InvalidRequestError(
+                f"the prompt has {num_prompt} tokens, the limit is {self._max_model_len - 1}: the context of "
+                f"{self._max_model_len} ({flag('max_model_len')}) also holds the answer",
+                "prompt",
+            )
+        if sampling.min_tokens > limit:
+            raise InvalidRequestError(
+                f"min_tokens must be at most {limit}, got {sampling.min_tokens}: the prompt takes {num_prompt} "
+                f"of {self._max_model_len} tokens",
+                "min_tokens",
+            )
+        return limit if sampling.max_tokens is None else min(sampling.max_tokens, limit)
+
+    def _bad_words_ids(self, words: tuple[str, ...]) -> Iterable[tuple[int, ...]]:
+        """Each word as tokens, at the beginning of a text and, if that differs, after a space."""
+        for word in words:
+            bare = word.lstrip()
+            if not bare:
+                raise InvalidRequestError(f"bad_words must hold more than spaces, got {word!r}", "bad_words")
+            encodings = (self._tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}"))
+            yield from dict.fromkeys(map(tuple, encodings))
+
+
+def child_seed(seed: int, index: int) -> int:
+    """The seed of answer `index`: the given one for the first, for each other one a distinct 63-bit number."""
+    if index == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> (64 - _SEED_BITS)

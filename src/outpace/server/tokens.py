@@ -1,0 +1,144 @@
+"""Between text and tokens: prompts in, single tokens out."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from functools import cache, lru_cache
+from typing import Any
+
+from outpace.errors import InvalidRequestError
+from outpace.server.protocol import ChatMessage
+
+# Tokenising this much takes about a millisecond: longer texts go to a thread, so that streams do not stutter.
+MAX_CHARS_ON_LOOP = 4096
+
+
+class Tokens:
+    """The served model's tokenizer and chat template.
+
+    Args:
+        tokenizer: A fast transformers tokenizer.
+        chat_template: Replaces the tokenizer's own template, if given.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._template = chat_template
+        self._is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+        self._added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
+        self.size = len(tokenizer)
+        self.of = lru_cache(maxsize=2**16)(self._of)
+
+    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+        if len(text) <= MAX_CHARS_ON_LOOP:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    async def encode_chat(
+        self,
+        messages: list[ChatMessage],
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        add_special_tokens: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, written by the chat template.
+
+        Args:
+            messages: The turns so far.
+            add_generation_prompt: Whether the assistant's turn is opened; None is yes, unless the final
+                message is continued.
+            continue_final_message: Leave the last message open instead.
+            add_special_tokens: Whether the tokenizer adds its own tokens to what the template wrote.
+            template_kwargs: Further variables of the template.
+
+        Raises:
+            InvalidRequestError: There is no template, or it refuses these messages.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt exclude each other", "add_generation_prompt"
+            )
+        if taken := sorted((template_kwargs or {}).keys() & _template_parameters(type(self._tokenizer))):
+            raise InvalidRequestError(f"chat_template_kwargs cannot set {taken[0]}", "chat_template_kwargs")
+        opens_turn = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        conversation = [message.for_template() for message in messages]
+        options = {
+            "add_generation_prompt": opens_turn,
+            "continue_final_message": continue_final_message,
+            **(template_kwargs or {}),
+        }
+        if sum(len(message["content"]) for message in conversation) <= MAX_CHARS_ON_LOOP:
+            return self._encode_chat(conversation, add_special_tokens, options)
+        return await asyncio.to_thread(self._encode_chat, conversation, add_special_tokens, options)
+
+    async def decode(self, token_ids: list[int]) -> str:
+        """Text of token ids, special tokens included.
+
+        Raises:
+            InvalidRequestError: An id is not in the vocabulary.
+        """
+        self.check(token_ids, "tokens")
+        if len(token_ids) <= MAX_CHARS_ON_LOOP:
+            return str(self._tokenizer.decode(token_ids))
+        return str(await asyncio.to_thread(self._tokenizer.decode, token_ids))
+
+    def check(self, token_ids: list[int], param: str) -> None:
+        """Refuses ids that are not in the vocabulary.
+
+        Raises:
+            InvalidRequestError: One is not.
+        """
+        if token_ids and max(token_ids) >= self.size:
+            raise InvalidRequestError(
+                f"{param} holds token id {max(token_ids)}; the vocabulary ends at {self.size - 1}", param
+            )
+
+    def strings(self, token_ids: list[int]) -> list[str]:
+        """Each token as the vocabulary writes it."""
+        return [str(token) for token in self._tokenizer.convert_ids_to_tokens(token_ids)]
+
+    def _of(self, token_id: int) -> tuple[str, list[int]]:
+        """Text and bytes of a single token; a token may be part of a character only."""
+        raw = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token_id in self._added or raw is None:
+            content = self._added.get(token_id, "").encode()
+        elif self._is_byte_level and all(character in _byte_level_bytes() for character in raw):
+            content = bytes(_byte_level_bytes()[character] for character in raw)
+        elif re.fullmatch(r"<0x[0-9A-F]{2}>", raw):
+            content = bytes([int(raw[3:5], 16)])
+        else:
+            content = raw.replace("▁", " ").encode()
+        return content.decode(errors="replace"), list(content)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+    def _encode_chat(
+        self, conversation: list[dict[str, str]], add_special_tokens: bool, options: dict[str, Any]
+    ) -> list[int]:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, chat_template=self._template, **options
+            )
+            return self._encode(text, add_special_tokens)
+        except Exception as error:  # a template is a program run on the client's data: it may raise anything
+            raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from None
+
+
+@cache
+def _template_parameters(tokenizer_class: type) -> frozenset[str]:
+    """Names that `apply_chat_template` keeps for itself."""
+    parameters = inspect.signature(tokenizer_class.apply_chat_template).parameters  # type: ignore[attr-defined]
+    return frozenset(parameters) | {"messages"}
+
+
+@cache
+def _byte_level_bytes() -> dict[str, int]:
+    """GPT-2's alphabet: the character that stands for each byte in byte-level vocabularies."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
