@@ -5,8 +5,8 @@
         --server 'vllm=vllm serve {model} --port {port} --max-model-len 2048' --model DIR --repeat 5
 
 Closed loop: each of c clients sends its next request when its last answer is complete. Every answer is
-streamed and has exactly --output-len tokens. Servers are measured in turn within one run (the others are stopped with
-SIGSTOP meanwhile), in alternating order, and compared by the median of the repetitions' ratios.
+streamed and has exactly --output-len tokens. Servers are measured in turn within one run (the others are frozen
+with SIGSTOP meanwhile), in alternating order, and compared by the median of the repetitions' ratios.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ class Admission:
         Raises:
             InvalidRequestError: It cannot be served as asked; `param` names the field.
         """
-        self._check_tokens(prompt_ids, sampling)
+        self._check_prompt(prompt_ids)
+        sampling.check_token_ids(self._vocab_size)
         if sampling.n > self._max_n:
             raise InvalidRequestError(f"n must be at most {self._max_n}, got {sampling.n}", "n")
         max_tokens = self._max_tokens(len(prompt_ids), sampling)
@@ -71,20 +72,13 @@ class Admission:
             for index in range(sampling.n)
         ]
 
-    def _check_tokens(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+    def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
         if not prompt_ids:
             raise InvalidRequestError("the prompt is empty: give at least one token", "prompt")
-        self._check_vocabulary(prompt_ids, "prompt")
-        self._check_vocabulary(sampling.logit_bias, "logit_bias")
-        self._check_vocabulary(sampling.allowed_token_ids or (), "allowed_token_ids")
-        self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
-
-    def _check_vocabulary(self, token_ids: Iterable[int], param: str) -> None:
-        for token_id in token_ids:
+        for token_id in (min(prompt_ids), max(prompt_ids)):
             if not 0 <= token_id < self._vocab_size:
-                raise InvalidRequestError(
-                    f"{param} has token id {token_id}; ids of this model are in [0, {self._vocab_size})", param
-                )
+                limit = f"token ids in [0, {self._vocab_size})"
+                raise InvalidRequestError(f"prompt must be {limit}, got {token_id}", "prompt")
 
     def _max_tokens(self, num_prompt: int, sampling: SamplingParams) -> int:
         limit = self._max_model_len - num_prompt

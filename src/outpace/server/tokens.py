@@ -120,6 +120,11 @@ class Tokens:
     def _encode_chat(
         self, conversation: list[dict[str, str]], add_special_tokens: bool, options: dict[str, Any]
     ) -> list[int]:
+        if self._template is None and not self._tokenizer.chat_template:
+            raise InvalidRequestError(
+                "this model has no chat template: use /v1/completions, or start the server with --chat-template",
+                "messages",
+            )
         try:
             text = self._tokenizer.apply_chat_template(
                 conversation, tokenize=False, chat_template=self._template, **options

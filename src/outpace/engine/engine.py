@@ -1,0 +1,206 @@
+"""The engine: one straight step from a plan to outputs, and how an engine is built from its settings."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from outpace.config import BLOCK_SIZE, EngineConfig, flag
+from outpace.engine.admission import Admission
+from outpace.engine.detokenizer import detokenizer_factory
+from outpace.engine.metrics import Metrics
+from outpace.engine.scheduler import Scheduler
+from outpace.errors import ConfigError
+from outpace.kernels import load_kernels
+from outpace.models.config import ModelConfig
+from outpace.models.decoder import Decoder
+from outpace.models.hub import resolve_model, resolve_tokenizer
+from outpace.models.loader import load_config, load_weights
+from outpace.models.tokenizer import load_tokenizer
+from outpace.policy.base import BatchView, load_policy
+from outpace.request import FinishReason, Output, Request
+from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.runner import ModelRunner
+from outpace.spec.proposer import load_proposer
+from outpace.spec.verifier import Verifier, load_verifier
+from outpace.tree import DraftTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+_TYPICAL_LEN = 1024  # tokens per running sequence that the default cache has room for
+
+
+class Engine:
+    """Owns one of each part. Synchronous, for one thread at a time.
+
+    Attributes:
+        config: Its settings.
+        model: The shape of its model.
+        tokenizer: The model's.
+        model_name: As the settings name it.
+        max_model_len: Most tokens of prompt and answer.
+        admission: Makes requests that `add` accepts.
+        metrics: What it did.
+        kv: Its cache.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        kv: KVCache,
+        runner: ModelRunner,
+        verifier: Verifier,
+    ) -> None:
+        """Joins the parts.
+
+        Raises:
+            ConfigError: A setting does not fit the model or the cache.
+        """
+        self.config, self.model, self.tokenizer, self.kv = config, model, tokenizer, kv
+        self.model_name = config.model or DEFAULT_MODEL_NAME
+        self.max_model_len = max_model_len(config, model)
+        self.admission = Admission(config, model, tokenizer, self.max_model_len)
+        self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
+        self.policy = load_policy(config.spec_policy)
+        self.proposer = load_proposer(config.spec_method)
+        self.runner, self.verifier = runner, verifier
+        self.metrics = Metrics(self.model_name, self.scheduler)
+        self._num_threads = torch.get_num_threads()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Loads a model and builds its engine.
+
+        Raises:
+            ConfigError: The model cannot be had or a setting does not fit it.
+        """
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        path = resolve_model(config.model, config.revision)
+        model = load_config(path)
+        dtype = choose_dtype(config)
+        num_blocks = choose_num_blocks(config, model, dtype)
+        tokenizer = load_tokenizer(resolve_tokenizer(config.tokenizer) if config.tokenizer else path)
+        widths = (model.hidden_size, model.intermediate_size)
+        kernels = load_kernels(config.kernels, dtype, head_dim=model.head_dim, widths=widths)
+        decoder = Decoder(model, load_weights(path, model, dtype), dtype, kernels)
+        kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching)
+        logger.info("KV cache of %d tokens in %s, kernels: %s", num_blocks * BLOCK_SIZE, dtype, kernels.name)
+        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), load_verifier("match"))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self.scheduler.has_work
+
+    def add(self, requests: list[Request]) -> None:
+        """Puts requests in line: all of them or none.
+
+        Raises:
+            OverloadedError: The queue has no room for them.
+            InvalidRequestError: One could never run, or its id is in use.
+        """
+        self.scheduler.add(requests)
+
+    def abort(self, request_id: str) -> Output | None:
+        """Ends a request and frees its blocks at once.
+
+        Returns:
+            Its finished Output, or None if there is no such request.
+        """
+        output = self.scheduler.abort(request_id)
+        if output is not None:
+            self.proposer.release(request_id)
+            self.metrics.abort(request_id)
+        return output
+
+    def step(self) -> list[Output]:
+        """Runs one forward pass, if there is work; returns what it added to each answer that sampled."""
+        if not self.has_work:
+            return []
+        lap = self.metrics.lap
+        self.metrics.start_step()
+        plan = self.scheduler.plan()
+        view = plan.view()
+        limits = self.policy.limits(view)
+        lap("plan")
+        trees = self._trim(view, self.proposer.propose(plan.decoding, limits))
+        lap("propose")
+        batch = self.kv.place(plan.scheduled, trees)
+        target = self.runner.forward(batch)
+        lap("forward")
+        verdict = self.verifier.verify(batch, target)
+        self.kv.commit(batch, verdict)
+        lap("verify")
+        self.proposer.observe(batch, target, verdict)
+        self.policy.observe(self.metrics.record(view, batch, verdict))
+        outputs = self.scheduler.advance(plan, verdict)
+        self.metrics.finish_step(plan.decoding, outputs)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.proposer.release(output.request_id)
+        return outputs
+
+    def enter_thread(self) -> None:
+        """Makes the calling thread the one that steps: OpenMP counts its threads per caller."""
+        torch.set_num_threads(self._num_threads)
+
+    def _trim(self, view: BatchView, trees: list[DraftTree]) -> list[DraftTree]:
+        num_kept = self.policy.trim(view, [tree.confidence for tree in trees])
+        if num_kept is None:
+            return trees
+        return [tree.cut(num_nodes) for tree, num_nodes in zip(trees, num_kept, strict=True)]
+
+
+def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    """Most tokens of prompt and answer: the setting, or else the model's own limit.
+
+    Raises:
+        ConfigError: The setting is above the model's limit.
+    """
+    if config.max_model_len is None:
+        return model.max_position_embeddings
+    if config.max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            f"{flag('max_model_len')} {config.max_model_len} is above the model's limit of "
+            f"{model.max_position_embeddings} positions"
+        )
+    return config.max_model_len
+
+
+def choose_dtype(config: EngineConfig) -> torch.dtype:
+    """The type of weights and cache; `auto` is bfloat16 where the CPU has arithmetic for it."""
+    named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if config.dtype != "auto":
+        return named[config.dtype]
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def choose_num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+    """Blocks of the KV cache; the default is what the help of --kv-cache-memory-bytes says.
+
+    Raises:
+        ConfigError: The memory given does not hold one sequence of the longest length.
+    """
+    longest = max_model_len(config, model)
+    block_bytes = KVCache.block_bytes(model, dtype)
+    num_needed = -(-longest // BLOCK_SIZE)
+    if config.kv_cache_memory_bytes is None:
+        typical = -(-min(longest, _TYPICAL_LEN) // BLOCK_SIZE)
+        return max(config.max_num_seqs * typical, num_needed)
+    num_blocks = config.kv_cache_memory_bytes // block_bytes
+    if num_blocks < num_needed:
+        raise ConfigError(
+            f"{flag('kv_cache_memory_bytes')} {config.kv_cache_memory_bytes} holds {num_blocks * BLOCK_SIZE} "
+            f"tokens, fewer than one sequence of {longest}: give at least {num_needed * block_bytes} "
+            f"or lower {flag('max_model_len')}"
+        )
+    return num_blocks

@@ -1,0 +1,357 @@
+"""From the engine's outputs to HTTP answers: whole, or as server-sent events.
+
+At 32 streams every engine step makes 32 events, and their Python competes with the engine for the
+interpreter lock. So what is constant in a stream's events is written once, and an event with nothing but
+text costs one string escape, one concatenation and one send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from outpace.errors import ShuttingDownError
+from outpace.request import FinishReason, Output, TokenLogprob
+from outpace.server import errors
+from outpace.server.connection import while_connected
+from outpace.server.protocol import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    PromptTokensDetails,
+    StreamOptions,
+    TopLogprob,
+    Usage,
+)
+from outpace.server.tokens import Tokens
+
+LEAST_LOGPROB = -9999.0  # the OpenAI API's stand-in for minus infinity, which JSON cannot write
+
+_quote = json.JSONEncoder().encode  # for a str this is one C call
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A client's request on its way: constants of its answer.
+
+    Attributes:
+        kind: Which endpoint it came to.
+        model: The served name.
+        num_answers: n; answers to prompt i have the choice indices from i·n on.
+        tokens: Writes the tokens of log-probabilities.
+        echoes: For each prompt the text its answers begin with.
+        id: Of the answer.
+        created: Unix time in seconds.
+    """
+
+    kind: Literal["chat", "text"]
+    model: str
+    num_answers: int
+    tokens: Tokens
+    echoes: tuple[str, ...] = ("",)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def public_id(self) -> str:
+        """The id that the client sees."""
+        return ("chatcmpl-" if self.kind == "chat" else "cmpl-") + self.id
+
+
+class Tally:
+    """Counts tokens while outputs pass."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[int, tuple[int, int]] = {}
+        self._num_answered = 0
+
+    def add(self, prompt: int, output: Output) -> None:
+        """Counts an output of the given prompt."""
+        self._num_answered += len(output.token_ids)
+        if prompt not in self._prompts:
+            self._prompts[prompt] = (output.num_prompt_tokens, output.num_cached_tokens)
+
+    def usage(self) -> Usage:
+        """The counts so far."""
+        num_prompt = sum(total for total, _ in self._prompts.values())
+        return Usage(
+            prompt_tokens=num_prompt,
+            completion_tokens=self._num_answered,
+            total_tokens=num_prompt + self._num_answered,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(cached for _, cached in self._prompts.values())
+            ),
+        )
+
+
+async def merge(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
+    """Outputs of several prompts as they come, each with its prompt's number.
+
+    Closing this closes all of them, and so aborts their requests.
+
+    Raises:
+        ShuttingDownError: The engine gave an answer up.
+    """
+    events = _tagged(streams[0]) if len(streams) == 1 else _interleave(streams)
+    async with aclosing(events):
+        async for prompt, output in events:
+            if output.finish_reason is FinishReason.ABORT:
+                raise ShuttingDownError("the server stopped before the answer was complete")
+            yield prompt, output
+
+
+async def _tagged(stream: AsyncGenerator[Output]) -> AsyncGenerator[tuple[int, Output]]:
+    async with aclosing(stream):
+        async for output in stream:
+            yield 0, output
+
+
+async def _interleave(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
+    queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
+
+    async def pump(prompt: int, stream: AsyncGenerator[Output]) -> None:
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    queue.put_nowait((prompt, output))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(prompt, stream)) for prompt, stream in enumerate(streams)]
+    try:
+        num_running = len(tasks)
+        while num_running:
+            event = await queue.get()
+            if event is None:
+                num_running -= 1
+            elif isinstance(event, Exception):
+                raise event
+            else:
+                yield event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+# --- Whole answers --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One answer as far as it came."""
+
+    text: list[str]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, output: Output) -> None:
+        self.text.append(output.text)
+        if output.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *output.logprobs]
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+
+async def whole(job: Job, events: AsyncGenerator[tuple[int, Output]]) -> ChatCompletion | Completion:
+    """Collects the outputs of a request into one answer."""
+    n, tally = job.num_answers, Tally()
+    answers = [_Answer([echo]) for echo in job.echoes for _ in range(n)]
+    async with aclosing(events):
+        async for prompt, output in events:
+            tally.add(prompt, output)
+            answers[prompt * n + output.index].add(output)
+    common = {"id": job.public_id, "created": job.created, "model": job.model, "usage": tally.usage()}
+    if job.kind == "chat":
+        return ChatCompletion(choices=[_chat_choice(job, *item) for item in enumerate(answers)], **common)
+    return Completion(choices=[_text_choice(job, *item) for item in enumerate(answers)], **common)
+
+
+def _chat_choice(job: Job, index: int, answer: _Answer) -> ChatChoice:
+    return ChatChoice(
+        index=index,
+        message=AnswerMessage(content="".join(answer.text)),
+        logprobs=None if answer.logprobs is None else chat_logprobs(job.tokens, answer.logprobs),
+        finish_reason=answer.finish_reason,
+        stop_reason=answer.stop_reason,
+    )
+
+
+def _text_choice(job: Job, index: int, answer: _Answer) -> CompletionChoice:
+    return CompletionChoice(
+        index=index,
+        text="".join(answer.text),
+        logprobs=None if answer.logprobs is None else text_logprobs(job.tokens, answer.logprobs, 0),
+        finish_reason=answer.finish_reason,
+        stop_reason=answer.stop_reason,
+    )
+
+
+def chat_logprobs(tokens: Tokens, logprobs: Iterable[TokenLogprob]) -> ChatLogprobs:
+    """Log-probabilities as the chat endpoint gives them."""
+
+    def entry(token_id: int, logprob: float) -> TopLogprob:
+        text, content = tokens.of(token_id)
+        return TopLogprob(token=text, logprob=max(logprob, LEAST_LOGPROB), bytes=content)
+
+    return ChatLogprobs(
+        content=[
+            ChatTokenLogprob(
+                **entry(at.token_id, at.logprob).model_dump(), top_logprobs=[entry(*top) for top in at.top]
+            )
+            for at in logprobs
+        ]
+    )
+
+
+def text_logprobs(tokens: Tokens, logprobs: Iterable[TokenLogprob], offset: int) -> CompletionLogprobs:
+    """Log-probabilities as the completions endpoint gives them.
+
+    Args:
+        tokens: Writes the tokens.
+        logprobs: One per token.
+        offset: Characters of the tokens before these.
+    """
+    result = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
+    for at in logprobs:
+        text, _ = tokens.of(at.token_id)
+        result.text_offset.append(offset)
+        result.tokens.append(text)
+        result.token_logprobs.append(max(at.logprob, LEAST_LOGPROB))
+        best: dict[str, float] = {}
+        for token_id, logprob in (*at.top, (at.token_id, at.logprob)):
+            best.setdefault(tokens.of(token_id)[0], max(logprob, LEAST_LOGPROB))
+        result.top_logprobs.append(best)
+        offset += len(text)
+    return result
+
+
+# --- Streams --------------------------------------------------------------------------------------------
+
+
+class Chunks:
+    """Writes a request's server-sent events.
+
+    Args:
+        job: The request.
+        options: What the client wants besides the answer.
+    """
+
+    def __init__(self, job: Job, options: StreamOptions) -> None:
+        self._job = job
+        self._options = options
+        self._tally = Tally()
+        self._offsets = [0] * (len(job.echoes) * job.num_answers)
+        chat = job.kind == "chat"
+        name = "chat.completion.chunk" if chat else "text_completion"
+        head = {"id": job.public_id, "object": name, "created": job.created, "model": job.model}
+        self._start = f'data: {json.dumps(head, separators=(",", ":"))[:-1]},"choices":['
+        self._text, self._after_text = ('"delta":{"content":', "}") if chat else ('"text":', "")
+        self._nothing = '"delta":{}' if chat else '"text":""'
+        self._heads = [f'{self._start}{{"index":{i},{self._text}' for i in range(len(self._offsets))]
+        self._is_plain = not options.continuous_usage_stats
+        usage = ',"usage":null' if options.include_usage else ""
+        self._plain_tail = f'{self._after_text},"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
+
+    def opening(self) -> bytes:
+        """Events before the first output: the roles of a chat, the prompts to echo."""
+        if self._job.kind == "chat":
+            opening = '"delta":{"role":"assistant","content":""}'
+            return b"".join(self._event(i, opening) for i in range(len(self._offsets)))
+        echoes = [echo for echo in self._job.echoes for _ in range(self._job.num_answers)]
+        return b"".join(self._event(i, f'"text":{_quote(echo)}') for i, echo in enumerate(echoes) if echo)
+
+    def of(self, prompt: int, output: Output) -> bytes:
+        """The events of one output; none if it has nothing to show yet."""
+        self._tally.add(prompt, output)
+        index = prompt * self._job.num_answers + output.index
+        if output.logprobs is None and self._is_plain:
+            text = output.text
+            event = (self._heads[index] + _quote(text) + self._plain_tail).encode() if text else b""
+        elif output.text or output.logprobs:
+            event = self._event(index, self._text + _quote(output.text) + self._after_text, self._logprobs(index, output))
+        else:
+            event = b""
+        if output.finish_reason is None:
+            return event
+        end = f'"finish_reason":"{output.finish_reason}","stop_reason":{json.dumps(output.stop_reason)}'
+        return event + self._event(index, self._nothing, end=end)
+
+    def closing(self) -> bytes:
+        """Events after the last output."""
+        usage = ""
+        if self._options.include_usage:
+            usage = f'{self._start}],"usage":{self._tally.usage().model_dump_json()}}}\n\n'
+        return f"{usage}data: [DONE]\n\n".encode()
+
+    def _event(self, index: int, content: str, logprobs: str = "null", end: str = '"finish_reason":null') -> bytes:
+        usage = ""
+        if self._options.continuous_usage_stats:
+            usage = f',"usage":{self._tally.usage().model_dump_json()}'
+        elif self._options.include_usage:
+            usage = ',"usage":null'
+        choice = f'{{"index":{index},{content},"logprobs":{logprobs},{end}}}'
+        return f"{self._start}{choice}]{usage}}}\n\n".encode()
+
+    def _logprobs(self, index: int, output: Output) -> str:
+        if output.logprobs is None:
+            return "null"
+        if self._job.kind == "chat":
+            return chat_logprobs(self._job.tokens, output.logprobs).model_dump_json()
+        result = text_logprobs(self._job.tokens, output.logprobs, self._offsets[index])
+        self._offsets[index] += sum(len(token) for token in result.tokens)
+        return result.model_dump_json()
+
+
+class EventStream(StreamingResponse):
+    """A request's answer as server-sent events.
+
+    The first output is awaited before the status is sent: a request that the engine refuses gets its
+    proper status. A later error is sent as an event and ends the stream without `[DONE]`.
+
+    Args:
+        chunks: Writes the events.
+        outputs: The engine's, in order.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, chunks: Chunks, outputs: AsyncGenerator[tuple[int, Output]]) -> None:
+        super().__init__((), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._chunks = chunks
+        self._outputs = outputs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the answer; a client that leaves ends the request at once."""
+        of = self._chunks.of
+        async with while_connected(receive), aclosing(self._outputs) as outputs:
+            first = of(*await anext(outputs))
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send(_part(self._chunks.opening() + first))
+            try:
+                async for prompt, output in outputs:
+                    if event := of(prompt, output):
+                        await send(_part(event))
+                closing = self._chunks.closing()
+            except Exception as error:  # the status is sent: all that is left is to say it in the stream
+                closing = b"data: " + errors.describe(error)[1] + b"\n\n"
+            await send(_part(closing, more=False))
+
+
+def _part(content: bytes, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": content, "more_body": more}
