@@ -31,7 +31,16 @@ _EVERY_CONFIG = (EngineConfig, ServerConfig)
 _INTEGER = re.compile(r"([+-]?\d+(?:\.\d+)?)(k|m|g|t|[KMGT]i?)?")
 _DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_WORDS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+_WORDS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 
 _ACCEPTED: dict[Any, str] = {
     int: "an integer, also as 64k (thousand) or 2G, 2Gi (binary)",
@@ -41,7 +50,9 @@ _ACCEPTED: dict[Any, str] = {
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, configs: Iterable[type[Any]], model_positional: bool = True) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, configs: Iterable[type[Any]], model_positional: bool = True
+) -> None:
     """Adds `--config` and one flag per setting; what is not given stays out of the namespace.
 
     Args:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+_BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
 _TYPICAL_LEN = 1024  # tokens per running sequence that the default cache has room for
 
 
@@ -181,7 +182,8 @@ def choose_dtype(config: EngineConfig) -> torch.dtype:
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if config.dtype != "auto":
         return named[config.dtype]
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(able.get(name) for name in _BF16_INSTRUCTIONS) else torch.float32
 
 
 def choose_num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:

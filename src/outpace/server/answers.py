@@ -12,7 +12,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -98,20 +98,12 @@ class Tally:
         )
 
 
-async def merge(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
+def merge(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
     """Outputs of several prompts as they come, each with its prompt's number.
 
-    Closing this closes all of them, and so aborts their requests.
-
-    Raises:
-        ShuttingDownError: The engine gave an answer up.
+    Closing the result closes all of them, and so aborts their requests.
     """
-    events = _tagged(streams[0]) if len(streams) == 1 else _interleave(streams)
-    async with aclosing(events):
-        async for prompt, output in events:
-            if output.finish_reason is FinishReason.ABORT:
-                raise ShuttingDownError("the server stopped before the answer was complete")
-            yield prompt, output
+    return _tagged(streams[0]) if len(streams) == 1 else _interleave(streams)
 
 
 async def _tagged(stream: AsyncGenerator[Output]) -> AsyncGenerator[tuple[int, Output]]:
@@ -149,6 +141,19 @@ async def _interleave(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[t
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _finish(output: Output) -> Literal["stop", "length"]:
+    """Why a finished output's answer ended, as clients know it.
+
+    Raises:
+        ShuttingDownError: The engine gave it up: what there is of it is not an answer.
+    """
+    if output.finish_reason is FinishReason.STOP:
+        return "stop"
+    if output.finish_reason is FinishReason.LENGTH:
+        return "length"
+    raise ShuttingDownError("the server stopped before the answer was complete")
+
+
 # --- Whole answers --------------------------------------------------------------------------------------
 
 
@@ -156,16 +161,14 @@ async def _interleave(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[t
 class _Answer:
     """One answer as far as it came."""
 
-    text: list[str]
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
+    texts: list[str]
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    last: Output | None = None
 
     def add(self, output: Output) -> None:
-        self.text.append(output.text)
-        if output.logprobs is not None:
-            self.logprobs = [*(self.logprobs or ()), *output.logprobs]
-        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+        self.texts.append(output.text)
+        self.logprobs.extend(output.logprobs or ())
+        self.last = output
 
 
 async def whole(job: Job, events: AsyncGenerator[tuple[int, Output]]) -> ChatCompletion | Completion:
@@ -176,30 +179,42 @@ async def whole(job: Job, events: AsyncGenerator[tuple[int, Output]]) -> ChatCom
         async for prompt, output in events:
             tally.add(prompt, output)
             answers[prompt * n + output.index].add(output)
-    common = {"id": job.public_id, "created": job.created, "model": job.model, "usage": tally.usage()}
-    if job.kind == "chat":
-        return ChatCompletion(choices=[_chat_choice(job, *item) for item in enumerate(answers)], **common)
-    return Completion(choices=[_text_choice(job, *item) for item in enumerate(answers)], **common)
+    make = _chat_completion if job.kind == "chat" else _text_completion
+    return make(job, answers, tally.usage())
 
 
-def _chat_choice(job: Job, index: int, answer: _Answer) -> ChatChoice:
-    return ChatChoice(
-        index=index,
-        message=AnswerMessage(content="".join(answer.text)),
-        logprobs=None if answer.logprobs is None else chat_logprobs(job.tokens, answer.logprobs),
-        finish_reason=answer.finish_reason,
-        stop_reason=answer.stop_reason,
+def _chat_completion(job: Job, answers: list[_Answer], usage: Usage) -> ChatCompletion:
+    choices = []
+    for index, answer in enumerate(answers):
+        assert answer.last is not None
+        logprobs = None if answer.last.logprobs is None else chat_logprobs(job.tokens, answer.logprobs)
+        choice = ChatChoice(
+            index=index,
+            message=AnswerMessage(content="".join(answer.texts)),
+            logprobs=logprobs,
+            finish_reason=_finish(answer.last),
+            stop_reason=answer.last.stop_reason,
+        )
+        choices.append(choice)
+    return ChatCompletion(
+        id=job.public_id, created=job.created, model=job.model, choices=choices, usage=usage
     )
 
 
-def _text_choice(job: Job, index: int, answer: _Answer) -> CompletionChoice:
-    return CompletionChoice(
-        index=index,
-        text="".join(answer.text),
-        logprobs=None if answer.logprobs is None else text_logprobs(job.tokens, answer.logprobs, 0),
-        finish_reason=answer.finish_reason,
-        stop_reason=answer.stop_reason,
-    )
+def _text_completion(job: Job, answers: list[_Answer], usage: Usage) -> Completion:
+    choices = []
+    for index, answer in enumerate(answers):
+        assert answer.last is not None
+        logprobs = None if answer.last.logprobs is None else text_logprobs(job.tokens, answer.logprobs, 0)
+        choice = CompletionChoice(
+            index=index,
+            text="".join(answer.texts),
+            logprobs=logprobs,
+            finish_reason=_finish(answer.last),
+            stop_reason=answer.last.stop_reason,
+        )
+        choices.append(choice)
+    return Completion(id=job.public_id, created=job.created, model=job.model, choices=choices, usage=usage)
 
 
 def chat_logprobs(tokens: Tokens, logprobs: Iterable[TokenLogprob]) -> ChatLogprobs:
@@ -284,12 +299,14 @@ class Chunks:
             text = output.text
             event = (self._heads[index] + _quote(text) + self._plain_tail).encode() if text else b""
         elif output.text or output.logprobs:
-            event = self._event(index, self._text + _quote(output.text) + self._after_text, self._logprobs(index, output))
+            event = self._event(
+                index, self._text + _quote(output.text) + self._after_text, self._logprobs(index, output)
+            )
         else:
             event = b""
         if output.finish_reason is None:
             return event
-        end = f'"finish_reason":"{output.finish_reason}","stop_reason":{json.dumps(output.stop_reason)}'
+        end = f'"finish_reason":"{_finish(output)}","stop_reason":{json.dumps(output.stop_reason)}'
         return event + self._event(index, self._nothing, end=end)
 
     def closing(self) -> bytes:
@@ -299,7 +316,9 @@ class Chunks:
             usage = f'{self._start}],"usage":{self._tally.usage().model_dump_json()}}}\n\n'
         return f"{usage}data: [DONE]\n\n".encode()
 
-    def _event(self, index: int, content: str, logprobs: str = "null", end: str = '"finish_reason":null') -> bytes:
+    def _event(
+        self, index: int, content: str, logprobs: str = "null", end: str = '"finish_reason":null'
+    ) -> bytes:
         usage = ""
         if self._options.continuous_usage_stats:
             usage = f',"usage":{self._tally.usage().model_dump_json()}'
@@ -338,6 +357,10 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the answer; a client that leaves ends the request at once."""
+        with suppress(errors.ClientGoneError):
+            await self._send(receive, send)
+
+    async def _send(self, receive: Receive, send: Send) -> None:
         of = self._chunks.of
         async with while_connected(receive), aclosing(self._outputs) as outputs:
             first = of(*await anext(outputs))

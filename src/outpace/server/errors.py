@@ -56,9 +56,7 @@ def describe(error: Exception) -> tuple[int, bytes]:
     return status, body(message, kind, getattr(error, "param", None), code)
 
 
-def response(
-    status: int, content: bytes, headers: dict[str, str] | None = None
-) -> Response:
+def response(status: int, content: bytes, headers: dict[str, str] | None = None) -> Response:
     """A JSON error response."""
     headers = dict(headers or {})
     if status in (429, 503):

@@ -52,7 +52,9 @@ Prompt = Annotated[
     | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<list>")]
     | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True), Tag("<lists of ids>")],
-    Discriminator(_shape, "prompt_type", "Input should be a string, a list of strings, token ids or lists of them"),
+    Discriminator(
+        _shape, "prompt_type", "Input should be a string, a list of strings, token ids or lists of them"
+    ),
 ]
 Unsupported = Annotated[None, Field(description="Not supported: only null is accepted.")]
 
@@ -124,10 +126,14 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     prompt: Prompt = Field(description="A text, token ids, or a list of either")
-    max_tokens: Int | None = Field(DEFAULT_COMPLETION_TOKENS, description="null: as long as the context allows")
+    max_tokens: Int | None = Field(
+        DEFAULT_COMPLETION_TOKENS, description="null: as long as the context allows"
+    )
     echo: bool | None = Field(None, description="Begin the text with the prompt; not with logprobs")
     logprobs: Int | None = None
-    add_special_tokens: bool = Field(True, description="Whether text prompts get the tokenizer's own, such as BOS")
+    add_special_tokens: bool = Field(
+        True, description="Whether text prompts get the tokenizer's own, such as BOS"
+    )
     best_of: Int | None = Field(None, description="Only equal to n: answers are not ranked")
 
     suffix: Unsupported = None
@@ -140,7 +146,9 @@ class CompletionRequest(GenerationRequest):
                 f"best_of must equal n ({self.n or 1}), got {self.best_of}: answers are not ranked", "best_of"
             )
         if self.echo and self.logprobs is not None:
-            raise InvalidRequestError("echo cannot be used with logprobs: a prompt's are not computed", "echo")
+            raise InvalidRequestError(
+                "echo cannot be used with logprobs: a prompt's are not computed", "echo"
+            )
         return self
 
     def sampling(self) -> SamplingParams:
@@ -168,7 +176,9 @@ Content = Annotated[
 class ChatMessage(RequestModel):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is a name for system")
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="developer is a name for system"
+    )
     content: Content
     name: Text | None = Field(None, description="Handed to the chat template")
 
@@ -202,10 +212,16 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Int | None = Field(None, description="The newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Int | None = Field(None, description="Only with logprobs: true")
-    add_generation_prompt: bool | None = Field(None, description="The default is true, unless continue_final_message")
-    continue_final_message: bool = Field(False, description="Go on with the last message instead of answering it")
+    add_generation_prompt: bool | None = Field(
+        None, description="The default is true, unless continue_final_message"
+    )
+    continue_final_message: bool = Field(
+        False, description="Go on with the last message instead of answering it"
+    )
     add_special_tokens: bool = Field(False, description="Add the tokenizer's own to what the template writes")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Further variables of the chat template"
+    )
 
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
@@ -260,8 +276,12 @@ class TokenizeRequest(RequestModel):
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = Field(None, description="The default is true for a prompt, false for messages")
-    add_generation_prompt: bool | None = Field(None, description="The default is true, unless continue_final_message")
+    add_special_tokens: bool | None = Field(
+        None, description="The default is true for a prompt, false for messages"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="The default is true, unless continue_final_message"
+    )
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None

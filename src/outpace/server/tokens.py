@@ -131,7 +131,9 @@ class Tokens:
             )
             return self._encode(text, add_special_tokens)
         except Exception as error:  # a template is a program run on the client's data: it may raise anything
-            raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from None
+            raise InvalidRequestError(
+                f"the chat template refuses these messages: {error}", "messages"
+            ) from None
 
 
 @cache

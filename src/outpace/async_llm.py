@@ -1,0 +1,166 @@
+"""Serving: one engine thread, and asyncio streams of what it gives out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+from outpace.config import EngineConfig
+from outpace.engine.engine import Engine
+from outpace.engine.metrics import Metrics
+from outpace.errors import EngineDeadError, InvalidRequestError, OutpaceError, ShuttingDownError
+from outpace.request import Output, Request
+from outpace.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """What the event loop asks of the engine thread; all of it happens between two steps."""
+
+    add: list[Request] = field(default_factory=list)
+    abort: list[str] = field(default_factory=list)
+    stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What the engine thread tells the event loop, at most once per step."""
+
+    outputs: list[Output] = field(default_factory=list)
+    refused: list[tuple[str, OutpaceError]] = field(default_factory=list)
+
+
+class _Stream:
+    """Outputs of one client request on their way to its consumer. Lives in the event loop."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.unfinished = {request.id for request in requests}
+        self._outputs: deque[Output] = deque()
+        self._error: OutpaceError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: Output) -> None:
+        self._outputs.append(output)
+        self._wake()
+
+    def fail(self, error: OutpaceError) -> None:
+        self._error = error
+        self._wake()
+
+    async def get(self) -> Output | None:
+        """The next output; None after the last one."""
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
+            if not self.unfinished:
+                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        return self._outputs.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class AsyncLLM:
+    """Serves an engine to the coroutines of one event loop.
+
+    The engine runs in a thread of its own and is touched by no other. Commands reach it through a queue,
+    on which it sleeps when idle; outputs come back with one call into the loop per step. Every accepted
+    request ends with exactly one finished Output per answer, or with EngineDeadError.
+
+    Attributes:
+        tokenizer: The model's.
+        model_name: As the settings name it.
+        max_model_len: Most tokens of prompt and answer.
+        metrics: What the engine did.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Starts the engine thread; from here on the engine belongs to it."""
+        self.tokenizer: PreTrainedTokenizerFast = engine.tokenizer
+        self.model_name: str = engine.model_name
+        self.max_model_len: int = engine.max_model_len
+        self.metrics: Metrics = engine.metrics
+        self._admission = engine.admission
+        self._engine = engine
+        self._inbox: SimpleQueue[_Command] = SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[str, _Stream] = {}  # by engine request, the unfinished ones only
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._ended = asyncio.Event()
+        self._accepting = True
+        self._death: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="outpace-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> AsyncLLM:
+        """Loads a model and starts its engine.
+
+        Raises:
+            ConfigError: The model cannot be had or a setting does not fit it.
+        """
+        return cls(Engine.from_config(config))
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine ended on an unexpected error."""
+        return self._death is not None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are served: not errored, not shut down."""
+        return self._thread.is_alive() and not self.errored
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+    ) -> AsyncIterator[Output]:
+        """Yields what each step adds to each of the n answers, until all have ended.
+
+        A consumer that stops early, is cancelled or closes the iterator aborts the request: its blocks
+        are free before the next step.
+
+        Args:
+            prompt_ids: The prompt's tokens.
+            sampling: How to choose and when to stop.
+            request_id: Unique among unfinished requests.
+            priority: Lower runs first under the `priority` scheduling policy.
+
+        Raises:
+            InvalidRequestError: The request cannot be served as asked (before anything is yielded).
+            OverloadedError: The queue is full (likewise).
+            ShuttingDownError: No new work is accepted (likewise).
+            EngineDeadError: The engine ended on an unexpected error.
+        """
+        stream = self._submit(prompt_ids, sampling, request_id, priority)
+        try:
+            while (output := await stream.get()) is not None:
+                yield output
+        finally:
+            self._leave(stream)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its consumer gets the finished Outputs. Unknown ids are ignored."""
+        stream = self._streams.get(f"{request_id}-0") or next(self._streams_of(request_id), None)
+        if stream is not None:
+            self._inbox.put(_Command(abort=list(stream.unfinished)))

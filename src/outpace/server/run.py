@@ -1,0 +1,127 @@
+"""From settings to a listening server, and back to a quiet end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from outpace.async_llm import AsyncLLM
+from outpace.config import EngineConfig, ServerConfig
+from outpace.errors import ConfigError
+from outpace.server.app import create_app, read_chat_template
+
+logger = logging.getLogger("outpace.server")
+
+ENGINE_POLL_S = 0.5
+FINAL_SENDS_S = 5  # for answers that the drain has completed to reach slow clients
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Loads the model and serves it until SIGTERM or SIGINT.
+
+    The first signal closes the port and lets running requests finish for up to `shutdown_timeout`; a
+    second one ends the process at once.
+
+    Returns:
+        The exit code: 0 after a signal, 1 if the engine died.
+
+    Raises:
+        ConfigError: A setting is at fault. What can be known early (port, template) is checked before
+            the model loads.
+    """
+    logging.basicConfig(
+        level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    read_chat_template(server_config)
+    with bind(server_config.host, server_config.port) as listener:
+        llm = AsyncLLM.from_config(engine_config)
+        return asyncio.run(_serve(llm, server_config, listener))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Takes the port without listening yet: clients are refused, not left waiting, until the model is there.
+
+    Raises:
+        ConfigError: The address is not to be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose with --host and --port"
+        ) from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, with the signals left to us: its own handlers end in death by the signal."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> int:
+    app = create_app(llm, config)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=config.log_level == "debug",
+            lifespan="off",
+            timeout_graceful_shutdown=config.shutdown_timeout + FINAL_SENDS_S,
+        )
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _on_signal, number, stop)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    watching = asyncio.create_task(_watch(llm, stop))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
+    print(
+        f"Outpace serves {config.served_model_name or llm.model_name} at {_url(config, listener)}/v1",
+        flush=True,
+    )
+    died = not await watching
+    app.state.is_draining = True
+    server.should_exit = True  # closes the port; open connections live on until they are answered
+    await llm.shutdown(config.shutdown_timeout)
+    await serving
+    return 1 if died else 0
+
+
+def _on_signal(number: int, stop: asyncio.Event) -> None:
+    if stop.is_set():
+        os._exit(128 + number)
+    logger.info("draining; a second signal ends the process at once")
+    stop.set()
+
+
+async def _watch(llm: AsyncLLM, stop: asyncio.Event) -> bool:
+    """Waits for a signal, and then is true, or for the engine's death."""
+    while not stop.is_set():
+        if not llm.is_running:
+            logger.critical("the engine has stopped; the server ends")
+            return False
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), ENGINE_POLL_S)
+    return True
+
+
+def _url(config: ServerConfig, listener: socket.socket) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{listener.getsockname()[1]}"
