@@ -1,7 +1,7 @@
 """Small random models of every supported architecture, with a tokenizer, for tests.
 
-    write_checkpoint(directory, "qwen3")       a Hugging Face directory
-    write_gguf(directory, directory / "a.gguf")  the same model as a GGUF file
+write_checkpoint(directory, "qwen3")       a Hugging Face directory
+write_gguf(directory, directory / "a.gguf")  the same model as a GGUF file
 """
 
 from __future__ import annotations
@@ -99,6 +99,21 @@ VARIANTS = {
             }
         },
     ),
+    "llama-yarn-mscale": Variant(
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "beta_fast": 16.0,
+                "beta_slow": 2.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "truncate": False,
+            }
+        },
+    ),
     "qwen3": Variant("Qwen3", {"tie_word_embeddings": True}),
     "qwen3-biases": Variant("Qwen3", {"attention_bias": True, "head_dim": 32}),
 }
@@ -189,7 +204,9 @@ def write_gguf(checkpoint: Path, path: Path, kind: str = "F32", **metadata: Any)
     writer = gguf.GGUFWriter(path, architecture)
     _add_config(writer, config)
     for key, value in metadata.items():
-        writer.add_key_value(f"{architecture}.{key.replace('__', '.')}", value, gguf.GGUFValueType.get_type(value))
+        writer.add_key_value(
+            f"{architecture}.{key.replace('__', '.')}", value, gguf.GGUFValueType.get_type(value)
+        )
     _add_tokenizer(writer, json.loads((checkpoint / "tokenizer.json").read_text()))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     for name, tensor in load_file(checkpoint / "model.safetensors").items():

@@ -7,10 +7,10 @@ import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from outpace.config import EngineConfig
 from outpace.engine.engine import Engine
@@ -21,6 +21,8 @@ from outpace.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class _News:
     """What the engine thread tells the event loop, at most once per step."""
 
     outputs: list[Output] = field(default_factory=list)
-    refused: list[tuple[str, OutpaceError]] = field(default_factory=list)
+    refused: list[tuple[str, OutpaceError]] = field(default_factory=list)  # by engine request
 
 
 class _Stream:
@@ -99,10 +101,9 @@ class AsyncLLM:
         self._engine = engine
         self._inbox: SimpleQueue[_Command] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[str, _Stream] = {}  # by engine request, the unfinished ones only
+        self._streams: dict[str, _Stream] = {}  # by client request, until all its answers ended
         self._drained = asyncio.Event()
         self._drained.set()
-        self._ended = asyncio.Event()
         self._accepting = True
         self._death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="outpace-engine", daemon=True)
@@ -161,6 +162,123 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its consumer gets the finished Outputs. Unknown ids are ignored."""
-        stream = self._streams.get(f"{request_id}-0") or next(self._streams_of(request_id), None)
+        stream = self._streams.get(request_id)
         if stream is not None:
             self._inbox.put(_Command(abort=list(stream.unfinished)))
+
+    async def shutdown(self, timeout: float) -> None:
+        """Drains, then stops: refuses new requests, lets the others finish, and ends the engine thread.
+
+        Args:
+            timeout: Seconds until those that are not finished are aborted.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._accepting = False
+        try:
+            async with asyncio.timeout(timeout):
+                await self._drained.wait()
+        except TimeoutError:
+            self._inbox.put(_Command(abort=[id for s in self._streams.values() for id in s.unfinished]))
+            await self._drained.wait()
+        self._inbox.put(_Command(stop=True))
+        while self._thread.is_alive():  # for as long as the step under way, if there is one
+            await asyncio.sleep(0.001)
+
+    def _submit(
+        self, prompt_ids: Sequence[int], sampling: SamplingParams, request_id: str, priority: int
+    ) -> _Stream:
+        self._loop = asyncio.get_running_loop()  # before the check: see _run
+        if self._death is not None:
+            raise _dead(self._death)
+        if not self._accepting:
+            raise ShuttingDownError("the server is shutting down and accepts no new requests")
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request id {request_id} is in use", "request_id")
+        requests = self._admission.requests(request_id, prompt_ids, sampling, priority)
+        stream = self._streams[request_id] = _Stream(requests)
+        self._drained.clear()
+        self._inbox.put(_Command(add=requests))
+        return stream
+
+    def _leave(self, stream: _Stream) -> None:
+        """The consumer is gone. The stream itself goes when the engine has ended its requests."""
+        if stream.unfinished:
+            self._inbox.put(_Command(abort=list(stream.unfinished)))
+
+    def _deliver(self, news: _News) -> None:
+        for output in news.outputs:
+            client_id = _client_id(output.request_id)
+            stream = self._streams[client_id]
+            if output.finish_reason is not None:
+                stream.unfinished.remove(output.request_id)
+                if not stream.unfinished:
+                    del self._streams[client_id]
+            stream.put(output)
+        for request_id, error in news.refused:
+            self._streams.pop(_client_id(request_id)).fail(error)
+        if not self._streams:
+            self._drained.set()
+
+    def _fail_all(self, cause: BaseException) -> None:
+        for stream in self._streams.values():
+            stream.fail(_dead(cause))
+        self._streams.clear()
+        self._drained.set()
+
+    # What follows runs in the engine thread.
+
+    def _run(self) -> None:
+        try:
+            self._engine.enter_thread()
+            while self._turn():
+                pass
+        except BaseException as error:
+            logger.exception("the engine stopped on an unexpected error")
+            # First this, then the loop's streams: a request submitted in between finds one or the other.
+            self._death = error
+            self._tell(self._fail_all, error)
+
+    def _turn(self) -> bool:
+        """Obeys what was asked since the last turn, then runs a step; False to end."""
+        news, go_on = _News(), True
+        if not self._engine.has_work or not self._inbox.empty():
+            go_on = self._obey(news)
+        if go_on:
+            news.outputs.extend(self._engine.step())
+        if news.outputs or news.refused:
+            self._tell(self._deliver, news)
+        return go_on
+
+    def _obey(self, news: _News) -> bool:
+        """Takes at least one command, sleeping until there is one; False to end."""
+        while True:
+            command = self._inbox.get()
+            if command.stop:
+                return False
+            if command.add:
+                try:
+                    self._engine.add(command.add)
+                except OutpaceError as error:
+                    news.refused.append((command.add[0].id, error))
+            for request_id in command.abort:
+                output = self._engine.abort(request_id)
+                if output is not None:
+                    news.outputs.append(output)
+            if self._inbox.empty():
+                return True
+
+    def _tell(self, callback: Callable[[T], None], argument: T) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                self._loop.call_soon_threadsafe(callback, argument)
+
+
+def _client_id(request_id: str) -> str:
+    """The id the client's request has, from that of one of its answers."""
+    return request_id.rpartition("-")[0]
+
+
+def _dead(cause: BaseException) -> EngineDeadError:
+    error = EngineDeadError(f"the engine stopped on an unexpected error: {type(cause).__name__}: {cause}")
+    error.__cause__ = cause
+    return error

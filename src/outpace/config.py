@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +41,16 @@ class EngineConfig:
     )
     max_model_len: int | None = setting(None, "Most tokens of prompt and answer; the default is the model's")
     max_num_seqs: int = setting(64, "Most sequences that run at once")
-    max_num_batched_tokens: int = setting(512, "Most token rows of one step; longer prompts are cut in chunks")
+    max_num_batched_tokens: int = setting(512, "Most token rows of a step; longer prompts are cut in chunks")
     max_num_queued_reqs: int = setting(1024, "Most requests that wait; one more is answered with 429")
     scheduling_policy: Literal["fcfs", "priority"] = setting(
         "fcfs", "Who runs first: first come, or the request's priority (lower first)"
     )
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prompt beginnings")
     kv_cache_memory_bytes: int | None = setting(
-        None, "Memory of the KV cache; the default holds max-num-seqs sequences of 1,024 tokens, or one of max-model-len if that is more"
+        None,
+        "Memory of the KV cache, as 2G; the default holds max-num-seqs sequences of 1,024 tokens, or one of "
+        "max-model-len if that is more",
     )
     num_threads: int | None = setting(None, "Threads of the CPU kernels; the default is one per core")
     kernels: Literal["auto", "native", "reference"] = setting(
@@ -68,7 +71,7 @@ class EngineConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
         if self.max_num_queued_reqs < 0:
-            raise ConfigError(f"{flag('max_num_queued_reqs')} must be at least 0, got {self.max_num_queued_reqs}")
+            raise ConfigError(f"--max-num-queued-reqs must be at least 0, got {self.max_num_queued_reqs}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
@@ -83,7 +86,7 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "Address to listen on")
     port: int = setting(8000, "Port to listen on")
     api_key: str | None = setting(None, "If given, clients must send it as a bearer token")
-    served_model_name: str | None = setting(None, "Name of the model in the API; the default is the model's own")
+    served_model_name: str | None = setting(None, "Name of the model in the API, if not its own")
     chat_template: str | None = setting(None, "File with a Jinja chat template, if not the tokenizer's own")
     shutdown_timeout: int = setting(30, "Seconds that running requests get to finish after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "What is logged")
@@ -96,6 +99,8 @@ class ServerConfig:
         """
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be in [0, 65535], got {self.port}")
+        if self.api_key == "":
+            raise ConfigError("--api-key must not be empty; leave it out to serve without a key")
         if self.shutdown_timeout < 0:
             raise ConfigError(f"--shutdown-timeout must be at least 0, got {self.shutdown_timeout}")
 
@@ -103,6 +108,11 @@ class ServerConfig:
 def flag(field_name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + field_name.replace("_", "-")
+
+
+def version() -> str:
+    """The installed version of Outpace."""
+    return importlib.metadata.version("outpace")
 
 
 def cache_dir() -> Path:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import VARIANTS, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from checkpoints import VARIANTS, write_checkpoint
 from outpace.errors import ConfigError, UnsupportedModelError
 from outpace.models.config import RopeConfig
 from outpace.models.hf_config import parse_config
@@ -104,7 +104,9 @@ def test_a_wrongly_shaped_weight_is_named_with_both_shapes(editable):
 
 
 def test_many_problems_are_counted_instead_of_listed(editable):
-    edit_weights(editable, lambda weights: [weights.pop(name) for name in list(weights) if "layers.0" in name])
+    edit_weights(
+        editable, lambda weights: [weights.pop(name) for name in list(weights) if "layers.0" in name]
+    )
     with pytest.raises(ConfigError, match="and 4 more"):
         load_weights(editable, load_config(editable), torch.float32)
 
@@ -196,7 +198,9 @@ def test_values_that_make_no_sense_are_refused(changes):
 
 
 def test_an_architecture_without_a_name_is_found_by_model_type():
-    config = parse_config({k: v for k, v in LLAMA.items() if k != "architectures"} | {"model_type": "llama"}, {})
+    config = parse_config(
+        {k: v for k, v in LLAMA.items() if k != "architectures"} | {"model_type": "llama"}, {}
+    )
     assert config.architecture == "LlamaForCausalLM"
 
 

@@ -114,6 +114,7 @@ def test_equal_logits_are_cut_at_the_higher_token_ids() -> None:
     flat = torch.zeros(1, 10)
     assert kept(filtered(flat, top_k=3)[0]) == {0, 1, 2}
     assert kept(filtered(flat, top_p=0.35)[0]) == {0, 1, 2, 3}
+    assert kept(filtered(flat, top_p=0.5)[0]) == {0, 1, 2, 3, 4}  # which reach one half exactly
     assert kept(filtered(flat, min_p=1.0)[0]) == set(range(10))
 
 
@@ -162,6 +163,10 @@ def test_the_hash_is_the_one_documented() -> None:
     got = hash_tokens(torch.tensor(seeds), torch.tensor(positions), 50)
     want = [[slow_hash(s, p, t) for t in range(50)] for s, p in zip(seeds, positions, strict=True)]
     assert got.tolist() == want
+
+
+def test_the_noise_of_a_seed_stays_the_same_between_versions() -> None:
+    assert hash_tokens(torch.tensor(42), torch.tensor(7), 3).tolist() == [2059405389, 1606300858, 550967133]
 
 
 def test_noise_is_the_gumbel_quantile_of_the_hash() -> None:

@@ -90,8 +90,8 @@ class Admission:
             )
         if sampling.min_tokens > limit:
             raise InvalidRequestError(
-                f"min_tokens must be at most {limit}, got {sampling.min_tokens}: the prompt takes {num_prompt} "
-                f"of {self._max_model_len} tokens",
+                f"min_tokens must be at most {limit}, got {sampling.min_tokens}: the prompt takes "
+                f"{num_prompt} of {self._max_model_len} tokens",
                 "min_tokens",
             )
         return limit if sampling.max_tokens is None else min(sampling.max_tokens, limit)
@@ -102,12 +102,14 @@ class Admission:
             bare = word.lstrip()
             if not bare:
                 raise InvalidRequestError(f"bad_words must hold more than spaces, got {word!r}", "bad_words")
-            encodings = (self._tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}"))
+            encodings = (
+                self._tokenizer.encode(text, add_special_tokens=False) for text in (bare, f" {bare}")
+            )
             yield from dict.fromkeys(map(tuple, encodings))
 
 
 def child_seed(seed: int, index: int) -> int:
-    """The seed of answer `index`: the given one for the first, for each other one a distinct 63-bit number."""
+    """The seed of answer `index`: the given one for the first, else a 63-bit number of its own."""
     if index == 0:
         return seed
     digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()

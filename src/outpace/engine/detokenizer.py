@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from outpace.sampling import SamplingParams
 
 _BROKEN = "\ufffd"  # what decoders write for bytes that are no character (yet)
-_MAX_PENDING = 3  # bytes an unfinished UTF-8 character can have
+_MAX_PENDING = 3  # bytes, and so tokens, that an unfinished UTF-8 character can have
 
 
 class TextStream:
@@ -41,8 +41,10 @@ class TextStream:
         self._window.append(token_id)
         text = self._decode()
         num_broken = len(text) - len(text.rstrip(_BROKEN))
-        # More broken characters in a row than one unfinished character can cause will not be mended.
-        end = len(text) - min(num_broken, _MAX_PENDING)
+        num_held = num_broken
+        if len(self._window) - self._num_context > _MAX_PENDING:
+            num_held = min(num_broken, _MAX_PENDING)  # more than one character's bytes: some stay broken
+        end = len(text) - num_held
         piece = text[self._num_shown : end]
         if piece and not num_broken:
             del self._window[: self._num_context]

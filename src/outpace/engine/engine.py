@@ -20,7 +20,7 @@ from outpace.models.hub import resolve_model, resolve_tokenizer
 from outpace.models.loader import load_config, load_weights
 from outpace.models.tokenizer import load_tokenizer
 from outpace.policy.base import BatchView, load_policy
-from outpace.request import FinishReason, Output, Request
+from outpace.request import Output, Request
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.spec.proposer import load_proposer

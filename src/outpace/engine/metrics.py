@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from outpace.batch import Batch, Verdict
 from outpace.engine.scheduler import Scheduler
@@ -25,9 +24,9 @@ from outpace.request import FinishReason, Output, Sequence
 
 _TOKENS = tuple(float(m * 10**e) for e in range(5) for m in (1, 2, 5))
 _ROWS = tuple(float(2**e) for e in range(15))
-_REQUEST_S = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
-_FIRST_TOKEN_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
-_TOKEN_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1.0, 2.5, 5.0)
+_REQUEST_S = (0.01, 0.03, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 480.0)
+_FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0)
+_TOKEN_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1.0, 2.5)
 _PHASE_S = tuple(m * 10.0**e for e in range(-6, 1) for m in (1, 2, 5))
 
 _PHASES = ("plan", "propose", "forward", "verify", "advance")
@@ -50,7 +49,7 @@ class Histogram:
 
     def buckets(self) -> list[tuple[str, float]]:
         """(upper bound, cumulative count) as Prometheus wants them."""
-        names = [floatToGoString(bound) for bound in (*self.bounds, float("inf"))]
+        names = [*map(str, self.bounds), "+Inf"]
         return list(zip(names, itertools.accumulate(self.counts), strict=True))
 
 
@@ -165,25 +164,23 @@ class Metrics(Collector):
         if sequence.num_output > 1:
             self._time_per_output_token.observe(decode_time / (sequence.num_output - 1))
 
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format."""
-        return generate_latest(self.registry)
-
     def describe(self) -> list[Metric]:
         """Nothing: the registry need not collect in order to register."""
         return []
 
     def collect(self) -> Iterator[Metric]:
         """The metric families as of now; called by the registry on each scrape, from any thread."""
-        scheduler = self._scheduler
-        yield self._gauge("num_requests_running", "Requests that hold cache blocks", scheduler.num_running)
-        yield self._gauge("num_requests_waiting", "Requests in the queue", scheduler.num_waiting)
-        yield self._gauge("kv_cache_usage_perc", "Share of cache blocks in use; 1 is all", scheduler.kv_cache_usage)
-        yield self._counter("num_preemptions", "Times a running request lost its blocks", scheduler.num_preemptions)
+        line = self._scheduler
+        yield self._gauge("num_requests_running", "Requests that hold cache blocks", line.num_running)
+        yield self._gauge("num_requests_waiting", "Requests in the queue", line.num_waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of cache blocks in use", line.kv_cache_usage)
+        yield self._counter(
+            "num_preemptions", "Running requests that lost their blocks", line.num_preemptions
+        )
         yield self._counter("prompt_tokens", "Prompt tokens computed or found", self._num_prompt_tokens)
         yield self._counter("generation_tokens", "Tokens generated", self._num_generation_tokens)
-        yield self._counter("prefix_cache_queries", "Tokens looked up", scheduler.num_prefix_queries)
-        yield self._counter("prefix_cache_hits", "Tokens found", scheduler.num_prefix_hits)
+        yield self._counter("prefix_cache_queries", "Tokens looked up", line.num_prefix_queries)
+        yield self._counter("prefix_cache_hits", "Tokens found", line.num_prefix_hits)
         yield self._request_success()
         for name, help, histogram in (
             ("iteration_tokens_total", "Token rows per step", self._iteration_tokens),

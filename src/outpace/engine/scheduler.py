@@ -135,8 +135,8 @@ class Scheduler:
             num_tokens = len(request.prompt_ids) + request.max_tokens
             if num_tokens > self._blocks.capacity:
                 raise InvalidRequestError(
-                    f"prompt and answer may need {num_tokens} tokens, the KV cache holds {self._blocks.capacity}: "
-                    f"lower max_tokens or serve with a larger {flag('kv_cache_memory_bytes')}"
+                    f"prompt and answer may need {num_tokens} tokens, the KV cache holds "
+                    f"{self._blocks.capacity}: lower max_tokens or raise {flag('kv_cache_memory_bytes')}"
                 )
         if not self.has_room(len(requests)):
             raise OverloadedError(

@@ -90,6 +90,8 @@ class Decoder:
         """The output head: [rows, hidden] -> [rows, vocab]."""
         if len(hidden) >= MIN_ROWS:
             return self._head(hidden)
+        if not len(hidden):  # a pass of prefill chunks samples nothing
+            return hidden.new_empty((0, self.config.vocab_size))
         return self._head(hidden.expand(MIN_ROWS, -1).contiguous())[: len(hidden)]
 
 

@@ -49,7 +49,7 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
     num_kv_heads = raw.get("num_key_value_heads", _NUM_KV_HEADS.get(architecture))
     max_position = _size(raw, "max_position_embeddings")
     may_have_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
-    attention_bias = may_have_bias and raw.get("attention_bias", False)
+    attention_bias = may_have_bias and bool(raw.get("attention_bias"))
     config = ModelConfig(
         architecture=architecture,
         vocab_size=_size(raw, "vocab_size"),
@@ -59,14 +59,14 @@ def parse_config(raw: dict[str, Any], generation: dict[str, Any]) -> ModelConfig
         num_heads=num_heads,
         num_kv_heads=num_kv_heads or num_heads,
         head_dim=head_dim or hidden_size // num_heads,
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         max_position_embeddings=max_position,
         rope=_rope(raw, max_position),
         qkv_bias=architecture == "Qwen2ForCausalLM" or attention_bias,
         out_bias=attention_bias,
-        mlp_bias=architecture == "LlamaForCausalLM" and raw.get("mlp_bias", False),
+        mlp_bias=architecture == "LlamaForCausalLM" and bool(raw.get("mlp_bias")),
         qk_norm=architecture == "Qwen3ForCausalLM",
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         sliding_windows=_sliding_windows(raw, architecture, num_layers),
         eos_token_ids=_eos_token_ids(raw, generation),
         bos_token_id=raw.get("bos_token_id"),
@@ -108,10 +108,10 @@ def _size(raw: dict[str, Any], key: str) -> int:
     return value
 
 
-def _number(rope: dict[str, Any], key: str) -> float:
-    value = rope.get(key)
+def _number(settings: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = settings.get(key, default)
     if not isinstance(value, int | float) or value <= 0:
-        raise ConfigError(f"config.json: rope parameter {key} must be a positive number, got {value!r}")
+        raise ConfigError(f"config.json: {key} must be a positive number, got {value!r}")
     return float(value)
 
 
@@ -124,7 +124,7 @@ def _rope(raw: dict[str, Any], max_position: int) -> RopeConfig:
     partial = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if partial not in (None, 1):
         raise unsupported(f"partial_rotary_factor {partial}")
-    theta = _number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}, "rope_theta")
+    theta = _number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     original = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     match kind:

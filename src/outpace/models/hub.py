@@ -174,6 +174,7 @@ def _hub_quantisation(repo: str, quant: str, revision: str | None) -> Path:
 
 def _from_hub(name: str, revision: str | None, download: Callable[[], str]) -> str:
     """Runs a download; whatever goes wrong becomes one line."""
+    import httpx
     from huggingface_hub import constants, errors
 
     at = f" at revision {revision}" if revision else ""
@@ -190,5 +191,5 @@ def _from_hub(name: str, revision: str | None, download: Callable[[], str]) -> s
     except errors.LocalEntryNotFoundError as error:
         reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
         raise ConfigError(f"cannot find {name}{at}: it is not in the cache and {reason}") from error
-    except (errors.HFValidationError, OSError) as error:
+    except (errors.HFValidationError, httpx.HTTPError, OSError) as error:
         raise ConfigError(f"cannot download {name}{at}: {str(error).splitlines()[0]}") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from outpace.errors import ConfigError, UnsupportedModelError
+from outpace.errors import ConfigError, OutpaceError, UnsupportedModelError
 from outpace.models.gguf_file import GGUFFile
 from outpace.models.loader import is_gguf
 
@@ -57,20 +57,17 @@ def _gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     fields = {k.removeprefix("tokenizer."): v for k, v in file.metadata.items() if k.startswith("tokenizer.")}
-    for key in ("ggml.model", "ggml.tokens", "ggml.token_type"):
-        if key not in fields:
-            raise ConfigError(f"{file.path} has no tokenizer.{key}; name another tokenizer with --tokenizer")
-    tokens, kinds = fields["ggml.tokens"], fields["ggml.token_type"]
-    match fields["ggml.model"]:
-        case "gpt2":
-            pre = _pre_tokenizer_name(file, fields)
-            backend = _byte_level(fields, pre)
-            adds_bos = pre == "llama-bpe"
-        case "llama":
-            backend = _sentencepiece(file, fields)
-            adds_bos = True
-        case other:
-            raise _unsupported(file, f"tokenizer model {other!r}", ("gpt2", "llama"))
+    try:
+        backend, adds_bos = _backend(file, fields)
+        tokens, kinds = fields["ggml.tokens"], fields["ggml.token_type"]
+    except KeyError as error:
+        raise ConfigError(
+            f"{file.path} has no tokenizer.{error.args[0]}; name another tokenizer with --tokenizer"
+        ) from error
+    except OutpaceError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"{file.path}: its tokenizer cannot be rebuilt: {error}") from error
     backend.add_special_tokens(_added(tokens, kinds, _CONTROL))
     backend.add_tokens(_added(tokens, kinds, _USER_DEFINED))
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
@@ -83,6 +80,17 @@ def _gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
         add_eos_token=fields.get("ggml.add_eos_token", False),
         **{name: tokens[token] for name, token in ids.items() if token is not None},
     )
+
+
+def _backend(file: GGUFFile, fields: dict[str, Any]) -> tuple[Tokenizer, bool]:
+    """The rebuilt tokenizer, and whether its models expect a beginning token if the file does not say."""
+    match fields["ggml.model"]:
+        case "gpt2":
+            pre = _pre_tokenizer_name(file, fields)
+            return _byte_level(fields, pre), pre == "llama-bpe"
+        case "llama":
+            return _sentencepiece(fields), True
+    raise _unsupported(file, f"tokenizer model {fields['ggml.model']!r}", ("gpt2", "llama"))
 
 
 def _pre_tokenizer_name(file: GGUFFile, fields: dict[str, Any]) -> str:
@@ -115,10 +123,8 @@ def _byte_level(fields: dict[str, Any], pre: str) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece(file: GGUFFile, fields: dict[str, Any]) -> Tokenizer:
+def _sentencepiece(fields: dict[str, Any]) -> Tokenizer:
     """Byte-pair encoding over characters, with unknown ones as bytes."""
-    if "ggml.scores" not in fields:
-        raise ConfigError(f"{file.path} has no tokenizer.ggml.scores")
     unknown = fields.get("ggml.unknown_token_id", 0)
     model = BPE(
         vocab=_vocabulary(fields),

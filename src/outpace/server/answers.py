@@ -103,10 +103,10 @@ def merge(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Ou
 
     Closing the result closes all of them, and so aborts their requests.
     """
-    return _tagged(streams[0]) if len(streams) == 1 else _interleave(streams)
+    return _only(streams[0]) if len(streams) == 1 else _interleave(streams)
 
 
-async def _tagged(stream: AsyncGenerator[Output]) -> AsyncGenerator[tuple[int, Output]]:
+async def _only(stream: AsyncGenerator[Output]) -> AsyncGenerator[tuple[int, Output]]:
     async with aclosing(stream):
         async for output in stream:
             yield 0, output

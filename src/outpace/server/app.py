@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import prometheus_client
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-import outpace
-from outpace.config import ServerConfig
+from outpace.config import ServerConfig, version
 from outpace.errors import ConfigError, NotFoundError, ShuttingDownError
 from outpace.request import Output
 from outpace.sampling import SamplingParams
@@ -55,7 +54,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     """
     app = FastAPI(
         title="Outpace",
-        version=outpace.__version__,
+        version=version(),
         description="An OpenAI-compatible API. Errors of any kind have one shape, ErrorResponse.",
         redoc_url=None,
         redirect_slashes=False,
@@ -95,11 +94,10 @@ class Api:
     def install(self) -> None:
         """Adds the routes."""
         app = self._app
-        generates = [400, 401, 404, 413, 429, 500, 503]
-        app.post("/v1/chat/completions", responses=_responses(ChatCompletion, generates, streams=True))(
-            self.chat
-        )
-        app.post("/v1/completions", responses=_responses(Completion, generates, streams=True))(self.complete)
+        chat = _responses(ChatCompletion, _GENERATION_ERRORS, streams=True)
+        text = _responses(Completion, _GENERATION_ERRORS, streams=True)
+        app.post("/v1/chat/completions", responses=chat)(self.chat)
+        app.post("/v1/completions", responses=text)(self.complete)
         app.get("/v1/models", responses=_responses(ModelList, [401]))(self.models)
         app.get("/v1/models/{model_id:path}", responses=_responses(ModelCard, [401, 404]))(self.model)
         app.post("/tokenize", responses=_responses(TokenizeResponse, [400, 404, 413]))(self.tokenize)
@@ -172,7 +170,7 @@ class Api:
 
     async def version(self) -> Response:
         """The server's version."""
-        return _json(VersionResponse(version=outpace.__version__))
+        return _json(VersionResponse(version=version()))
 
     async def metrics(self) -> Response:
         """Metrics in the Prometheus text format."""
@@ -200,7 +198,8 @@ class Api:
         self, job: Job, number: int, prompt_ids: list[int], sampling: SamplingParams, priority: int
     ) -> AsyncGenerator[Output]:
         request_id = f"{job.public_id}-{number}"
-        return self._llm.generate(prompt_ids, sampling, request_id=request_id, priority=priority)
+        outputs = self._llm.generate(prompt_ids, sampling, request_id=request_id, priority=priority)
+        return cast(AsyncGenerator[Output], outputs)
 
     async def _prompt_ids(self, body: CompletionRequest) -> list[list[int]]:
         prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
@@ -243,6 +242,9 @@ _ERRORS = {
 }
 
 
+_GENERATION_ERRORS = [400, 401, 404, 413, 429, 500, 503]
+
+
 def _responses(
     model: type[BaseModel] | None, statuses: list[int], streams: bool = False
 ) -> dict[int | str, Any]:
@@ -252,7 +254,9 @@ def _responses(
         success["model"] = model
     if streams:
         success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
-    failures = {status: {"model": ErrorResponse, "description": _ERRORS[status]} for status in statuses}
+    failures: dict[int | str, Any] = {
+        status: {"model": ErrorResponse, "description": _ERRORS[status]} for status in statuses
+    }
     return {200: success, **failures}
 
 

@@ -85,6 +85,10 @@ def install(app: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code in (404, 405):
             message = f"{message}: {request.method} {request.url.path}"
+        elif error.status_code == 400:  # FastAPI's, for what is neither JSON nor a plain mistake in it
+            message = (
+                "the body cannot be read as JSON: it is not UTF-8, nested too deeply or holds a huge number"
+            )
         return http_error(error.status_code, message, dict(error.headers or {}))
 
     async def on_client_gone(request: Request, error: Exception) -> Response:

@@ -25,7 +25,7 @@ def _check_unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair") from None
+        raise ValueError("should be Unicode text, without lone surrogates") from None
     return text
 
 
@@ -71,8 +71,8 @@ class RequestModel(BaseModel):
 class StreamOptions(RequestModel):
     """What a stream holds besides the answer."""
 
-    include_usage: bool = Field(False, description="Send a last chunk with the usage and no choices")
-    continuous_usage_stats: bool = Field(False, description="Send the usage so far with every chunk")
+    include_usage: bool = Field(default=False, description="Send a last chunk with the usage and no choices")
+    continuous_usage_stats: bool = Field(default=False, description="Send the usage so far with every chunk")
 
 
 class GenerationRequest(RequestModel):
@@ -126,14 +126,10 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     prompt: Prompt = Field(description="A text, token ids, or a list of either")
-    max_tokens: Int | None = Field(
-        DEFAULT_COMPLETION_TOKENS, description="null: as long as the context allows"
-    )
+    max_tokens: Int | None = Field(DEFAULT_COMPLETION_TOKENS, description="null: what the context allows")
     echo: bool | None = Field(None, description="Begin the text with the prompt; not with logprobs")
     logprobs: Int | None = None
-    add_special_tokens: bool = Field(
-        True, description="Whether text prompts get the tokenizer's own, such as BOS"
-    )
+    add_special_tokens: bool = Field(True, description="Give texts the tokenizer's own, such as BOS")
     best_of: Int | None = Field(None, description="Only equal to n: answers are not ranked")
 
     suffix: Unsupported = None
@@ -176,9 +172,7 @@ Content = Annotated[
 class ChatMessage(RequestModel):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description="developer is a name for system"
-    )
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer means system")
     content: Content
     name: Text | None = Field(None, description="Handed to the chat template")
 
@@ -212,16 +206,10 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: Int | None = Field(None, description="The newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: Int | None = Field(None, description="Only with logprobs: true")
-    add_generation_prompt: bool | None = Field(
-        None, description="The default is true, unless continue_final_message"
-    )
-    continue_final_message: bool = Field(
-        False, description="Go on with the last message instead of answering it"
-    )
+    add_generation_prompt: bool | None = Field(None, description="Default: unless continue_final_message")
+    continue_final_message: bool = Field(False, description="Go on with the last message")
     add_special_tokens: bool = Field(False, description="Add the tokenizer's own to what the template writes")
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Further variables of the chat template"
-    )
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template")
 
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
@@ -276,12 +264,8 @@ class TokenizeRequest(RequestModel):
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = Field(
-        None, description="The default is true for a prompt, false for messages"
-    )
-    add_generation_prompt: bool | None = Field(
-        None, description="The default is true, unless continue_final_message"
-    )
+    add_special_tokens: bool | None = Field(None, description="Default: for a prompt, not for messages")
+    add_generation_prompt: bool | None = Field(None, description="Default: unless continue_final_message")
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Iterator
 
 import uvicorn
+from fastapi import FastAPI
 
 from outpace.async_llm import AsyncLLM
 from outpace.config import EngineConfig, ServerConfig
@@ -20,6 +21,7 @@ from outpace.server.app import create_app, read_chat_template
 logger = logging.getLogger("outpace.server")
 
 ENGINE_POLL_S = 0.5
+LISTEN_BACKLOG = 2048
 FINAL_SENDS_S = 5  # for answers that the drain has completed to reach slow clients
 
 
@@ -66,7 +68,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, with the signals left to us: its own handlers end in death by the signal."""
+    """uvicorn's server with the signals left to us: its own handlers end in death by the signal."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -75,33 +77,33 @@ class _Server(uvicorn.Server):
 
 async def _serve(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> int:
     app = create_app(llm, config)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=config.log_level == "debug",
-            lifespan="off",
-            timeout_graceful_shutdown=config.shutdown_timeout + FINAL_SENDS_S,
-        )
-    )
+    server = _Server(_uvicorn_config(app, config))
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, number, stop)
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, number, stop)
+    listener.listen(LISTEN_BACKLOG)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     watching = asyncio.create_task(_watch(llm, stop))
-    while not (server.started or serving.done()):
-        await asyncio.sleep(0.01)
-    print(
-        f"Outpace serves {config.served_model_name or llm.model_name} at {_url(config, listener)}/v1",
-        flush=True,
-    )
-    died = not await watching
+    name = config.served_model_name or llm.model_name
+    print(f"Outpace serves {name} at {_url(config, listener)}/v1 (Ctrl-C stops)", flush=True)
+    await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
     app.state.is_draining = True
     server.should_exit = True  # closes the port; open connections live on until they are answered
     await llm.shutdown(config.shutdown_timeout)
     await serving
-    return 1 if died else 0
+    return 0 if await watching else 1
+
+
+def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    is_debug = config.log_level == "debug"
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="debug" if is_debug else "warning",
+        access_log=is_debug,
+        lifespan="off",
+        timeout_graceful_shutdown=config.shutdown_timeout + FINAL_SENDS_S,
+    )
 
 
 def _on_signal(number: int, stop: asyncio.Event) -> None:

@@ -8,7 +8,9 @@ import re
 from functools import cache, lru_cache
 from typing import Any
 
-from outpace.errors import InvalidRequestError
+import jinja2
+
+from outpace.errors import ConfigError, InvalidRequestError
 from outpace.server.protocol import ChatMessage
 
 # Tokenising this much takes about a millisecond: longer texts go to a thread, so that streams do not stutter.
@@ -21,15 +23,20 @@ class Tokens:
     Args:
         tokenizer: A fast transformers tokenizer.
         chat_template: Replaces the tokenizer's own template, if given.
+
+    Raises:
+        ConfigError: The template has a syntax error.
     """
 
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._template = chat_template
+        self._taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
         self._is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
         self._added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
         self.size = len(tokenizer)
         self.of = lru_cache(maxsize=2**16)(self._of)
+        self._try_template()
 
     async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
@@ -62,7 +69,7 @@ class Tokens:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt exclude each other", "add_generation_prompt"
             )
-        if taken := sorted((template_kwargs or {}).keys() & _template_parameters(type(self._tokenizer))):
+        if taken := sorted((template_kwargs or {}).keys() & self._taken):
             raise InvalidRequestError(f"chat_template_kwargs cannot set {taken[0]}", "chat_template_kwargs")
         opens_turn = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         conversation = [message.for_template() for message in messages]
@@ -101,6 +108,17 @@ class Tokens:
         """Each token as the vocabulary writes it."""
         return [str(token) for token in self._tokenizer.convert_ids_to_tokens(token_ids)]
 
+    def _try_template(self) -> None:
+        """Compiles the template, for the first request's sake and to find a broken one before any."""
+        try:
+            self._encode_chat([{"role": "user", "content": "Hello"}], False, {})
+        except InvalidRequestError as error:
+            if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+                raise ConfigError(
+                    f"the chat template has a syntax error in line {error.__cause__.lineno}: "
+                    f"{error.__cause__}"
+                ) from None
+
     def _of(self, token_id: int) -> tuple[str, list[int]]:
         """Text and bytes of a single token; a token may be part of a character only."""
         raw = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -122,7 +140,7 @@ class Tokens:
     ) -> list[int]:
         if self._template is None and not self._tokenizer.chat_template:
             raise InvalidRequestError(
-                "this model has no chat template: use /v1/completions, or start the server with --chat-template",
+                "this model has no chat template: use /v1/completions, or give the server --chat-template",
                 "messages",
             )
         try:
@@ -134,13 +152,6 @@ class Tokens:
             raise InvalidRequestError(
                 f"the chat template refuses these messages: {error}", "messages"
             ) from None
-
-
-@cache
-def _template_parameters(tokenizer_class: type) -> frozenset[str]:
-    """Names that `apply_chat_template` keeps for itself."""
-    parameters = inspect.signature(tokenizer_class.apply_chat_template).parameters  # type: ignore[attr-defined]
-    return frozenset(parameters) | {"messages"}
 
 
 @cache

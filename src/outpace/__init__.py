@@ -1,0 +1,76 @@
+"""An LLM server that speculates only when it pays."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from outpace.async_llm import AsyncLLM
+    from outpace.config import EngineConfig, ServerConfig
+    from outpace.engine.engine import Engine
+    from outpace.errors import (
+        ConfigError,
+        EngineDeadError,
+        InvalidRequestError,
+        NotFoundError,
+        OutpaceError,
+        OverloadedError,
+        ShuttingDownError,
+        UnsupportedModelError,
+    )
+    from outpace.llm import LLM, CompletionResult, RequestResult
+    from outpace.request import FinishReason, Output, TokenLogprob
+    from outpace.sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionResult",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "EngineDeadError",
+    "FinishReason",
+    "InvalidRequestError",
+    "NotFoundError",
+    "OutpaceError",
+    "Output",
+    "OverloadedError",
+    "RequestResult",
+    "SamplingParams",
+    "ServerConfig",
+    "ShuttingDownError",
+    "TokenLogprob",
+    "UnsupportedModelError",
+]
+
+_MODULES = {
+    "LLM": "llm",
+    "AsyncLLM": "async_llm",
+    "CompletionResult": "llm",
+    "Engine": "engine.engine",
+    "EngineConfig": "config",
+    "FinishReason": "request",
+    "Output": "request",
+    "RequestResult": "llm",
+    "SamplingParams": "sampling",
+    "ServerConfig": "config",
+    "TokenLogprob": "request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used, so that `import outpace` alone is quick."""
+    if name not in __all__:
+        raise AttributeError(f"module 'outpace' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"outpace.{_MODULES.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

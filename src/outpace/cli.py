@@ -1,0 +1,233 @@
+"""The `outpace` command.
+
+Nothing heavy is imported at the top: `outpace --help` answers at once, and each subcommand imports what it
+needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from outpace import settings
+from outpace.config import EngineConfig, ServerConfig, flag, version
+from outpace.errors import ConfigError, OutpaceError
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+# SamplingParams' fields that make sense in a terminal: name, type, help.
+_SAMPLING: tuple[tuple[str, type, str], ...] = (
+    ("max_tokens", int, "Length limit of the answer; the default is what the context allows"),
+    ("temperature", float, "0 always takes the most probable token (default: 1)"),
+    ("top_p", float, "Keep the most probable tokens that together reach this probability"),
+    ("top_k", int, "Keep this many most probable tokens"),
+    ("min_p", float, "Drop tokens less probable than this times the most probable one"),
+    ("presence_penalty", float, "Discourage tokens that were used, in [-2, 2]"),
+    ("frequency_penalty", float, "Discourage tokens for each time they were used, in [-2, 2]"),
+    ("repetition_penalty", float, "Divide the logits of tokens that were used"),
+    ("seed", int, "Make the answer reproducible"),
+    ("stop", str, "String that ends the answer; may be given several times"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Without the program's name; None takes the process's.
+
+    Returns:
+        The exit code: 2 if a setting or an argument is at fault, 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(arguments)
+    try:
+        run: Callable[[argparse.Namespace], int] = args.run
+        return run(args)
+    except OutpaceError as error:
+        print(f"outpace {args.command}: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left. Python flushes stdout once more at exit, and must not fail there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        print(f"outpace {version()}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="outpace", description="Serves language models; speculates only when it pays.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> _Parser:
+    epilog = (
+        "Every setting is also read from the environment (OUTPACE_MAX_NUM_SEQS for --max-num-seqs) and from "
+        "the YAML file of --config. A flag counts more than the environment, that more than the file. "
+        "OUTPACE_CACHE moves the directory of downloads and built kernels."
+    )
+    parser: _Parser = commands.add_parser(
+        name, help=help, description=help + ".", epilog=epilog, allow_abbrev=False
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --- serve ----------------------------------------------------------------------------------------------
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _add(commands, "serve", _serve, "serve a model over the OpenAI API")
+    settings.add_flags(parser, [EngineConfig, ServerConfig])
+
+
+def _serve(args: argparse.Namespace) -> int:
+    engine_config = settings.load(EngineConfig, vars(args), os.environ)
+    server_config = settings.load(ServerConfig, vars(args), os.environ)
+    from outpace.server.run import serve
+
+    return serve(engine_config, server_config)
+
+
+# --- generate -------------------------------------------------------------------------------------------
+
+
+def _add_generate(commands: Any) -> None:
+    parser = _add(commands, "generate", _generate, "continue a prompt and print the text")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the text; the default is --file or stdin"
+    )
+    parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file")
+    parser.add_argument("--json", action="store_true", help="print everything that is known of the result")
+    _add_sampling_flags(parser)
+    parser.add_argument("--n", metavar="N", default=argparse.SUPPRESS, help="Number of answers (default: 1)")
+    parser.add_argument(
+        "--logprobs",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="With --json: log-probabilities, N best each",
+    )
+    settings.add_flags(parser, [EngineConfig], model_positional=False)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    config = settings.load(EngineConfig, vars(args), os.environ)
+    options = _sampling_options(args)
+    for name in ("n", "logprobs"):
+        if name in args:
+            options[name] = settings.parse_value(int, getattr(args, name), flag(name))
+    prompt = _read_prompt(args)
+    from outpace.llm import LLM
+    from outpace.sampling import SamplingParams
+
+    sampling = SamplingParams(**options)
+    (result,) = LLM(**dataclasses.asdict(config)).generate(prompt, sampling)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False))
+    else:
+        print(*(answer.text for answer in result.outputs), sep="\n")
+    return 0
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None and args.file is not None:
+        raise ConfigError("give the prompt as an argument or in --file, not both")
+    if args.prompt is not None:
+        return str(args.prompt)
+    if args.file is None and sys.stdin.isatty():
+        raise ConfigError("no prompt: give it as an argument, in --file or on stdin")
+    try:
+        return sys.stdin.read() if args.file is None else args.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the prompt: {error}") from None
+
+
+# --- chat -----------------------------------------------------------------------------------------------
+
+
+def _add_chat(commands: Any) -> None:
+    parser = _add(commands, "chat", _chat, "talk to a model in the terminal")
+    parser.add_argument(
+        "--url", metavar="URL", help="talk to this OpenAI-compatible server instead of loading a model"
+    )
+    parser.add_argument("--api-key", metavar="KEY", help="for --url; the default is $OPENAI_API_KEY")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling_flags(parser)
+    settings.add_flags(parser, [EngineConfig])
+
+
+def _chat(args: argparse.Namespace) -> int:
+    config = settings.load(EngineConfig, vars(args), os.environ)
+    options = _sampling_options(args)
+    from outpace import terminal
+
+    if args.url is None:
+        return terminal.talk(terminal.LocalModel(config, options), args.system)
+    api_key = args.api_key or os.environ.get("OPENAI_API_KEY")
+    return terminal.talk(terminal.RemoteModel(args.url, api_key, config.model, options), args.system)
+
+
+# --- convert --------------------------------------------------------------------------------------------
+
+
+def _add_convert(commands: Any) -> None:
+    help = "write a model, such as a GGUF file, as a Hugging Face directory"
+    parser: _Parser = commands.add_parser("convert", help=help, description=help + ".", allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", help="GGUF file, directory or hub id")
+    parser.add_argument("directory", metavar="DIR", type=Path, help="where to write; new or empty")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from outpace.models.convert import convert
+
+    convert(args.model, args.directory)
+    return 0
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("Sampling")
+    for name, kind, help in _SAMPLING:
+        action = "append" if name == "stop" else "store"
+        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+        group.add_argument(flag(name), action=action, metavar=metavar, default=argparse.SUPPRESS, help=help)
+
+
+def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling flags that were given.
+
+    Raises:
+        ConfigError: One is not of its type.
+    """
+    given = [(name, kind) for name, kind, _ in _SAMPLING if name in args and name != "stop"]
+    options = {name: settings.parse_value(kind, getattr(args, name), flag(name)) for name, kind in given}
+    return options | ({"stop": tuple(args.stop)} if "stop" in args else {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""A tiny engine on the CPU, real or with a make-believe model, for tests of everything around the model.
+
+    tiny_engine(max_num_seqs=4)         random weights, a real decoder, cache and verifier
+    FakeModel().engine(max_num_seqs=4)  no tensors: the next token is a hash of all tokens before it
+
+Both speak bytes: token i is byte i, and the special tokens follow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from outpace.batch import Batch, BatchEntry, Decision, Scheduled, TargetOutput, Verdict
+from outpace.config import BLOCK_SIZE, EngineConfig
+from outpace.engine.engine import Engine, choose_num_blocks
+from outpace.kernels import load_kernels
+from outpace.models.config import ModelConfig, RopeConfig
+from outpace.models.decoder import Decoder
+from outpace.request import Output
+from outpace.request import Sequence as Running
+from outpace.runtime.block_manager import BlockManager
+from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.runner import ModelRunner
+from outpace.sampling import SamplingParams
+from outpace.spec.verifier import load_verifier, matched_path
+from outpace.tree import EMPTY_TREE, DraftTree
+
+EOS, USER, ASSISTANT = 256, 257, 258
+VOCAB_SIZE = 259
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=512,
+    rope=RopeConfig(),
+    eos_token_ids=(EOS,),
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Token i is byte i; then `<|eos|>`, `<|user|>` and `<|assistant|>`."""
+    backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_chars())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    names = ("<|eos|>", "<|user|>", "<|assistant|>")
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|eos|>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_chars() -> list[str]:
+    """The visible character that byte-level tokenizers write for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def tiny_engine(
+    *, dtype: str = "float32", kernels: str = "reference", num_blocks: int | None = None, **settings: Any
+) -> Engine:
+    """An engine with a randomly initialised model of two layers, always the same one."""
+    torch.set_num_threads(1)
+    settings = {"max_num_batched_tokens": 256, "max_model_len": 256, **settings}
+    config = EngineConfig(model="tiny", dtype=dtype, kernels=kernels, **settings)
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    generator = torch.Generator().manual_seed(7)
+    weights = {
+        name: (1 + 0.1 * torch.randn(shape, generator=generator)).to(kind)
+        if "norm" in name
+        else (torch.randn(shape, generator=generator) * (1.0 if "embed" in name else shape[-1] ** -0.5)).to(kind)
+        for name, shape in MODEL.weight_shapes().items()
+    }
+    backend = load_kernels(
+        config.kernels, kind, head_dim=MODEL.head_dim, widths=(MODEL.hidden_size, MODEL.intermediate_size)
+    )
+    decoder = Decoder(MODEL, weights, kind, backend)
+    blocks = num_blocks or choose_num_blocks(config, MODEL, kind)
+    kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
+    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), load_verifier("match"))
+
+
+class FakeModel:
+    """Stands in for cache, runner and verifier. Whatever is read from the cache is checked.
+
+    A cache slot holds the hash of the tokens up to its own; a pass writes its rows' slots and reads all
+    those before them, so that a block that is shared wrongly, overwritten or lost fails the test.
+
+    Attributes:
+        passes: Per forward pass the number of known rows of each sequence.
+        on_forward: Called before each pass.
+    """
+
+    def __init__(
+        self, next_token: Callable[[Sequence[int]], int] | None = None, on_forward: Callable[[], None] | None = None
+    ) -> None:
+        self.next_token = next_token or hashed_token
+        self.on_forward = on_forward or (lambda: None)
+        self.passes: list[dict[str, int]] = []
+
+    def engine(self, *, num_blocks: int = 64, **settings: Any) -> Engine:
+        settings = {"max_model_len": min(256, num_blocks * BLOCK_SIZE), **settings}
+        config = EngineConfig(model="fake", **settings)
+        self.blocks = BlockManager(num_blocks, config.enable_prefix_caching)
+        self.slots: list[str | None] = [None] * num_blocks * BLOCK_SIZE
+        parts: Any = self
+        return Engine(config, MODEL, byte_tokenizer(), parts, parts, parts)
+
+    def place(self, scheduled: list[Scheduled], trees: list[DraftTree]) -> Batch:
+        remaining = iter(trees)
+        entries = []
+        row = sample = 0
+        for item in scheduled:
+            tree = next(remaining) if item.samples else EMPTY_TREE
+            assert len(tree) == 0 or tree.is_chain(), "the fake cache knows chains only"
+            end = item.sequence.num_computed + item.num_known
+            if not self.blocks.reserve(item.sequence, end + len(tree)):
+                tree = EMPTY_TREE
+            entries.append(BatchEntry(item.sequence, row, item.num_known, tree, sample if item.samples else None))
+            row += item.num_known + len(tree)
+            sample += 1 + len(tree) if item.samples else 0
+        nothing: Any = None
+        return Batch(tuple(entries), torch.zeros(row, dtype=torch.int64), nothing, nothing)
+
+    def forward(self, batch: Batch) -> TargetOutput:
+        self.on_forward()
+        self.passes.append({entry.sequence.id: entry.num_known for entry in batch.entries})
+        for entry in batch.entries:
+            tokens, start = _tokens(entry), entry.sequence.num_computed
+            for index in range(start, len(tokens)):
+                block = entry.sequence.block_ids[index // BLOCK_SIZE]
+                assert self.blocks._num_users[block] == 1, "a shared block is written"
+                self.slots[self._slot(entry.sequence, index)] = _digest(tokens[: index + 1])
+        for entry in batch.entries:
+            tokens = _tokens(entry)
+            for index in range(len(tokens)):
+                found = self.slots[self._slot(entry.sequence, index)]
+                assert found == _digest(tokens[: index + 1]), f"slot {index} of {entry.sequence.id} is wrong"
+        return TargetOutput(torch.empty(0, VOCAB_SIZE))
+
+    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+        return Verdict(tuple(self._decide(entry) for entry in batch.entries))
+
+    def commit(self, batch: Batch, verdict: Verdict) -> None:
+        for entry, decision in zip(batch.entries, verdict.decisions, strict=True):
+            entry.sequence.num_computed += entry.num_known + (len(decision.path) if decision else 0)
+            self.blocks.trim(entry.sequence)
+
+    def _decide(self, entry: BatchEntry) -> Decision | None:
+        if entry.first_sample is None:
+            return None
+        known = entry.sequence.token_ids
+        chosen = [self.next_token([*known, *entry.tree.token_ids[:n]]) for n in range(len(entry.tree) + 1)]
+        path = matched_path(entry.tree, chosen)
+        return Decision(path, tuple(chosen[: len(path) + 1]))
+
+    def _slot(self, sequence: Running, index: int) -> int:
+        return sequence.block_ids[index // BLOCK_SIZE] * BLOCK_SIZE + index % BLOCK_SIZE
+
+
+def _tokens(entry: BatchEntry) -> list[int]:
+    known = entry.sequence.token_ids[: entry.sequence.num_computed + entry.num_known]
+    return [*known, *entry.tree.token_ids]
+
+
+def _digest(tokens: Sequence[int]) -> str:
+    return hashlib.blake2b(repr(list(tokens)).encode(), digest_size=8).hexdigest()
+
+
+def hashed_token(tokens: Sequence[int]) -> int:
+    """A lower-case letter or a space that depends on every token."""
+    return b"abcdefghijklmnopqrstuvwxyz "[int(_digest(tokens), 16) % 27]
+
+
+def submit(
+    engine: Engine, request_id: str, prompt: str | Sequence[int], sampling: SamplingParams, priority: int = 0
+) -> None:
+    """Admits a client request."""
+    ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    engine.add(engine.admission.requests(request_id, ids, sampling, priority))
+
+
+def run(engine: Engine, max_steps: int = 5000) -> dict[str, list[Output]]:
+    """Steps until all work is done, checks that no block is lost, and gives the outputs by engine request."""
+    outputs: dict[str, list[Output]] = {}
+    for _ in range(max_steps):
+        if not engine.has_work:
+            break
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    assert not engine.has_work, "the engine does not come to an end"
+    check_idle(engine)
+    return outputs
+
+
+def check_idle(engine: Engine) -> None:
+    """An engine without work has every block back."""
+    engine.kv.blocks.check()
+    assert engine.kv.blocks.num_free_blocks == engine.kv.blocks.num_blocks
+
+
+def text(outputs: list[Output]) -> str:
+    """The answer's text."""
+    return "".join(output.text for output in outputs)
+
+
+def tokens(outputs: list[Output]) -> list[int]:
+    """The answer's tokens."""
+    return [token_id for output in outputs for token_id in output.token_ids]
