@@ -96,7 +96,7 @@ def tiny_engine(
     decoder = Decoder(MODEL, weights, kind, backend)
     blocks = num_blocks or choose_num_blocks(config, MODEL, kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
-    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), load_verifier("match"))
+    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), load_verifier("match", backend))
 
 
 class FakeModel:

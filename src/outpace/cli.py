@@ -32,7 +32,6 @@ _SAMPLING: tuple[tuple[str, type, str], ...] = (
     ("presence_penalty", float, "Discourage tokens that were used, in [-2, 2]"),
     ("frequency_penalty", float, "Discourage tokens for each time they were used, in [-2, 2]"),
     ("repetition_penalty", float, "Divide the logits of tokens that were used"),
-    ("seed", int, "Make the answer reproducible"),
     ("stop", str, "String that ends the answer; may be given several times"),
 )
 
@@ -119,9 +118,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _add_generate(commands: Any) -> None:
     parser = _add(commands, "generate", _generate, "continue a prompt and print the text")
-    parser.add_argument(
-        "prompt", metavar="PROMPT", nargs="?", help="the text; the default is --file or stdin"
-    )
+    parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the text; default: --file or stdin")
     parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file")
     parser.add_argument("--json", action="store_true", help="print everything that is known of the result")
     _add_sampling_flags(parser)
@@ -130,7 +127,7 @@ def _add_generate(commands: Any) -> None:
         "--logprobs",
         metavar="N",
         default=argparse.SUPPRESS,
-        help="With --json: log-probabilities, N best each",
+        help="With --json: the N best of each token",
     )
     settings.add_flags(parser, [EngineConfig], model_positional=False)
 
@@ -172,9 +169,7 @@ def _read_prompt(args: argparse.Namespace) -> str:
 
 def _add_chat(commands: Any) -> None:
     parser = _add(commands, "chat", _chat, "talk to a model in the terminal")
-    parser.add_argument(
-        "--url", metavar="URL", help="talk to this OpenAI-compatible server instead of loading a model"
-    )
+    parser.add_argument("--url", metavar="URL", help="load no model, talk to this OpenAI-compatible server")
     parser.add_argument("--api-key", metavar="KEY", help="for --url; the default is $OPENAI_API_KEY")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling_flags(parser)
@@ -188,6 +183,13 @@ def _chat(args: argparse.Namespace) -> int:
 
     if args.url is None:
         return terminal.talk(terminal.LocalModel(config, options), args.system)
+    for field in dataclasses.fields(EngineConfig):
+        if field.name in args and field.name not in ("model", "seed"):
+            raise ConfigError(
+                f"{flag(field.name)} says how a model is run here; it cannot be used with --url"
+            )
+    if "seed" in args:
+        options["seed"] = config.seed
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY")
     return terminal.talk(terminal.RemoteModel(args.url, api_key, config.model, options), args.system)
 

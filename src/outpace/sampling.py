@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from outpace.errors import InvalidRequestError
-from outpace.kernels.reference_sampling import best_tokens, filter_logits_, noisy_argmax
+from outpace.kernels import Kernels
+from outpace.kernels.reference_sampling import best_tokens
 
 if TYPE_CHECKING:
     from outpace import request
@@ -186,7 +187,7 @@ class SampleRow(NamedTuple):
 
 
 def target_logits(
-    logits: torch.Tensor, rows: Sequence[SampleRow], allowed: torch.Tensor | None = None
+    logits: torch.Tensor, rows: Sequence[SampleRow], allowed: torch.Tensor | None = None, *, kernels: Kernels
 ) -> torch.Tensor:
     """The one function from the model's logits to those of the target distribution, for every path.
 
@@ -199,6 +200,7 @@ def target_logits(
         logits: [rows, vocab] float32 or bfloat16; not modified.
         rows: What each row is for.
         allowed: [rows, vocab] bool, False where a grammar forbids a token; None allows all.
+        kernels: Who filters.
 
     Returns:
         [rows, vocab]: `logits` itself if there is nothing to do to it, else float32. Softmax over it is
@@ -218,21 +220,22 @@ def target_logits(
             top_k = torch.tensor([max(p.top_k, 0) for p in drawn], dtype=torch.int64)
             top_p = torch.tensor([p.top_p for p in drawn], dtype=torch.float32)
             min_p = torch.tensor([p.min_p for p in drawn], dtype=torch.float32)
-            filter_logits_(target, top_k, top_p, min_p)
+            kernels.filter_logits_(target, top_k, top_p, min_p)
     return target
 
 
-def choose(target: torch.Tensor, rows: Sequence[SampleRow]) -> list[int]:
+def choose(target: torch.Tensor, rows: Sequence[SampleRow], *, kernels: Kernels) -> list[int]:
     """Chooses each row's token: a function of target logits, seed and position only.
 
     Args:
         target: [rows, vocab] from `target_logits`.
         rows: What each row is for.
+        kernels: Who adds the noise and looks for the best.
     """
     seeds = torch.tensor([row.sequence.request.seed for row in rows], dtype=torch.int64)
     positions = torch.tensor([row.position for row in rows], dtype=torch.int64)
     noisy = torch.tensor([not row.params.is_greedy for row in rows], dtype=torch.bool)
-    chosen: list[int] = noisy_argmax(target, seeds, positions, noisy).tolist()
+    chosen: list[int] = kernels.noisy_argmax(target, seeds, positions, noisy).tolist()
     return chosen
 
 

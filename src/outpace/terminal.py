@@ -7,12 +7,13 @@ import itertools
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from rich.console import Console
 
 from outpace.config import EngineConfig
 from outpace.errors import ConfigError, InvalidRequestError, OutpaceError
+from outpace.request import Output
 
 Message = dict[str, str]
 
@@ -62,7 +63,8 @@ class LocalModel:
         turns = [ChatMessage.model_validate(message) for message in messages]
         prompt_ids = await self._tokens.encode_chat(turns)
         request_id = f"chat-{next(self._numbers)}"
-        async with aclosing(self._llm.generate(prompt_ids, self._sampling, request_id=request_id)) as outputs:
+        outputs = self._llm.generate(prompt_ids, self._sampling, request_id=request_id)
+        async with aclosing(cast(AsyncGenerator[Output], outputs)):
             async for output in outputs:
                 yield output.text
 

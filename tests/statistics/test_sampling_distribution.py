@@ -5,14 +5,22 @@ Every assertion is a chi-square test of size 1e-3 with fixed seeds: 36 that must
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from chi_square import fits
 
+from outpace import sampling
+from outpace.kernels.reference import ReferenceKernels
 from outpace.kernels.reference_sampling import hash_tokens
 from outpace.request import Request, Sequence
-from outpace.sampling import SampleRow, SamplingParams, choose, target_logits
+from outpace.sampling import SampleRow, SamplingParams
+
+KERNELS = ReferenceKernels()
+target_logits = functools.partial(sampling.target_logits, kernels=KERNELS)
+choose = functools.partial(sampling.choose, kernels=KERNELS)
 
 NUM_DRAWS = 6000
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 1.0, 0.5, 0.0, -0.5, -1.0]).bfloat16()

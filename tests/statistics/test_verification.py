@@ -18,11 +18,17 @@ import pytest
 import torch
 from chi_square import fits
 
+from outpace import sampling
 from outpace.batch import Batch, BatchEntry, Decision, TargetOutput, Verdict
+from outpace.kernels.reference import ReferenceKernels
 from outpace.request import Request, Sequence
-from outpace.sampling import SampleRow, SamplingParams, choose, target_logits
+from outpace.sampling import SampleRow, SamplingParams
 from outpace.spec.verifier import MatchVerifier, Verifier, matched_path, rows_to_sample
 from outpace.tree import EMPTY_TREE, DraftTree
+
+KERNELS = ReferenceKernels()
+target_logits = functools.partial(sampling.target_logits, kernels=KERNELS)
+choose = functools.partial(sampling.choose, kernels=KERNELS)
 
 VOCAB = 6
 NUM_TOKENS = 40
@@ -141,19 +147,19 @@ def verify(verifier: Verifier, sequences: list[Sequence], trees: list[DraftTree]
 
 @functools.cache
 def without_drafts() -> Answers:
-    answers, num_steps = decode(MatchVerifier(), nothing)
+    answers, num_steps = decode(MatchVerifier(KERNELS), nothing)
     assert num_steps == NUM_TOKENS
     return answers
 
 
 @pytest.mark.parametrize("proposer", PROPOSERS)
 def test_the_answer_does_not_depend_on_what_was_drafted(proposer: Proposer) -> None:
-    answers, _ = decode(MatchVerifier(), proposer, without_drafts())
+    answers, _ = decode(MatchVerifier(KERNELS), proposer, without_drafts())
     assert answers == without_drafts()
 
 
 def test_right_drafts_are_accepted_and_wrong_ones_are_not() -> None:
-    steps = {p.__name__: decode(MatchVerifier(), p, without_drafts())[1] for p in PROPOSERS}
+    steps = {p.__name__: decode(MatchVerifier(KERNELS), p, without_drafts())[1] for p in PROPOSERS}
     assert steps["the_answer"] == 7  # 40 tokens, 6 a step
     assert steps["the_answer_behind_decoys"] == 10  # 4 a step
     assert steps["never_right"] == NUM_TOKENS
@@ -280,7 +286,7 @@ TREES = [EMPTY_TREE, DraftTree.chain((3, 0)), DraftTree((-1, -1, -1, 0, 0, 2), (
 @pytest.mark.parametrize("tree", TREES, ids=["no tree", "chain", "branching"])
 def test_two_tokens_follow_the_target_whatever_is_drafted(tree: DraftTree) -> None:
     """Chi-square of size 1e-3 on all 36 pairs; fixed seeds."""
-    assert fits(pairs_drawn(MatchVerifier(), tree, 3000), pair_probabilities())
+    assert fits(pairs_drawn(MatchVerifier(KERNELS), tree, 3000), pair_probabilities())
 
 
 def test_noise_used_twice_would_be_noticed_in_the_distribution() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from tiny import EOS, byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from outpace.engine.detokenizer import Detokenizer, detokenizer_factory
 from outpace.sampling import SamplingParams
+from tiny import EOS, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 CREATE = detokenizer_factory(TOKENIZER)

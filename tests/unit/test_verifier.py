@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
 
+from outpace import sampling
 from outpace.batch import Batch, BatchEntry, Decision, TargetOutput
 from outpace.errors import ConfigError
+from outpace.kernels.reference import ReferenceKernels
 from outpace.request import Request, Sequence
-from outpace.sampling import SampleRow, SamplingParams, choose, target_logits, token_logprobs
+from outpace.sampling import SampleRow, SamplingParams, token_logprobs
 from outpace.spec.verifier import MatchVerifier, load_verifier, matched_path, rows_to_sample
 from outpace.tree import EMPTY_TREE, DraftTree
+
+KERNELS = ReferenceKernels()
+target_logits = functools.partial(sampling.target_logits, kernels=KERNELS)
+choose = functools.partial(sampling.choose, kernels=KERNELS)
 
 VOCAB = 20
 #      root
@@ -68,7 +75,7 @@ def choosing(*tokens: int) -> TargetOutput:
 )
 def test_the_path_goes_to_the_child_that_was_chosen(choices: tuple[int, ...], path: tuple[int, ...]) -> None:
     assert matched_path(TREE, choices) == path
-    verdict = MatchVerifier().verify(batch_of((sequence(), TREE)), choosing(*choices))
+    verdict = MatchVerifier(KERNELS).verify(batch_of((sequence(), TREE)), choosing(*choices))
     accepted = tuple(TREE.token_ids[node] for node in path)
     last = choices[path[-1] + 1 if path else 0]
     assert verdict.decisions == (Decision(path, (*accepted, last)),)
@@ -81,19 +88,19 @@ def test_a_child_drafted_twice_is_accepted_once() -> None:
 
 def test_without_a_draft_each_sequence_gets_one_token() -> None:
     batch = batch_of((sequence(), EMPTY_TREE), (sequence(), EMPTY_TREE))
-    verdict = MatchVerifier().verify(batch, choosing(4, 8))
+    verdict = MatchVerifier(KERNELS).verify(batch, choosing(4, 8))
     assert verdict.decisions == (Decision((), (4,)), Decision((), (8,)))
 
 
 def test_an_entry_that_does_not_sample_gets_no_decision() -> None:
     batch = batch_of((sequence(), None), (sequence(), TREE), (sequence(), None), (sequence(), EMPTY_TREE))
-    verdict = MatchVerifier().verify(batch, choosing(9, 0, 7, 0, 0, 2, 13))
+    verdict = MatchVerifier(KERNELS).verify(batch, choosing(9, 0, 7, 0, 0, 2, 13))
     assert verdict.decisions == (None, Decision((1, 4), (9, 7, 2)), None, Decision((), (13,)))
 
 
 def test_a_batch_in_which_nothing_samples_is_fine() -> None:
     logits = torch.empty(0, VOCAB, dtype=torch.bfloat16)
-    verdict = MatchVerifier().verify(batch_of((sequence(), None)), TargetOutput(logits))
+    verdict = MatchVerifier(KERNELS).verify(batch_of((sequence(), None)), TargetOutput(logits))
     assert verdict.decisions == (None,)
 
 
@@ -125,7 +132,9 @@ def test_logprobs_are_those_of_the_rows_on_the_path() -> None:
     for row, token in enumerate((9, 0, 7, 0, 0, 2)):
         logits[row, token] += 9
     asking = sequence(logprobs=3)
-    verdict = MatchVerifier().verify(batch_of((asking, TREE), (sequence(), EMPTY_TREE)), TargetOutput(logits))
+    verdict = MatchVerifier(KERNELS).verify(
+        batch_of((asking, TREE), (sequence(), EMPTY_TREE)), TargetOutput(logits)
+    )
     decision, other = verdict.decisions
     assert decision is not None
     assert decision.logprobs == tuple(token_logprobs(logits[[0, 2, 5]], (9, 7, 2), 3))
@@ -134,13 +143,15 @@ def test_logprobs_are_those_of_the_rows_on_the_path() -> None:
 
 
 def test_logprobs_without_a_top_list_still_give_the_chosen_token() -> None:
-    (decision,) = MatchVerifier().verify(batch_of((sequence(logprobs=0), EMPTY_TREE)), choosing(4)).decisions
+    (decision,) = (
+        MatchVerifier(KERNELS).verify(batch_of((sequence(logprobs=0), EMPTY_TREE)), choosing(4)).decisions
+    )
     assert decision is not None
     assert decision.logprobs is not None
     assert (decision.logprobs[0].token_id, decision.logprobs[0].top) == (4, ())
 
 
 def test_the_verifier_is_found_by_name() -> None:
-    assert isinstance(load_verifier("match"), MatchVerifier)
+    assert isinstance(load_verifier("match", KERNELS), MatchVerifier)
     with pytest.raises(ConfigError, match="unknown verification 'mach'; there are: match"):
-        load_verifier("mach")
+        load_verifier("mach", KERNELS)

@@ -95,7 +95,7 @@ class Engine:
         decoder = Decoder(model, load_weights(path, model, dtype), dtype, kernels)
         kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching)
         logger.info("KV cache of %d tokens in %s, kernels: %s", num_blocks * BLOCK_SIZE, dtype, kernels.name)
-        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), load_verifier("match"))
+        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), load_verifier("match", kernels))
 
     @property
     def has_work(self) -> bool:

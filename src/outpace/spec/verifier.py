@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 
 from outpace.batch import Batch, BatchEntry, Decision, TargetOutput, Verdict
 from outpace.errors import ConfigError
+from outpace.kernels import Kernels
 from outpace.sampling import SampleRow, choose, target_logits, token_logprobs
 from outpace.tree import DraftTree
 
@@ -39,22 +40,26 @@ class MatchVerifier(Verifier):
     chains and trees, need no special case.
     """
 
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
     def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
         """See Verifier."""
         rows = rows_to_sample(batch)
-        chosen = choose(target_logits(target.logits, rows), rows)
+        wanted = target_logits(target.logits, rows, kernels=self._kernels)
+        chosen = choose(wanted, rows, kernels=self._kernels)
         return Verdict(tuple(_decide(entry, chosen, target.logits) for entry in batch.entries))
 
 
-def load_verifier(name: str) -> Verifier:
-    """Builds the verifier called `name`.
+def load_verifier(name: str, kernels: Kernels) -> Verifier:
+    """Builds the verifier called `name`, which samples with `kernels`.
 
     Raises:
         ConfigError: There is no such verifier.
     """
     if name not in _VERIFIERS:
         raise ConfigError(f"unknown verification {name!r}; there are: {', '.join(_VERIFIERS)}")
-    return _VERIFIERS[name]()
+    return _VERIFIERS[name](kernels)
 
 
 def rows_to_sample(batch: Batch) -> list[SampleRow]:
@@ -103,4 +108,4 @@ def _decide(entry: BatchEntry, chosen: list[int], logits: torch.Tensor) -> Decis
     return Decision(path, token_ids, logprobs)
 
 
-_VERIFIERS: dict[str, type[Verifier]] = {"match": MatchVerifier}
+_VERIFIERS: dict[str, Callable[[Kernels], Verifier]] = {"match": MatchVerifier}

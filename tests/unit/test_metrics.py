@@ -1,0 +1,131 @@
+"""What is counted, under which names, and at what cost."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from outpace.engine.engine import Engine
+from outpace.engine.metrics import Histogram
+from outpace.sampling import SamplingParams
+from tiny import FakeModel, run, submit
+
+NAMES = {
+    "outpace:num_requests_running",
+    "outpace:num_requests_waiting",
+    "outpace:kv_cache_usage_perc",
+    "outpace:num_preemptions",
+    "outpace:prompt_tokens",
+    "outpace:generation_tokens",
+    "outpace:prefix_cache_queries",
+    "outpace:prefix_cache_hits",
+    "outpace:request_success",
+    "outpace:time_to_first_token_seconds",
+    "outpace:inter_token_latency_seconds",
+    "outpace:request_time_per_output_token_seconds",
+    "outpace:e2e_request_latency_seconds",
+    "outpace:request_queue_time_seconds",
+    "outpace:request_prefill_time_seconds",
+    "outpace:request_decode_time_seconds",
+    "outpace:request_prompt_tokens",
+    "outpace:request_generation_tokens",
+    "outpace:iteration_tokens_total",
+    "outpace:step_phase_seconds",
+}
+
+
+def scrape(engine: Engine) -> dict[tuple[str, str], float]:
+    """(sample name, second label if any) to value; histograms by their _count and _sum."""
+    samples = {}
+    for family in text_string_to_metric_families(generate_latest(engine.metrics.registry).decode()):
+        for sample in family.samples:
+            labels = {key: value for key, value in sample.labels.items() if key != "model_name"}
+            assert sample.labels["model_name"] == "fake"
+            if "le" not in labels:
+                samples[sample.name, "".join(labels.values())] = sample.value
+    return samples
+
+
+def test_names_are_those_dashboards_know():
+    text = generate_latest(FakeModel().engine().metrics.registry).decode()
+    assert {family.name for family in text_string_to_metric_families(text)} == NAMES
+
+
+def test_requests_and_tokens_are_counted():
+    engine = FakeModel().engine()
+    for name in "ab":
+        submit(engine, name, "x" * 40, SamplingParams(max_tokens=5))
+        run(engine)
+    submit(engine, "c", "x" * 40, SamplingParams(max_tokens=5, n=2))
+    engine.step()
+    engine.abort("c-1")
+    during = scrape(engine)
+    assert during["outpace:num_requests_running", ""] == 1
+    assert during["outpace:kv_cache_usage_perc", ""] == 3 / 64
+    run(engine)
+    counts = scrape(engine)
+    assert counts["outpace:prompt_tokens_total", ""] == 160
+    assert counts["outpace:generation_tokens_total", ""] == 16
+    assert counts["outpace:prefix_cache_queries_total", ""] == 160
+    assert counts["outpace:prefix_cache_hits_total", ""] == 96
+    assert counts["outpace:request_success_total", "length"] == 3
+    assert counts["outpace:request_success_total", "abort"] == 1
+    assert counts["outpace:time_to_first_token_seconds_count", ""] == 4
+    assert counts["outpace:inter_token_latency_seconds_count", ""] == 12
+    assert counts["outpace:e2e_request_latency_seconds_count", ""] == 3
+    assert counts["outpace:request_generation_tokens_sum", ""] == 15
+    assert counts["outpace:num_requests_running", ""] == 0
+
+
+def test_every_phase_of_every_step_is_timed():
+    engine = FakeModel(on_forward=lambda: time.sleep(0.002)).engine()
+    submit(engine, "a", "hello", SamplingParams(max_tokens=3))
+    run(engine)
+    counts = scrape(engine)
+    for phase in ("plan", "propose", "forward", "verify", "advance"):
+        assert counts["outpace:step_phase_seconds_count", phase] == 3
+    assert counts["outpace:step_phase_seconds_sum", "forward"] > 0.006
+    assert counts["outpace:iteration_tokens_total_sum", ""] == 7
+
+
+def test_buckets_are_cumulative_and_bounds_belong_to_theirs():
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe(value)
+    assert histogram.buckets() == [("1.0", 2), ("2.0", 3), ("+Inf", 4)]
+    assert histogram.sum == 12.0
+
+
+def test_a_policy_learns_what_the_step_did():
+    engine = FakeModel().engine()
+    records = []
+    engine.policy.observe = records.append  # type: ignore[method-assign]
+    submit(engine, "a", "hello", SamplingParams(max_tokens=2))
+    run(engine)
+    assert [(r.num_rows, r.num_context, r.num_tokens) for r in records] == [(5, 0, 1), (1, 5, 1)]
+    assert all(r.num_drafted == r.num_accepted == (0,) for r in records)
+    for record in records:
+        parts = [record.seconds[phase] for phase in ("plan", "propose", "forward", "verify")]
+        assert abs(sum(parts) - record.seconds["total"]) < 1e-9
+
+
+def test_counting_a_step_of_32_sequences_costs_little():
+    engine = FakeModel().engine(num_blocks=256)
+    for name in range(32):
+        submit(engine, str(name), "x", SamplingParams(max_tokens=200))
+    engine.step()
+    plan = engine.scheduler.plan()
+    outputs = [
+        output for output in engine.step() if output.request_id
+    ]  # one per sequence of the plan above, in its order
+    best = 1.0
+    for _ in range(100):
+        begin = time.perf_counter()
+        engine.metrics.start_step()
+        for phase in ("plan", "propose", "forward", "verify"):
+            engine.metrics.lap(phase)
+        engine.metrics.finish_step(plan.decoding, outputs)
+        best = min(best, time.perf_counter() - begin)
+    assert best < 200e-6, f"{best * 1e6:.0f} µs"
