@@ -85,10 +85,7 @@ def tiny_engine(
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     generator = torch.Generator().manual_seed(7)
     weights = {
-        name: (1 + 0.1 * torch.randn(shape, generator=generator)).to(kind)
-        if "norm" in name
-        else (torch.randn(shape, generator=generator) * (1.0 if "embed" in name else shape[-1] ** -0.5)).to(kind)
-        for name, shape in MODEL.weight_shapes().items()
+        name: _random_weight(name, shape, generator).to(kind) for name, shape in MODEL.weight_shapes().items()
     }
     backend = load_kernels(
         config.kernels, kind, head_dim=MODEL.head_dim, widths=(MODEL.hidden_size, MODEL.intermediate_size)
@@ -96,7 +93,23 @@ def tiny_engine(
     decoder = Decoder(MODEL, weights, kind, backend)
     blocks = num_blocks or choose_num_blocks(config, MODEL, kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
-    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), load_verifier("match", backend))
+    return Engine(
+        config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), load_verifier("match", backend)
+    )
+
+
+def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1 + 0.1 * noise
+    return noise if "embed" in name else noise * shape[-1] ** -0.5
+
+
+def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(shape, generator=generator)
+    if "norm" in name:
+        return 1 + 0.1 * noise
+    return noise if "embed" in name else noise * shape[-1] ** -0.5
 
 
 class FakeModel:
@@ -111,7 +124,9 @@ class FakeModel:
     """
 
     def __init__(
-        self, next_token: Callable[[Sequence[int]], int] | None = None, on_forward: Callable[[], None] | None = None
+        self,
+        next_token: Callable[[Sequence[int]], int] | None = None,
+        on_forward: Callable[[], None] | None = None,
     ) -> None:
         self.next_token = next_token or hashed_token
         self.on_forward = on_forward or (lambda: None)
@@ -135,7 +150,9 @@ class FakeModel:
             end = item.sequence.num_computed + item.num_known
             if not self.blocks.reserve(item.sequence, end + len(tree)):
                 tree = EMPTY_TREE
-            entries.append(BatchEntry(item.sequence, row, item.num_known, tree, sample if item.samples else None))
+            entries.append(
+                BatchEntry(item.sequence, row, item.num_known, tree, sample if item.samples else None)
+            )
             row += item.num_known + len(tree)
             sample += 1 + len(tree) if item.samples else 0
         nothing: Any = None

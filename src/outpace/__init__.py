@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LLM",
+__all__ = [  # noqa: RUF022 (in plain alphabetical order)
     "AsyncLLM",
     "CompletionResult",
     "ConfigError",
@@ -35,6 +34,7 @@ __all__ = [
     "EngineDeadError",
     "FinishReason",
     "InvalidRequestError",
+    "LLM",
     "NotFoundError",
     "OutpaceError",
     "Output",

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 from outpace import settings
 from outpace.config import EngineConfig, ServerConfig, flag, version
-from outpace.errors import ConfigError, OutpaceError
+from outpace.errors import ConfigError, InvalidRequestError, OutpaceError
 
+EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -51,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(args)
     except OutpaceError as error:
         print(f"outpace {args.command}: error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_USAGE if isinstance(error, ConfigError | InvalidRequestError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output left. Python flushes stdout once more at exit, and must not fail there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return EXIT_FAILURE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -152,16 +153,24 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
+    """The prompt, less the newline that ends a file or a pipe.
+
+    Raises:
+        ConfigError: There is none, there are two, or it is not UTF-8.
+    """
     if args.prompt is not None and args.file is not None:
         raise ConfigError("give the prompt as an argument or in --file, not both")
-    if args.prompt is not None:
-        return str(args.prompt)
-    if args.file is None and sys.stdin.isatty():
+    if args.prompt is None and args.file is None and sys.stdin.isatty():
         raise ConfigError("no prompt: give it as an argument, in --file or on stdin")
     try:
-        return sys.stdin.read() if args.file is None else args.file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if args.file is not None:
+            prompt = args.file.read_text(encoding="utf-8").removesuffix("\n")
+        else:
+            prompt = sys.stdin.read().removesuffix("\n") if args.prompt is None else args.prompt
+        prompt.encode()  # arguments that are not UTF-8 come with lone surrogates
+    except (OSError, UnicodeError) as error:
         raise ConfigError(f"cannot read the prompt: {error}") from None
+    return str(prompt)
 
 
 # --- chat -----------------------------------------------------------------------------------------------
@@ -185,9 +194,7 @@ def _chat(args: argparse.Namespace) -> int:
         return terminal.talk(terminal.LocalModel(config, options), args.system)
     for field in dataclasses.fields(EngineConfig):
         if field.name in args and field.name not in ("model", "seed"):
-            raise ConfigError(
-                f"{flag(field.name)} says how a model is run here; it cannot be used with --url"
-            )
+            raise ConfigError(f"{flag(field.name)} is about a model in this process; --url excludes it")
     if "seed" in args:
         options["seed"] = config.seed
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY")

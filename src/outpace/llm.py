@@ -217,7 +217,7 @@ def _one_each(
         return [params] * num_prompts
     if len(params) != num_prompts:
         raise InvalidRequestError(
-            f"{len(params)} sampling_params for {num_prompts} prompts", "sampling_params"
+            f"{len(params)} sampling_params given for {num_prompts} prompts", "sampling_params"
         )
     return params
 

@@ -28,7 +28,7 @@ _NOT_SETTINGS = frozenset({"OUTPACE_CACHE", "OUTPACE_CONFIG"})
 _KUBERNETES = re.compile(r"OUTPACE_(SERVICE_(HOST|PORT)|PORT_\d+_(TCP|UDP|SCTP))(_\w+)?")
 _EVERY_CONFIG = (EngineConfig, ServerConfig)
 
-_INTEGER = re.compile(r"([+-]?\d+(?:\.\d+)?)(k|m|g|t|[KMGT]i?)?")
+_INTEGER = re.compile(r"([+-]?[0-9]+(?:\.[0-9]+)?)(k|m|g|t|[KMGT]i?)?")
 _DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _WORDS = {
@@ -62,7 +62,7 @@ def add_flags(
     """
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags are")
     for config in configs:
-        group = parser.add_argument_group((config.__doc__ or config.__name__).splitlines()[0].rstrip("."))
+        group = parser.add_argument_group((config.__doc__ or config.__name__).split(".")[0])
         for field in dataclasses.fields(config):
             default = "" if field.default is None else f" (default: {_show(field.default)})"
             text = (field.metadata["help"] + default).replace("%", "%%")

@@ -148,9 +148,8 @@ def talk(model: ChatModel, system: str | None) -> int:
     beginning: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     messages = list(beginning)
     with asyncio.Runner() as runner:
-        name = runner.run(model.start())
-        console.print(f"[dim]{name}: {HELP}[/dim]")
         try:
+            console.print(f"{runner.run(model.start())}: {HELP}", style="dim", markup=False)
             while (text := _read(console)) is not None:
                 if text == "/reset":
                     messages = list(beginning)
@@ -175,6 +174,7 @@ def _read(console: Console) -> str | None:
         except KeyboardInterrupt:
             console.print()
             continue
+        text = text.encode(errors="replace").decode()  # a terminal may send what is not UTF-8
         return None if text == "/exit" else text
 
 

@@ -26,7 +26,7 @@ from outpace.server.run import bind
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m.content == 'forbidden' %}{{ raise_exception('not this word') }}{% endif %}"
-    "<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>{{ m.role + (' ' + m.name if m.name else '') }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     "{% if mood %}({{ mood }}){% endif %}"
 )

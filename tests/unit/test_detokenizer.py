@@ -14,7 +14,12 @@ from tiny import EOS, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 CREATE = detokenizer_factory(TOKENIZER)
-SENTENCES = "naïve café – 日本語 🙂 👩‍👩‍👧‍👦 done", "plain", " leading and  double  spaces ", "\ufffd real replacement"
+SENTENCES = (
+    "naïve café – 日本語 🙂 👩‍👩‍👧‍👦 done",
+    "plain",
+    " leading and  double  spaces ",
+    "\ufffd real replacement",
+)
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -59,7 +64,14 @@ def test_pieces_are_whole_characters_and_join_to_the_text(text: str):
 
 def test_a_character_is_shown_with_its_last_byte():
     detokenizer = CREATE(SamplingParams())
-    assert [(detokenizer.push(b), detokenizer.take())[1] for b in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
+    assert [(detokenizer.push(b), detokenizer.take())[1] for b in "é🙂".encode()] == [
+        "",
+        "é",
+        "",
+        "",
+        "",
+        "🙂",
+    ]
 
 
 def test_random_bytes_join_to_what_decoding_them_together_gives():
@@ -90,7 +102,13 @@ def test_sentencepiece_text_joins_to_what_decoding_gives():
     tokenizer = sentencepiece_tokenizer()
     create = detokenizer_factory(tokenizer)
     hello, world, space, euro = 258, 259, 257, [1 + b for b in "€".encode()]
-    for ids in ([hello, world], [space, hello], [hello, space, space, world], [*euro, world], [hello, *euro, *euro]):
+    for ids in (
+        [hello, world],
+        [space, hello],
+        [hello, space, space, world],
+        [*euro, world],
+        [hello, *euro, *euro],
+    ):
         assert "".join(pieces(create(SamplingParams()), ids)) == tokenizer.decode(ids)
     assert pieces(create(SamplingParams()), [hello, *euro, world]) == ["Hello", "", "", "€", " world", ""]
     broken = [1 + 0xE2] * 6

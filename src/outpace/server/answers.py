@@ -19,7 +19,7 @@ from typing import Literal
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from outpace.errors import ShuttingDownError
+from outpace.errors import InvalidRequestError, ShuttingDownError
 from outpace.request import FinishReason, Output, TokenLogprob
 from outpace.server import errors
 from outpace.server.connection import while_connected
@@ -41,6 +41,8 @@ from outpace.server.tokens import Tokens
 
 LEAST_LOGPROB = -9999.0  # the OpenAI API's stand-in for minus infinity, which JSON cannot write
 
+Kind = Literal["chat", "text"]
+
 _quote = json.JSONEncoder().encode  # for a str this is one C call
 
 
@@ -58,7 +60,7 @@ class Job:
         created: Unix time in seconds.
     """
 
-    kind: Literal["chat", "text"]
+    kind: Kind
     model: str
     num_answers: int
     tokens: Tokens
@@ -98,18 +100,23 @@ class Tally:
         )
 
 
-def merge(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
+def merge(kind: Kind, streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
     """Outputs of several prompts as they come, each with its prompt's number.
 
     Closing the result closes all of them, and so aborts their requests.
     """
-    return _only(streams[0]) if len(streams) == 1 else _interleave(streams)
+    return _only(kind, streams[0]) if len(streams) == 1 else _interleave(streams)
 
 
-async def _only(stream: AsyncGenerator[Output]) -> AsyncGenerator[tuple[int, Output]]:
-    async with aclosing(stream):
-        async for output in stream:
-            yield 0, output
+async def _only(kind: Kind, stream: AsyncGenerator[Output]) -> AsyncGenerator[tuple[int, Output]]:
+    try:
+        async with aclosing(stream):
+            async for output in stream:
+                yield 0, output
+    except InvalidRequestError as error:
+        if kind == "chat" and error.param == "prompt":
+            raise InvalidRequestError(str(error), "messages") from None  # as the client wrote it
+        raise
 
 
 async def _interleave(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:

@@ -186,9 +186,8 @@ class Api:
         request: Request,
     ) -> Response:
         """Starts one engine request per prompt and sends what comes of them."""
-        outputs = merge(
-            [self._generate(job, i, ids, sampling, body.priority) for i, ids in enumerate(prompts)]
-        )
+        streams = [self._generate(job, i, ids, sampling, body.priority) for i, ids in enumerate(prompts)]
+        outputs = merge(job.kind, streams)
         if body.stream:
             return EventStream(Chunks(job, body.stream_options or StreamOptions()), outputs)
         async with while_connected(request.receive):

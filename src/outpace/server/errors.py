@@ -112,6 +112,8 @@ def explain(error: dict[str, Any]) -> tuple[str, str | None]:
         return f"unknown field: {field}", field
     if kind == "none_required":
         return f"{field} is not supported by this server", field
+    if kind == "too_short":
+        return f"{field} must not be empty", field
     if kind == "missing":
         return f"{field} is required", field
     reason = error["msg"].removeprefix("Value error, ").removeprefix("Input ")

@@ -149,9 +149,8 @@ class Tokens:
             )
             return self._encode(text, add_special_tokens)
         except Exception as error:  # a template is a program run on the client's data: it may raise anything
-            raise InvalidRequestError(
-                f"the chat template refuses these messages: {error}", "messages"
-            ) from None
+            reason = f"the chat template refuses these messages: {error}"
+            raise InvalidRequestError(reason, "messages") from error
 
 
 @cache
