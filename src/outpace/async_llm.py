@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
@@ -80,8 +82,10 @@ class _Stream:
 class AsyncLLM:
     """Serves an engine to the coroutines of one event loop.
 
-    The engine runs in a thread of its own and is touched by no other. Commands reach it through a queue,
-    on which it sleeps when idle; outputs come back with one call into the loop per step. Every accepted
+    The engine lives in a thread of its own, from its building on, and is touched by no other: OpenMP keeps
+    a team of threads for each thread that computes, and two teams on the same cores would put each other
+    to sleep at every barrier. Commands reach it through a queue, on which it sleeps when idle; outputs
+    come back with one call into the loop per step. Every accepted
     request ends with exactly one finished Output per answer, or with EngineDeadError.
 
     Attributes:
@@ -91,14 +95,13 @@ class AsyncLLM:
         metrics: What the engine did.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        """Starts the engine thread; from here on the engine belongs to it."""
-        self.tokenizer: PreTrainedTokenizerFast = engine.tokenizer
-        self.model_name: str = engine.model_name
-        self.max_model_len: int = engine.max_model_len
-        self.metrics: Metrics = engine.metrics
-        self._admission = engine.admission
-        self._engine = engine
+    def __init__(self, build: Callable[[], Engine]) -> None:
+        """Starts the engine thread and waits until it has its engine.
+
+        Args:
+            build: Makes the engine; called in its thread, and what it raises is raised here.
+        """
+        built: Future[Engine] = Future()
         self._inbox: SimpleQueue[_Command] = SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._streams: dict[str, _Stream] = {}  # by client request, until all its answers ended
@@ -106,8 +109,16 @@ class AsyncLLM:
         self._drained.set()
         self._accepting = True
         self._death: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="outpace-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(build, built), name="outpace-engine", daemon=True
+        )
         self._thread.start()
+        engine = built.result()
+        self.tokenizer: PreTrainedTokenizerFast = engine.tokenizer
+        self.model_name: str = engine.model_name
+        self.max_model_len: int = engine.max_model_len
+        self.metrics: Metrics = engine.metrics
+        self._admission = engine.admission
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> AsyncLLM:
@@ -116,7 +127,7 @@ class AsyncLLM:
         Raises:
             ConfigError: The model cannot be had or a setting does not fit it.
         """
-        return cls(Engine.from_config(config))
+        return cls(functools.partial(Engine.from_config, config))
 
     @property
     def errored(self) -> bool:
@@ -227,10 +238,15 @@ class AsyncLLM:
 
     # What follows runs in the engine thread.
 
-    def _run(self) -> None:
+    def _run(self, build: Callable[[], Engine], built: Future[Engine]) -> None:
         try:
-            self._engine.enter_thread()
-            while self._turn():
+            engine = build()
+        except BaseException as error:
+            built.set_exception(error)
+            return
+        built.set_result(engine)
+        try:
+            while self._turn(engine):
                 pass
         except BaseException as error:
             logger.exception("the engine stopped on an unexpected error")
@@ -238,18 +254,18 @@ class AsyncLLM:
             self._death = error
             self._tell(self._fail_all, error)
 
-    def _turn(self) -> bool:
+    def _turn(self, engine: Engine) -> bool:
         """Obeys what was asked since the last turn, then runs a step; False to end."""
         news, go_on = _News(), True
-        if not self._engine.has_work or not self._inbox.empty():
-            go_on = self._obey(news)
+        if not engine.has_work or not self._inbox.empty():
+            go_on = self._obey(engine, news)
         if go_on:
-            news.outputs.extend(self._engine.step())
+            news.outputs.extend(engine.step())
         if news.outputs or news.refused:
             self._tell(self._deliver, news)
         return go_on
 
-    def _obey(self, news: _News) -> bool:
+    def _obey(self, engine: Engine, news: _News) -> bool:
         """Takes at least one command, sleeping until there is one; False to end."""
         while True:
             command = self._inbox.get()
@@ -257,11 +273,11 @@ class AsyncLLM:
                 return False
             if command.add:
                 try:
-                    self._engine.add(command.add)
+                    engine.add(command.add)
                 except OutpaceError as error:
                     news.refused.append((command.add[0].id, error))
             for request_id in command.abort:
-                output = self._engine.abort(request_id)
+                output = engine.abort(request_id)
                 if output is not None:
                     news.outputs.append(output)
             if self._inbox.empty():

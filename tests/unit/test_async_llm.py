@@ -32,7 +32,7 @@ def pace(seconds: float = 0.002) -> FakeModel:
 async def serving(model: FakeModel, **settings: Any) -> AsyncIterator[tuple[AsyncLLM, Engine]]:
     """An AsyncLLM that at the end has every block back and no thread left."""
     engine = model.engine(**settings)
-    llm = AsyncLLM(engine)
+    llm = AsyncLLM(lambda: engine)
     try:
         yield llm, engine
     finally:

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -216,7 +217,8 @@ class Script:
         if last == "fail":
             raise OverloadedError("the queue is full")
         if last == "stop":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(60)
         yield f"[{last}]"
 
     async def close(self) -> None:

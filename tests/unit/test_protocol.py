@@ -245,6 +245,13 @@ def test_best_of_must_equal_n() -> None:
         complete(best_of=3)
 
 
+def test_one_request_cannot_ask_for_endless_answers() -> None:
+    complete(prompt=["a"] * 16, n=128)
+    complete(prompt=[1] * 5000)
+    with pytest.raises(InvalidRequestError, match=r"17 prompts times n \(128\) must be at most 2048"):
+        complete(prompt=["a"] * 17, n=128)
+
+
 def test_echo_excludes_logprobs() -> None:
     with pytest.raises(InvalidRequestError, match="echo cannot be used with logprobs"):
         complete(echo=True, logprobs=1)

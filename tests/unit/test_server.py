@@ -412,8 +412,8 @@ def test_priority_reaches_the_engine(http: httpx.Client, llm: FakeLLM) -> None:
 
 def test_long_prompts_are_tokenised_off_the_event_loop_with_the_same_result(llm: FakeLLM) -> None:
     text = "hello world " * MAX_CHARS_ON_LOOP
-    ids = asyncio.run(Tokens(llm.tokenizer).encode(text, add_special_tokens=True))
-    assert ids == llm.tokenizer.encode(text)
+    ids = asyncio.run(Tokens(llm.tokenizer).encode([text, "hello"], add_special_tokens=True))
+    assert ids == [llm.tokenizer.encode(text), llm.tokenizer.encode("hello")]
 
 
 # --- Errors ---------------------------------------------------------------------------------------------

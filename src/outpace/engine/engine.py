@@ -74,11 +74,10 @@ class Engine:
         self.proposer = load_proposer(config.spec_method)
         self.runner, self.verifier = runner, verifier
         self.metrics = Metrics(self.model_name, self.scheduler)
-        self._num_threads = torch.get_num_threads()
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
-        """Loads a model and builds its engine.
+        """Loads a model and builds its engine, for the calling thread: OpenMP counts threads per caller.
 
         Raises:
             ConfigError: The model cannot be had or a setting does not fit it.
@@ -149,10 +148,6 @@ class Engine:
             if output.finish_reason is not None:
                 self.proposer.release(output.request_id)
         return outputs
-
-    def enter_thread(self) -> None:
-        """Makes the calling thread the one that steps: OpenMP counts its threads per caller."""
-        torch.set_num_threads(self._num_threads)
 
     def _trim(self, view: BatchView, trees: list[DraftTree]) -> list[DraftTree]:
         num_kept = self.policy.trim(view, [tree.confidence for tree in trees])

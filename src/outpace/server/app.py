@@ -142,7 +142,7 @@ class Api:
         """Token ids of a prompt or of a conversation."""
         self._check_model(body.model)
         if body.prompt is not None:
-            ids = await self._tokens.encode(body.prompt, body.add_special_tokens is not False)
+            (ids,) = await self._tokens.encode([body.prompt], body.add_special_tokens is not False)
         else:
             ids = await self._tokens.encode_chat(
                 body.messages or [],
@@ -158,7 +158,7 @@ class Api:
     async def detokenize(self, body: DetokenizeRequest) -> Response:
         """Text of token ids."""
         self._check_model(body.model)
-        return _json(DetokenizeResponse(prompt=await self._tokens.decode(body.tokens)))
+        return _json(DetokenizeResponse(prompt=await self._tokens.decode(body.tokens, "tokens")))
 
     async def health(self) -> Response:
         """200 while requests are served, else 503."""
@@ -201,13 +201,14 @@ class Api:
         return cast(AsyncGenerator[Output], outputs)
 
     async def _prompt_ids(self, body: CompletionRequest) -> list[list[int]]:
-        prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        if isinstance(prompts[0], int):
-            prompts = [prompts]
-        return [
-            await self._tokens.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
+        """The prompts as token ids, whichever of the four shapes they came in."""
+        if isinstance(body.prompt, str):
+            return await self._tokens.encode([body.prompt], body.add_special_tokens)
+        if isinstance(body.prompt[0], str):
+            return await self._tokens.encode(body.prompt, body.add_special_tokens)
+        if isinstance(body.prompt[0], int):
+            return [body.prompt]
+        return body.prompt
 
     async def _echo(self, body: CompletionRequest, number: int, prompt_ids: list[int]) -> str:
         """What answers to a prompt begin with: the prompt as it was sent, if it is to be echoed."""
@@ -216,7 +217,7 @@ class Api:
         if isinstance(body.prompt, str):
             return body.prompt
         given = body.prompt[number]
-        return given if isinstance(given, str) else await self._tokens.decode(prompt_ids)
+        return given if isinstance(given, str) else await self._tokens.decode(prompt_ids, "prompt")
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._model:

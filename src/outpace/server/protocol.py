@@ -17,6 +17,7 @@ from outpace.errors import InvalidRequestError
 from outpace.sampling import SamplingParams
 
 MAX_N = 128  # the OpenAI API's own limit
+MAX_ANSWERS = 2048  # prompts × n of one request: each is a task and a place in the queue
 DEFAULT_COMPLETION_TOKENS = 16  # the OpenAI API's own default; chat has none
 
 
@@ -137,6 +138,10 @@ class CompletionRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionRequest:
+        num_prompts = 1 if _shape(self.prompt) in ("<text>", "<ids>") else len(self.prompt)
+        if num_prompts * (self.n or 1) > MAX_ANSWERS:
+            reason = f"{num_prompts} prompts times n ({self.n or 1}) must be at most {MAX_ANSWERS}"
+            raise InvalidRequestError(reason, "prompt")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise InvalidRequestError(
                 f"best_of must equal n ({self.n or 1}), got {self.best_of}: answers are not ranked", "best_of"

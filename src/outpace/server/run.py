@@ -9,14 +9,17 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
-from fastapi import FastAPI
 
-from outpace.async_llm import AsyncLLM
 from outpace.config import EngineConfig, ServerConfig
 from outpace.errors import ConfigError
-from outpace.server.app import create_app, read_chat_template
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from outpace.async_llm import AsyncLLM
 
 logger = logging.getLogger("outpace.server")
 
@@ -41,8 +44,12 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     logging.basicConfig(
         level=server_config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    read_chat_template(server_config)
     with bind(server_config.host, server_config.port) as listener:
+        # Imported only now: a port that is taken is said at once, not after torch has loaded.
+        from outpace.async_llm import AsyncLLM
+        from outpace.server.app import read_chat_template
+
+        read_chat_template(server_config)
         llm = AsyncLLM.from_config(engine_config)
         return asyncio.run(_serve(llm, server_config, listener))
 
@@ -80,6 +87,8 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(llm: AsyncLLM, config: ServerConfig, listener: socket.socket) -> int:
+    from outpace.server.app import create_app
+
     app = create_app(llm, config)
     server = _Server(_uvicorn_config(app, config))
     stop = asyncio.Event()

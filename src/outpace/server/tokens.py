@@ -34,15 +34,19 @@ class Tokens:
         self._taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
         self._is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
         self._added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
-        self.size = len(tokenizer)
+        self._size = len(tokenizer)
         self.of = lru_cache(maxsize=2**16)(self._of)
         self._try_template()
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
-        if len(text) <= MAX_CHARS_ON_LOOP:
-            return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+    async def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text."""
+
+        def encode_all() -> list[list[int]]:
+            return [self._encode(text, add_special_tokens) for text in texts]
+
+        if len(texts) == 1 and len(texts[0]) <= MAX_CHARS_ON_LOOP:
+            return encode_all()
+        return await asyncio.to_thread(encode_all)
 
     async def encode_chat(
         self,
@@ -82,27 +86,22 @@ class Tokens:
             return self._encode_chat(conversation, add_special_tokens, options)
         return await asyncio.to_thread(self._encode_chat, conversation, add_special_tokens, options)
 
-    async def decode(self, token_ids: list[int]) -> str:
+    async def decode(self, token_ids: list[int], param: str) -> str:
         """Text of token ids, special tokens included.
+
+        Args:
+            token_ids: The tokens.
+            param: The field they came in, for the error.
 
         Raises:
             InvalidRequestError: An id is not in the vocabulary.
         """
-        self.check(token_ids, "tokens")
+        if token_ids and max(token_ids) >= self._size:
+            limit = f"the vocabulary ends at {self._size - 1}"
+            raise InvalidRequestError(f"{param} holds token id {max(token_ids)}; {limit}", param)
         if len(token_ids) <= MAX_CHARS_ON_LOOP:
             return str(self._tokenizer.decode(token_ids))
         return str(await asyncio.to_thread(self._tokenizer.decode, token_ids))
-
-    def check(self, token_ids: list[int], param: str) -> None:
-        """Refuses ids that are not in the vocabulary.
-
-        Raises:
-            InvalidRequestError: One is not.
-        """
-        if token_ids and max(token_ids) >= self.size:
-            raise InvalidRequestError(
-                f"{param} holds token id {max(token_ids)}; the vocabulary ends at {self.size - 1}", param
-            )
 
     def strings(self, token_ids: list[int]) -> list[str]:
         """Each token as the vocabulary writes it."""
