@@ -64,6 +64,12 @@ class Server:
     def signal(self, number: signal.Signals) -> None:
         os.killpg(self.process.pid, number)
 
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGTERM)
+            self.process.wait(60)
+
 
 def start(name: str, command: str, model: str, log_dir: Path) -> Server:
     with socket.socket() as probe:
@@ -239,10 +245,7 @@ def main() -> None:
         rows = measure(servers, prompts, args)
     finally:
         for server in servers:
-            with contextlib.suppress(ProcessLookupError):
-                server.signal(signal.SIGCONT)
-                server.signal(signal.SIGTERM)
-                server.process.wait(60)
+            server.stop()
     summary = summarise(rows, [s.name for s in servers], args)
     if args.json:
         args.json.write_text(json.dumps({**summary, "runs": rows}, indent=1))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import sys
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+_SWITCH_INTERVAL_S = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +242,8 @@ class AsyncLLM:
     # What follows runs in the engine thread.
 
     def _run(self, build: Callable[[], Engine], built: Future[Engine]) -> None:
+        # The event loop's turns are short; with the default of 5 ms the engine would wait for them at length.
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         try:
             engine = build()
         except BaseException as error:
