@@ -2,10 +2,10 @@
 
     python benchmarks/http_cost.py
 
-Three times per decoding step, interleaved: (alone) the engine with no HTTP side; (apart) the same while another
-process serves as many streams at the same pace from a stand-in for the engine, which takes the cores but not the
-lock; (served) the real server with its HTTP side in the engine's process. apart/alone is the price of sharing two
-cores; served/apart is what a split into two processes would win.
+Three times per decoding step, interleaved: (alone) the engine with no HTTP side; (apart) the same while
+another process serves as many streams at the same pace from a stand-in for the engine, which takes the cores
+but not the lock; (served) the real server with its HTTP side in the engine's process. apart/alone is the
+price of sharing the cores; served/apart is what a split into two processes would win.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +30,11 @@ from prometheus_client import CollectorRegistry
 from outpace.config import ServerConfig
 from outpace.request import FinishReason, Output
 from outpace.sampling import SamplingParams
-from outpace.server.app import create_app
 from outpace.server.run import _serve, bind
 
 
 class PacedLLM:
-    """Streams a word per step of a given length to everyone, as an engine thread would: one wake-up a step."""
+    """Streams a word per step of a given length to everyone, as an engine thread would: a wake-up a step."""
 
     model_name, max_model_len, is_running = "paced", 8192, True
 
@@ -45,7 +44,7 @@ class PacedLLM:
 
     async def generate(
         self, prompt_ids: list[int], sampling: SamplingParams, *, request_id: str, priority: int = 0
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output]:
         loop = asyncio.get_running_loop()
         for position in range(sampling.max_tokens or 16):
             await asyncio.sleep(self._step_s - loop.time() % self._step_s)

@@ -2,8 +2,9 @@
 
     python benchmarks/lossless.py --dataset prompts.jsonl.gz --num-prompts 64 --max-tokens 128
 
-Each prompt is answered alone, then under conditions that change everything but the request. Any difference is a
-bug. Prints how many tokens were compared and how many preemptions happened; exits with 1 on a difference.
+Each prompt is answered alone, then under conditions that change everything but the request. Any difference
+is a bug. Prints how many tokens were compared and how many preemptions happened; exits with 1 on a
+difference.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from outpace.config import BLOCK_SIZE, EngineConfig
 from outpace.engine.engine import Engine
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
+from outpace.models.tokenizer import encode_chat
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.sampling import SamplingParams
@@ -37,7 +40,7 @@ class Loaded:
     decoder: Decoder
 
     @classmethod
-    def default(cls, **settings: object) -> Loaded:
+    def default(cls, **settings: Any) -> Loaded:
         engine = Engine.from_config(EngineConfig(**settings))
         return cls(engine, engine.runner._decoder)
 
@@ -45,7 +48,7 @@ class Loaded:
     def model(self) -> ModelConfig:
         return self.engine.model
 
-    def build(self, num_blocks: int | None = None, **settings: object) -> Engine:
+    def build(self, num_blocks: int | None = None, **settings: Any) -> Engine:
         """An engine of its own with an empty cache, over the same weights."""
         config = replace(self.engine.config, **settings)
         blocks = num_blocks or self.engine.kv.blocks.num_blocks
@@ -55,7 +58,7 @@ class Loaded:
 
 
 def run(engine: Engine, cases: list[Case], arrivals: Callable[[int], int]) -> Answers:
-    """Answers all cases; case i arrives before step `arrivals(i)`. Returns their token ids and checks the cache."""
+    """Answers all cases, case i from step `arrivals(i)` on; gives their token ids and checks the cache."""
     answers: dict[str, list[int]] = {f"{i}-0": [] for i in range(len(cases))}
     waiting = sorted(range(len(cases)), key=arrivals)
     step = 0
@@ -100,8 +103,7 @@ def chat_prompts(engine: Engine, path: Path, number: int) -> list[list[int]]:
 
 
 def chat_ids(engine: Engine, text: str) -> list[int]:
-    message = [{"role": "user", "content": text}]
-    return engine.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)[-1536:]
+    return encode_chat(engine.tokenizer, [{"role": "user", "content": text}])[-1536:]
 
 
 def compare(loaded: Loaded, cases: list[Case]) -> dict[str, int]:
@@ -125,7 +127,9 @@ def compare(loaded: Loaded, cases: list[Case]) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
-    parser.add_argument("--dataset", type=Path, nargs="+", required=True, help="JSON lines (.gz) with `turns`")
+    parser.add_argument(
+        "--dataset", type=Path, nargs="+", required=True, help="JSON lines (.gz) with `turns`"
+    )
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])

@@ -5,8 +5,8 @@
         --server 'vllm=vllm serve {model} --port {port} --max-model-len 2048' --model DIR --repeat 5
 
 Closed loop: each of c clients sends its next request when its last answer is complete. Every answer is
-streamed and has exactly --output-len tokens. Servers are measured in turn within one run (the others are frozen
-with SIGSTOP meanwhile), in alternating order, and compared by the median of the repetitions' ratios.
+streamed and has exactly --output-len tokens. Servers are measured in turn within one run (the others are
+frozen with SIGSTOP meanwhile), in alternating order, and compared by the median of the repetitions' ratios.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def start(name: str, command: str, model: str, log_dir: Path) -> Server:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = (log_dir / f"{name}.log").open("wb")
     words = shlex.split(command.format(port=port, model=model))
-    process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    with (log_dir / f"{name}.log").open("wb") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     server = Server(name, port, process)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:

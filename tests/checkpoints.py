@@ -218,11 +218,16 @@ def write_gguf(checkpoint: Path, path: Path, kind: str = "F32", **metadata: Any)
         _add_tensor(writer, names.get_name(name, (".weight", ".bias")), values, kind)
     if config["rope_parameters"]["rope_type"] == "llama3":
         _add_tensor(writer, "rope_freqs.weight", _llama3_divisors(config), kind)
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Writes all that was added to a GGUF file and closes it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
@@ -280,4 +285,5 @@ def _llama3_divisors(config: dict[str, Any]) -> np.ndarray:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**config))
     exponents = torch.arange(0, config["head_dim"], 2) / config["head_dim"]
     plain = 1 / config["rope_parameters"]["rope_theta"] ** exponents
-    return (plain / scaled).numpy().astype(np.float32)
+    divisors: np.ndarray = (plain / scaled).numpy().astype(np.float32)
+    return divisors

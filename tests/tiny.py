@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from outpace.runtime.block_manager import BlockManager
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.sampling import SamplingParams
-from outpace.spec.verifier import load_verifier, matched_path
+from outpace.spec.proposer import Proposer
+from outpace.spec.verifier import MatchVerifier, matched_path
 from outpace.tree import EMPTY_TREE, DraftTree
 
 EOS, USER, ASSISTANT = 256, 257, 258
@@ -76,10 +78,9 @@ def _byte_chars() -> list[str]:
 
 
 def tiny_engine(
-    *, dtype: str = "float32", kernels: str = "reference", num_blocks: int | None = None, **settings: Any
+    *, dtype: Any = "float32", kernels: Any = "reference", num_blocks: int | None = None, **settings: Any
 ) -> Engine:
     """An engine with a randomly initialised model of two layers, always the same one."""
-    torch.set_num_threads(1)
     settings = {"max_num_batched_tokens": 256, "max_model_len": 256, **settings}
     config = EngineConfig(model="tiny", dtype=dtype, kernels=kernels, **settings)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -93,9 +94,7 @@ def tiny_engine(
     decoder = Decoder(MODEL, weights, kind, backend)
     blocks = num_blocks or choose_num_blocks(config, MODEL, kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
-    return Engine(
-        config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), load_verifier("match", backend)
-    )
+    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), MatchVerifier(backend))
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -105,11 +104,17 @@ def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator
     return noise if "embed" in name else noise * shape[-1] ** -0.5
 
 
-def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    noise = torch.randn(shape, generator=generator)
-    if "norm" in name:
-        return 1 + 0.1 * noise
-    return noise if "embed" in name else noise * shape[-1] ** -0.5
+SHARED = "You are a helpful assistant that answers briefly. "
+PROMPTS = [
+    SHARED + "What is the capital of France?",
+    SHARED + "Name three colours.",
+    "Once upon a time",
+    "x",
+    "def fibonacci(n):\n    " * 4,
+    SHARED + "What is the capital of Spain?",
+]
+GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.95, seed=11, presence_penalty=0.5, logprobs=2)
 
 
 class FakeModel:
@@ -136,7 +141,7 @@ class FakeModel:
         settings = {"max_model_len": min(256, num_blocks * BLOCK_SIZE), **settings}
         config = EngineConfig(model="fake", **settings)
         self.blocks = BlockManager(num_blocks, config.enable_prefix_caching)
-        self.slots: list[str | None] = [None] * num_blocks * BLOCK_SIZE
+        self.slots: dict[int, str] = {}
         parts: Any = self
         return Engine(config, MODEL, byte_tokenizer(), parts, parts, parts)
 
@@ -170,7 +175,7 @@ class FakeModel:
         for entry in batch.entries:
             tokens = _tokens(entry)
             for index in range(len(tokens)):
-                found = self.slots[self._slot(entry.sequence, index)]
+                found = self.slots.get(self._slot(entry.sequence, index))
                 assert found == _digest(tokens[: index + 1]), f"slot {index} of {entry.sequence.id} is wrong"
         return TargetOutput(torch.empty(0, VOCAB_SIZE))
 
@@ -243,3 +248,44 @@ def text(outputs: list[Output]) -> str:
 def tokens(outputs: list[Output]) -> list[int]:
     """The answer's tokens."""
     return [token_id for output in outputs for token_id in output.token_ids]
+
+
+def answers(engine: Engine, sampling: SamplingParams, stagger: int | None = None) -> list[list[int]]:
+    """The answers to all prompts, given one every `stagger` steps, or all at once."""
+    got: dict[str, list[int]] = {}
+
+    def note(outputs: list[Any]) -> None:
+        for output in outputs:
+            got.setdefault(output.request_id, []).extend(output.token_ids)
+
+    for number, prompt in enumerate(PROMPTS):
+        submit(engine, str(number), prompt, sampling)
+        for _ in range(stagger or 0):
+            note(engine.step())
+    for request_id, outputs in run(engine).items():
+        got.setdefault(request_id, []).extend(tokens(outputs))
+    return [got[f"{number}-0"] for number in range(len(PROMPTS))]
+
+
+class Guesser(Proposer):
+    """Drafts what a past run answered, with mistakes and branches."""
+
+    def __init__(self, known: dict[str, list[int]]) -> None:
+        self.known = known
+        self.released: list[str] = []
+
+    def propose(self, sequences: list[Running], limits: list[int]) -> list[DraftTree]:
+        trees = []
+        for sequence, limit in zip(sequences, limits, strict=True):
+            right = self.known[sequence.id][sequence.num_output :][:3]
+            if len(right) < 3:
+                trees.append(DraftTree())
+                continue
+            wrong = [(token + 1) % MODEL.vocab_size for token in right]
+            last = (right if sequence.num_output % 2 else wrong)[2]
+            tree = DraftTree((-1, -1, 1, 1, 3), (wrong[0], right[0], wrong[1], right[1], last))
+            trees.append(tree.cut(limit))
+        return trees
+
+    def release(self, sequence_id: str) -> None:
+        self.released.append(sequence_id)

@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -102,7 +102,10 @@ class AsyncLLM:
         """Starts the engine thread and waits until it has its engine.
 
         Args:
-            build: Makes the engine; called in its thread, and what it raises is raised here.
+            build: Makes the engine; called in its thread.
+
+        Raises:
+            Exception: Whatever `build` raises; no thread is left then.
         """
         built: Future[Engine] = Future()
         self._inbox: SimpleQueue[_Command] = SimpleQueue()
@@ -116,6 +119,9 @@ class AsyncLLM:
             target=self._run, args=(build, built), name="outpace-engine", daemon=True
         )
         self._thread.start()
+        if (error := built.exception()) is not None:
+            self._thread.join()  # it is at its end
+            raise error
         engine = built.result()
         self.tokenizer: PreTrainedTokenizerFast = engine.tokenizer
         self.model_name: str = engine.model_name
@@ -149,7 +155,7 @@ class AsyncLLM:
         *,
         request_id: str,
         priority: int = 0,
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output]:
         """Yields what each step adds to each of the n answers, until all have ended.
 
         A consumer that stops early, is cancelled or closes the iterator aborts the request: its blocks
@@ -159,7 +165,7 @@ class AsyncLLM:
             prompt_ids: The prompt's tokens.
             sampling: How to choose and when to stop.
             request_id: Unique among unfinished requests.
-            priority: Lower runs first under the `priority` scheduling policy.
+            priority: Lower runs first; not 0 only under the `priority` scheduling policy.
 
         Raises:
             InvalidRequestError: The request cannot be served as asked (before anything is yielded).

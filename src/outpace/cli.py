@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from outpace import settings
-from outpace.config import EngineConfig, ServerConfig, flag, version
+from outpace import __version__, settings
+from outpace.config import EngineConfig, ServerConfig, flag
 from outpace.errors import ConfigError, InvalidRequestError, OutpaceError
 
 EXIT_FAILURE = 1
@@ -70,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
-        print(f"outpace {version()}")
+        print(f"outpace {__version__}")
         parser.exit()
 
 

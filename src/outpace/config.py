@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,15 @@ from outpace.errors import ConfigError
 BLOCK_SIZE = 16  # tokens in a cache block; also the tile of the CPU attention kernel
 
 
-def setting(default: Any, help: str, **metadata: Any) -> Any:
+def setting(default: Any, help: str, positional: bool = False) -> Any:
     """A dataclass field with its help text.
 
     Args:
         default: The default value.
         help: One sentence for `--help` and the docs.
-        **metadata: `positional=True` for a positional argument; `metavar` for the help.
+        positional: Whether it may also be given without its flag.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,17 @@ class EngineConfig:
         Raises:
             ConfigError: A value is out of range.
         """
-        for name in ("max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "num_threads"):
+        least = {
+            "max_model_len": 2,  # a token of prompt and one of answer
+            "max_num_seqs": 1,
+            "max_num_queued_reqs": 0,
+            "kv_cache_memory_bytes": 1,
+            "num_threads": 1,
+        }
+        for name, limit in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
-        if self.max_num_queued_reqs < 0:
-            raise ConfigError(f"--max-num-queued-reqs must be at least 0, got {self.max_num_queued_reqs}")
+            if value is not None and value < limit:
+                raise ConfigError(f"{flag(name)} must be at least {limit}, got {value}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
@@ -108,11 +112,6 @@ class ServerConfig:
 def flag(field_name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + field_name.replace("_", "-")
-
-
-def version() -> str:
-    """The installed version of Outpace."""
-    return importlib.metadata.version("outpace")
 
 
 def cache_dir() -> Path:

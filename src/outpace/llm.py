@@ -10,6 +10,7 @@ from typing import Any
 from outpace.config import EngineConfig
 from outpace.engine.engine import Engine
 from outpace.errors import InvalidRequestError
+from outpace.models.tokenizer import encode, encode_chat
 from outpace.request import FinishReason, Output, Request, TokenLogprob
 from outpace.sampling import SamplingParams
 
@@ -36,11 +37,6 @@ class CompletionResult:
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-
-    @property
-    def cumulative_logprob(self) -> float | None:
-        """Log-probability of the whole answer, if logprobs were asked for."""
-        return None if self.logprobs is None else sum(item.logprob for item in self.logprobs)
 
 
 @dataclass(slots=True)
@@ -70,6 +66,10 @@ class LLM:
     [result] = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=16))
     print(result.outputs[0].text)
     ```
+
+    Attributes:
+        engine: What answers.
+        tokenizer: The model's.
     """
 
     def __init__(self, model: str | None = None, **settings: Any) -> None:
@@ -122,7 +122,7 @@ class LLM:
         groups: list[list[Request]] = []
         for prompt, sampling in zip(every, params, strict=True):
             text = prompt if isinstance(prompt, str) else None
-            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
             request_id = str(next(self._numbers))
             groups.append(self.engine.admission.requests(request_id, ids, sampling))
             answers = [
@@ -150,25 +150,9 @@ class LLM:
         Raises:
             InvalidRequestError: The model has no chat template, or it refuses the messages.
         """
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
-        prompts = [self._lay_out(conversation) for conversation in conversations]
+        conversations: Any = messages if messages and isinstance(messages[0], list) else [messages]
+        prompts = [encode_chat(self.tokenizer, conversation) for conversation in conversations]
         return self.generate(prompts, sampling_params, progress=progress)
-
-    def _lay_out(self, conversation: Any) -> list[int]:
-        if not self.tokenizer.chat_template:
-            raise InvalidRequestError(
-                f"{self.engine.model_name} has no chat template: use generate", "messages"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # whatever the template's code raises
-            raise InvalidRequestError(
-                f"the chat template refuses the messages: {error}", "messages"
-            ) from error
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return ids
 
     def _run(self, groups: list[list[Request]], results: list[RequestResult], progress: bool) -> None:
         answers = {

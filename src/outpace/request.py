@@ -32,7 +32,7 @@ class Request:
         eos_token_ids: Tokens that end the answer unless `sampling.ignore_eos`.
         bad_words_ids: Token sequences never to be completed (`sampling.bad_words`, tokenised).
         index: Which of the client's n answers this is.
-        priority: Lower runs first under the `priority` scheduling policy.
+        priority: Lower runs first; 0 for all under the `fcfs` scheduling policy.
         arrival: Seconds on the monotonic clock when the request was accepted.
     """
 

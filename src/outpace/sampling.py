@@ -41,7 +41,8 @@ class SamplingParams:
         stop_token_ids: Tokens that end the answer.
         include_stop_str_in_output: Whether a matched stop string stays in the text.
         min_tokens: No end-of-sequence token and no stop token before this many tokens.
-        max_tokens: Length limit of the answer; None is as long as the context allows.
+        max_tokens: Length limit of the answer, at most what the prompt leaves of the context; None is all
+            of that.
         ignore_eos: Go on after the end-of-sequence token.
         bad_words: Strings never to be completed.
         allowed_token_ids: If given, only these tokens are ever chosen.

@@ -71,8 +71,8 @@ def add_flags(
             if kind is bool:
                 group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
                 continue
-            options["metavar"] = field.metadata.get("metavar") or _metavar(kind)
-            if field.metadata.get("positional") and model_positional:
+            options["metavar"] = _metavar(kind)
+            if field.metadata["positional"] and model_positional:
                 name = field.name.upper()
                 positional = {**options, "dest": f"positional_{field.name}", "metavar": name}
                 parser.add_argument(nargs="?", **positional)
@@ -91,6 +91,7 @@ def load(config: type[Config], flags: Mapping[str, Any], environ: Mapping[str, s
     Raises:
         ConfigError: A value is malformed or out of range, or a name is unknown.
     """
+    environ = {name: text for name, text in environ.items() if not _is_from_kubernetes(name, text)}
     _refuse_unknown_variables(environ)
     path = flags.get("config") or environ.get("OUTPACE_CONFIG")
     from_file = read_yaml(Path(path)) if path else {}
@@ -216,10 +217,16 @@ def _malformed(kind: Any, value: Any, source: str) -> ConfigError:
     return ConfigError(f"{source} must be {accepted}, got {value!r}")
 
 
+def _is_from_kubernetes(variable: str, text: str) -> bool:
+    """Whether Kubernetes set it for a Service called "outpace", as it does OUTPACE_PORT to tcp://10.0.0.1:80."""
+    is_address = variable == "OUTPACE_PORT" and "://" in text
+    return is_address or _KUBERNETES.fullmatch(variable) is not None
+
+
 def _refuse_unknown_variables(environ: Mapping[str, str]) -> None:
     known = {ENV_PREFIX + name.upper() for name in _known_names()} | _NOT_SETTINGS
     for variable in environ:
-        if variable.startswith(ENV_PREFIX) and variable not in known and not _KUBERNETES.fullmatch(variable):
+        if variable.startswith(ENV_PREFIX) and variable not in known:
             raise ConfigError(f"the environment variable {variable} names no setting{_hint(variable, known)}")
 
 

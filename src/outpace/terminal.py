@@ -7,13 +7,15 @@ import itertools
 import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 
 from outpace.config import EngineConfig
 from outpace.errors import ConfigError, InvalidRequestError, OutpaceError
-from outpace.request import Output
+
+if TYPE_CHECKING:
+    import httpx
 
 Message = dict[str, str]
 
@@ -64,7 +66,7 @@ class LocalModel:
         prompt_ids = await self._tokens.encode_chat(turns)
         request_id = f"chat-{next(self._numbers)}"
         outputs = self._llm.generate(prompt_ids, self._sampling, request_id=request_id)
-        async with aclosing(cast(AsyncGenerator[Output], outputs)):
+        async with aclosing(outputs):
             async for output in outputs:
                 yield output.text
 
@@ -96,10 +98,10 @@ class RemoteModel:
     async def start(self) -> str:
         """See ChatModel."""
         if self._model is None:
-            content = await self._get_json("/models")
+            response = await self._get("/models")
             try:
-                self._model = str(content["data"][0]["id"])
-            except (KeyError, IndexError, TypeError):
+                self._model = str(response.json()["data"][0]["id"])
+            except (ValueError, LookupError, TypeError):
                 raise ConfigError(f"{self._client.base_url} lists no models; name one with --model") from None
         return self._model
 
@@ -114,7 +116,7 @@ class RemoteModel:
                     raise InvalidRequestError(_reason(response.status_code, await response.aread()))
                 async for line in response.aiter_lines():
                     if line.startswith("data: ") and line != "data: [DONE]":
-                        yield _text(json.loads(line[6:]))
+                        yield _text(line[6:])
         except httpx.HTTPError as error:
             raise InvalidRequestError(f"{self._client.base_url}: {error or type(error).__name__}") from None
 
@@ -122,7 +124,7 @@ class RemoteModel:
         """See ChatModel."""
         await self._client.aclose()
 
-    async def _get_json(self, path: str) -> Any:
+    async def _get(self, path: str) -> httpx.Response:
         import httpx
 
         try:
@@ -131,7 +133,7 @@ class RemoteModel:
             raise ConfigError(f"cannot reach {self._client.base_url}: {error}") from None
         if response.status_code != 200:
             raise ConfigError(f"{self._client.base_url}: {_reason(response.status_code, response.content)}")
-        return response.json()
+        return response
 
 
 def talk(model: ChatModel, system: str | None) -> int:
@@ -210,8 +212,16 @@ def _reason(status: int, content: bytes) -> str:
         return f"HTTP {status}: {content[:200].decode(errors='replace')}"
 
 
-def _text(event: Any) -> str:
-    """The text of a streamed event."""
-    if error := event.get("error"):
-        raise InvalidRequestError(str(error.get("message", error)))
-    return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", []))
+def _text(data: str) -> str:
+    """The text of a streamed event.
+
+    Raises:
+        InvalidRequestError: The event is an error, or no event of a chat.
+    """
+    try:
+        event = json.loads(data)
+        if error := event.get("error"):
+            raise InvalidRequestError(str(error.get("message", error)))
+        return "".join(choice["delta"].get("content") or "" for choice in event.get("choices", []))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise InvalidRequestError(f"the server sent what is no chat event: {data[:200]}") from None

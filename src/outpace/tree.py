@@ -18,6 +18,9 @@ class DraftTree:
         token_ids: For each node its token.
         confidence: For each node the drafter's own estimate that it is on the accepted path given that
             its parent is, in [0, 1]; None where the drafter has none.
+
+    Raises:
+        ValueError: The three differ in length, or a node comes before its parent.
     """
 
     parents: tuple[int, ...] = ()

@@ -1,18 +1,15 @@
-"""The default model, really loaded, and a really running server."""
+"""The default model, really loaded, and really running servers."""
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
+import contextlib
+import shlex
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
+import serving
 from lossless import Loaded
 
 
@@ -23,37 +20,34 @@ def loaded() -> Loaded:
 
 
 @pytest.fixture(scope="session")
-def server(loaded: Loaded) -> Iterator[str]:
-    """Base URL of `outpace serve` in a process of its own, which must end cleanly on SIGTERM.
+def serve(
+    loaded: Loaded, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., AbstractContextManager[serving.Server]]:
+    """Runs `outpace serve` with the given flags in a process of its own, which must end well on SIGTERM.
 
     It starts without network: `loaded` has filled the cache.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    offline = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "outpace", "serve", "--port", str(port), "--max-num-seqs", "8"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=offline)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_healthy(url, process)
-        yield url
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, output.decode()
-    finally:
-        process.kill()
-        process.communicate()
 
-
-def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0].decode()
+    @contextlib.contextmanager
+    def running(*flags: str) -> Iterator[serving.Server]:
+        log_dir = tmp_path_factory.mktemp("serve")
+        command = [sys.executable, "-m", "outpace", "serve", "--port", "{port}", *flags]
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("PIP_NO_INDEX", "1")
+            environment.delenv("PIP_FIND_LINKS", raising=False)
+            environment.setenv("HF_HUB_OFFLINE", "1")
+            server = serving.start("outpace", shlex.join(command), "", log_dir)
         try:
-            with urllib.request.urlopen(f"{url}/health") as reply:
-                assert reply.status == 200
-                return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.2)
-    raise AssertionError("the server did not become healthy")
+            yield server
+        finally:
+            server.stop()
+        assert server.process.returncode == 0, (log_dir / "outpace.log").read_text()
+
+    return running
+
+
+@pytest.fixture(scope="session")
+def server(serve: Callable[..., AbstractContextManager[serving.Server]]) -> Iterator[str]:
+    """Base URL of a server that the tests share."""
+    with serve("--max-num-seqs", "8") as running:
+        yield f"http://127.0.0.1:{running.port}"

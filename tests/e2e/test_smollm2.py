@@ -15,7 +15,9 @@ from outpace.sampling import SamplingParams
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_answers_do_not_depend_on_batch_cache_preemption_or_chunks(loaded: Loaded, temperature: float) -> None:
+def test_answers_do_not_depend_on_batch_cache_preemption_or_chunks(
+    loaded: Loaded, temperature: float
+) -> None:
     texts = serving.PROMPTS[:6]
     prompts = [lossless.chat_ids(loaded.engine, text) for text in texts]
     params = [SamplingParams(temperature=temperature, seed=i, max_tokens=40) for i in range(len(texts))]
@@ -58,6 +60,6 @@ def test_logits_agree_with_transformers(tmp_path: Path) -> None:
         logits = theirs(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
     assert tokens == logits.argmax(-1).tolist()
     expected = logits.log_softmax(-1)
-    for position, logprob in enumerate(entry for output in outputs for entry in output.logprobs):
+    for position, logprob in enumerate(entry for output in outputs for entry in output.logprobs or ()):
         for token_id, value in [(logprob.token_id, logprob.logprob), *logprob.top]:
             assert abs(expected[position, token_id].item() - value) < 1e-3

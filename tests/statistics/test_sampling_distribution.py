@@ -33,11 +33,6 @@ PARAMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def draw(params: SamplingParams, seeds: range, lengths: range) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [seeds, lengths] drawn after prompts of so many tokens, and the exact distribution [vocab]."""
     rows = []

@@ -45,11 +45,6 @@ Answers = list[list[int]]
 Proposer = Callable[[random.Random, list[int], list[int]], DraftTree]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @functools.cache
 def model(path: tuple[int, ...]) -> torch.Tensor:
     """[vocab] bfloat16 logits, a function of every token of the path."""
@@ -134,7 +129,8 @@ def decode(verifier: Verifier, proposer: Proposer, expected: Answers | None = No
 
 def verify(verifier: Verifier, sequences: list[Sequence], trees: list[DraftTree]) -> Verdict:
     """One step of the path model; verification reads nothing of the batch but its entries."""
-    entries, logits = [], []
+    entries: list[BatchEntry] = []
+    logits: list[torch.Tensor] = []
     for seq, tree in zip(sequences, trees, strict=True):
         entries.append(BatchEntry(seq, len(logits), 1, tree, len(logits)))
         paths = [tuple(seq.token_ids)]
@@ -276,8 +272,9 @@ def pairs_drawn(verifier: Verifier, tree: DraftTree, num_seeds: int) -> np.ndarr
 def pair_probabilities() -> np.ndarray:
     """Exact [vocab, vocab]."""
     rows = [model((1, 2)), *(model((1, 2, first)) for first in range(VOCAB))]
-    p = torch.softmax(torch.stack(rows).double() / 1.2, dim=-1).numpy()
-    return p[0][:, None] * p[1:]
+    p: np.ndarray = torch.softmax(torch.stack(rows).double() / 1.2, dim=-1).numpy()
+    pairs: np.ndarray = p[0][:, None] * p[1:]
+    return pairs
 
 
 TREES = [EMPTY_TREE, DraftTree.chain((3, 0)), DraftTree((-1, -1, -1, 0, 0, 2), (0, 1, 4, 2, 3, 5))]

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -72,7 +72,7 @@ class FakeLLM:
 
     async def generate(
         self, prompt_ids: list[int], sampling: SamplingParams, *, request_id: str, priority: int = 0
-    ) -> AsyncIterator[Output]:
+    ) -> AsyncGenerator[Output]:
         self.calls.append(SimpleNamespace(prompt_ids=prompt_ids, sampling=sampling, priority=priority))
         if self.error is not None:
             raise self.error

@@ -14,13 +14,19 @@ import pytest
 
 from outpace.async_llm import AsyncLLM
 from outpace.engine.engine import Engine
-from outpace.errors import EngineDeadError, InvalidRequestError, OverloadedError, ShuttingDownError
+from outpace.errors import (
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+    ShuttingDownError,
+)
 from outpace.request import FinishReason, Output
 from outpace.sampling import SamplingParams
 from tiny import FakeModel, check_idle
 
 PROMPT = list(b"hello")
-ENDLESS = SamplingParams(max_tokens=200)
+ENDLESS = SamplingParams()
 
 
 def pace(seconds: float = 0.002) -> FakeModel:
@@ -37,9 +43,13 @@ async def serving(model: FakeModel, **settings: Any) -> AsyncIterator[tuple[Asyn
         yield llm, engine
     finally:
         await llm.shutdown(0)
-        assert "outpace-engine" not in {thread.name for thread in threading.enumerate()}
+        check_no_thread()
         if not llm.errored:
             check_idle(engine)
+
+
+def check_no_thread() -> None:
+    assert "outpace-engine" not in {thread.name for thread in threading.enumerate()}
 
 
 async def collect(
@@ -71,7 +81,7 @@ def run_async(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 
 
 @run_async
-async def test_many_streams_get_their_own_answers():
+async def test_many_streams_get_their_own_answers() -> None:
     async with serving(FakeModel(), max_num_seqs=4) as (llm, _):
         sampling = SamplingParams(max_tokens=20)
         results = await asyncio.gather(*(collect(llm, str(i), sampling, [i, 1, 2]) for i in range(12)))
@@ -82,7 +92,7 @@ async def test_many_streams_get_their_own_answers():
 
 
 @run_async
-async def test_a_stream_of_n_answers_lasts_until_each_has_ended():
+async def test_a_stream_of_n_answers_lasts_until_each_has_ended() -> None:
     async with serving(FakeModel()) as (llm, _):
         outputs = await collect(llm, "a", SamplingParams(max_tokens=5, n=3))
     assert sorted(o.index for o in outputs if o.finish_reason) == [0, 1, 2]
@@ -90,14 +100,14 @@ async def test_a_stream_of_n_answers_lasts_until_each_has_ended():
 
 
 @run_async
-async def test_what_cannot_be_served_is_refused_before_anything_is_yielded():
+async def test_what_cannot_be_served_is_refused_before_anything_is_yielded() -> None:
     async with serving(FakeModel()) as (llm, _):
         with pytest.raises(InvalidRequestError, match="empty"):
             await collect(llm, "a", ENDLESS, [])
 
 
 @run_async
-async def test_a_full_queue_refuses_and_the_others_go_on():
+async def test_a_full_queue_refuses_and_the_others_go_on() -> None:
     async with serving(pace(), max_num_seqs=1, max_num_queued_reqs=1) as (llm, engine):
         tasks = [asyncio.create_task(collect(llm, name, SamplingParams(max_tokens=20))) for name in "ab"]
         await until(lambda: engine.scheduler.num_waiting == 1 and engine.scheduler.num_running == 1)
@@ -106,8 +116,19 @@ async def test_a_full_queue_refuses_and_the_others_go_on():
         assert [len(outputs) for outputs in await asyncio.gather(*tasks)] == [20, 20]
 
 
+def test_an_engine_that_cannot_be_built_is_an_error_of_the_constructor_and_leaves_no_thread() -> None:
+    def build() -> Engine:
+        time.sleep(0.01)
+        raise ConfigError("there is no such model")
+
+    for _ in range(20):
+        with pytest.raises(ConfigError, match="there is no such model"):
+            AsyncLLM(build)
+        check_no_thread()
+
+
 @run_async
-async def test_an_id_cannot_be_used_twice_at_once():
+async def test_an_id_cannot_be_used_twice_at_once() -> None:
     async with serving(pace()) as (llm, _):
         first = llm.generate(PROMPT, ENDLESS, request_id="a")
         await anext(first)
@@ -117,7 +138,7 @@ async def test_an_id_cannot_be_used_twice_at_once():
 
 
 @run_async
-async def test_closing_the_iterator_aborts_the_request_within_a_step():
+async def test_closing_the_iterator_aborts_the_request_within_a_step() -> None:
     model = pace()
     async with serving(model) as (llm, engine):
         async with aclosing(llm.generate(PROMPT, ENDLESS, request_id="a")) as stream:
@@ -129,7 +150,7 @@ async def test_closing_the_iterator_aborts_the_request_within_a_step():
 
 
 @run_async
-async def test_a_cancelled_consumer_aborts_its_request():
+async def test_a_cancelled_consumer_aborts_its_request() -> None:
     async with serving(pace()) as (llm, engine):
         task = asyncio.create_task(collect(llm, "a", ENDLESS))
         await until(lambda: engine.has_work)
@@ -140,7 +161,7 @@ async def test_a_cancelled_consumer_aborts_its_request():
 
 
 @run_async
-async def test_a_consumer_that_leaves_before_its_first_token_frees_its_place():
+async def test_a_consumer_that_leaves_before_its_first_token_frees_its_place() -> None:
     async with serving(pace(), max_num_seqs=1) as (llm, engine):
         running = asyncio.create_task(collect(llm, "a", SamplingParams(max_tokens=30)))
         await until(lambda: engine.scheduler.num_running == 1)
@@ -152,7 +173,7 @@ async def test_a_consumer_that_leaves_before_its_first_token_frees_its_place():
 
 
 @run_async
-async def test_an_aborted_request_ends_with_one_output_per_answer():
+async def test_an_aborted_request_ends_with_one_output_per_answer() -> None:
     async with serving(pace()) as (llm, engine):
         task = asyncio.create_task(collect(llm, "a", SamplingParams(max_tokens=200, n=2)))
         await until(lambda: engine.scheduler.num_running == 2)
@@ -164,7 +185,7 @@ async def test_an_aborted_request_ends_with_one_output_per_answer():
 
 
 @run_async
-async def test_shutdown_lets_running_requests_finish_and_refuses_new_ones():
+async def test_shutdown_lets_running_requests_finish_and_refuses_new_ones() -> None:
     async with serving(pace()) as (llm, engine):
         task = asyncio.create_task(collect(llm, "a", SamplingParams(max_tokens=30)))
         await until(lambda: engine.has_work)
@@ -179,7 +200,7 @@ async def test_shutdown_lets_running_requests_finish_and_refuses_new_ones():
 
 
 @run_async
-async def test_shutdown_aborts_what_does_not_finish_in_time():
+async def test_shutdown_aborts_what_does_not_finish_in_time() -> None:
     async with serving(pace(0.01)) as (llm, engine):
         tasks = [asyncio.create_task(collect(llm, name, ENDLESS)) for name in "abc"]
         await until(lambda: engine.scheduler.num_running == 3)
@@ -189,7 +210,7 @@ async def test_shutdown_aborts_what_does_not_finish_in_time():
 
 
 @run_async
-async def test_a_bug_in_the_engine_reaches_every_consumer_and_none_hangs():
+async def test_a_bug_in_the_engine_reaches_every_consumer_and_none_hangs() -> None:
     model = pace()
     async with serving(model) as (llm, engine):
         tasks = [asyncio.create_task(collect(llm, name, ENDLESS)) for name in "abc"]
@@ -209,7 +230,7 @@ async def test_a_bug_in_the_engine_reaches_every_consumer_and_none_hangs():
 
 
 @run_async
-async def test_an_idle_engine_uses_no_time():
+async def test_an_idle_engine_uses_no_time() -> None:
     async with serving(FakeModel()) as (llm, _):
         await collect(llm, "a", SamplingParams(max_tokens=2))
         begin = time.process_time()
@@ -218,7 +239,7 @@ async def test_an_idle_engine_uses_no_time():
 
 
 @run_async
-async def test_the_loop_is_called_once_per_step_whatever_the_number_of_streams():
+async def test_the_loop_is_called_once_per_step_whatever_the_number_of_streams() -> None:
     model = FakeModel()
     async with serving(model, max_num_seqs=16) as (llm, _):
         loop, calls = asyncio.get_running_loop(), 0
@@ -235,7 +256,7 @@ async def test_the_loop_is_called_once_per_step_whatever_the_number_of_streams()
 
 
 @run_async
-async def test_a_storm_of_cancellations_leaves_nothing_behind():
+async def test_a_storm_of_cancellations_leaves_nothing_behind() -> None:
     rng = random.Random(0)
     model = FakeModel()
     async with serving(model, num_blocks=24, max_model_len=100, max_num_seqs=6) as (llm, engine):

@@ -117,6 +117,7 @@ def test_the_cache_directory_and_what_kubernetes_sets_are_let_pass() -> None:
         OUTPACE_PORT_8000_TCP_ADDR="10.0.0.1",
         OTHER="x",
     )
+    assert load(ServerConfig, OUTPACE_PORT="tcp://10.0.0.1:8000") == ServerConfig()
 
 
 @pytest.mark.parametrize(
@@ -167,10 +168,22 @@ def test_out_of_range_server_settings_are_refused(arguments: tuple[str, ...]) ->
         load(ServerConfig, *arguments)
 
 
-@pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "num_threads"])
-def test_out_of_range_engine_settings_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="must be at least 1, got 0"):
-        EngineConfig(**{name: 0})
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("max_model_len", 2),
+        ("max_num_seqs", 1),
+        ("max_num_queued_reqs", 0),
+        ("kv_cache_memory_bytes", 1),
+        ("num_threads", 1),
+    ],
+)
+def test_out_of_range_engine_settings_are_refused(name: str, least: int) -> None:
+    right: Any = {name: least}
+    wrong: Any = {name: least - 1}
+    EngineConfig(**right)
+    with pytest.raises(ConfigError, match=f"must be at least {least}, got {least - 1}"):
+        EngineConfig(**wrong)
 
 
 def test_every_setting_has_help_and_a_flag() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from outpace.models.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_survives_a_conversion(tmp_path, variant):
+def test_every_variant_survives_a_conversion(tmp_path: Path, variant: str) -> None:
     source = write_checkpoint(tmp_path / "source", variant)
     convert(str(source), tmp_path / "out", "float32")
     config = load_config(source)
@@ -26,7 +28,7 @@ def test_every_variant_survives_a_conversion(tmp_path, variant):
 
 
 @pytest.mark.parametrize("variant", ["llama-llama3", "qwen2-yarn", "qwen3"])
-def test_transformers_computes_the_same_from_a_converted_gguf(tmp_path, variant):
+def test_transformers_computes_the_same_from_a_converted_gguf(tmp_path: Path, variant: str) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     source = write_checkpoint(tmp_path / "source", variant)
@@ -46,7 +48,7 @@ def test_transformers_computes_the_same_from_a_converted_gguf(tmp_path, variant)
     assert ours.chat_template == load_tokenizer(source).chat_template
 
 
-def test_bfloat16_is_the_default_and_reads_back_identically(tmp_path):
+def test_bfloat16_is_the_default_and_reads_back_identically(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", "llama-tied")
     path = write_gguf(source, tmp_path / "model.gguf", "Q8_0")
     convert(str(path), tmp_path / "out")
@@ -56,7 +58,7 @@ def test_bfloat16_is_the_default_and_reads_back_identically(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_directory_with_anything_in_it_is_left_alone(tmp_path):
+def test_a_directory_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not an empty directory"):
         convert("anything", tmp_path)
@@ -65,12 +67,12 @@ def test_a_directory_with_anything_in_it_is_left_alone(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_an_unknown_dtype_is_refused_before_anything_is_read(tmp_path):
+def test_an_unknown_dtype_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one of bfloat16, float16, float32, got 'int8'"):
         convert("anything", tmp_path / "out", "int8")
 
 
-def test_biases_that_a_directory_cannot_express_are_refused():
+def test_biases_that_a_directory_cannot_express_are_refused() -> None:
     raw = {"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8}
     raw |= {"num_hidden_layers": 1, "num_attention_heads": 1, "max_position_embeddings": 8}
     config = parse_config(raw, {})

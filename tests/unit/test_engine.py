@@ -11,46 +11,29 @@ import torch
 from outpace.batch import Batch, TargetOutput, Verdict
 from outpace.config import EngineConfig
 from outpace.engine.admission import Admission, child_seed
-from outpace.engine.engine import Engine, choose_dtype, choose_num_blocks, max_model_len
+from outpace.engine.engine import choose_dtype, choose_num_blocks, max_model_len
 from outpace.errors import ConfigError, InvalidRequestError
-from outpace.llm import LLM
+from outpace.llm import LLM, Prompt
 from outpace.models.config import RopeConfig
 from outpace.policy.base import BatchView, SpeculationPolicy
-from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.sampling import SamplingParams
-from outpace.spec.proposer import Proposer
-from outpace.tree import DraftTree
-from tiny import EOS, MODEL, FakeModel, byte_tokenizer, run, submit, text, tiny_engine, tokens
-
-SHARED = "You are a helpful assistant that answers briefly. "
-PROMPTS = [
-    SHARED + "What is the capital of France?",
-    SHARED + "Name three colours.",
-    "Once upon a time",
-    "x",
-    "def fibonacci(n):\n    " * 4,
-    SHARED + "What is the capital of Spain?",
-]
-GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
-SAMPLED = replace(GREEDY, temperature=0.8, top_p=0.95, seed=11, presence_penalty=0.5, logprobs=2)
-
-
-def answers(engine: Engine, sampling: SamplingParams, stagger: int | None = None) -> list[list[int]]:
-    """The answers to all prompts, given one every `stagger` steps, or all at once."""
-    got: dict[str, list[int]] = {}
-
-    def note(outputs: list[Any]) -> None:
-        for output in outputs:
-            got.setdefault(output.request_id, []).extend(output.token_ids)
-
-    for number, prompt in enumerate(PROMPTS):
-        submit(engine, str(number), prompt, sampling)
-        for _ in range(stagger or 0):
-            note(engine.step())
-    for request_id, outputs in run(engine).items():
-        got.setdefault(request_id, []).extend(tokens(outputs))
-    return [got[f"{number}-0"] for number in range(len(PROMPTS))]
+from tiny import (
+    EOS,
+    GREEDY,
+    MODEL,
+    PROMPTS,
+    SAMPLED,
+    FakeModel,
+    Guesser,
+    answers,
+    byte_tokenizer,
+    run,
+    submit,
+    text,
+    tiny_engine,
+    tokens,
+)
 
 
 def alone(sampling: SamplingParams) -> list[list[int]]:
@@ -69,19 +52,19 @@ def expected(request: pytest.FixtureRequest) -> tuple[SamplingParams, list[list[
 
 
 @pytest.mark.parametrize("stagger", [None, 3])
-def test_the_batch_around_it_does_not_change_an_answer(expected: Any, stagger: int | None):
+def test_the_batch_around_it_does_not_change_an_answer(expected: Any, stagger: int | None) -> None:
     sampling, alone = expected
     assert answers(tiny_engine(), sampling, stagger) == alone
 
 
-def test_preemption_does_not_change_an_answer(expected: Any):
+def test_preemption_does_not_change_an_answer(expected: Any) -> None:
     sampling, alone = expected
     engine = tiny_engine(num_blocks=16, enable_prefix_caching=False)
     assert answers(engine, sampling) == alone
     assert engine.scheduler.num_preemptions > 0
 
 
-def test_a_cached_prefix_does_not_change_an_answer(expected: Any):
+def test_a_cached_prefix_does_not_change_an_answer(expected: Any) -> None:
     sampling, alone = expected
     engine = tiny_engine()
     answers(engine, sampling)
@@ -91,33 +74,9 @@ def test_a_cached_prefix_does_not_change_an_answer(expected: Any):
 
 
 @pytest.mark.parametrize("chunk", [7, 32, 100])
-def test_the_chunk_size_does_not_change_an_answer(expected: Any, chunk: int):
+def test_the_chunk_size_does_not_change_an_answer(expected: Any, chunk: int) -> None:
     sampling, alone = expected
     assert answers(tiny_engine(max_num_batched_tokens=chunk, max_num_seqs=6), sampling) == alone
-
-
-class Guesser(Proposer):
-    """Drafts what a past run answered, with mistakes and branches."""
-
-    def __init__(self, known: dict[str, list[int]]) -> None:
-        self.known = known
-        self.released: list[str] = []
-
-    def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
-        trees = []
-        for sequence, limit in zip(sequences, limits, strict=True):
-            right = self.known[sequence.id][sequence.num_output :][:3]
-            if len(right) < 3:
-                trees.append(DraftTree())
-                continue
-            wrong = [(token + 1) % MODEL.vocab_size for token in right]
-            last = (right if sequence.num_output % 2 else wrong)[2]
-            tree = DraftTree((-1, -1, 1, 1, 3), (wrong[0], right[0], wrong[1], right[1], last))
-            trees.append(tree.cut(limit))
-        return trees
-
-    def release(self, sequence_id: str) -> None:
-        self.released.append(sequence_id)
 
 
 class AllowFive(SpeculationPolicy):
@@ -137,7 +96,7 @@ class AllowFive(SpeculationPolicy):
 
 
 @pytest.mark.parametrize("num_blocks", [None, 16])
-def test_speculation_does_not_change_an_answer(expected: Any, num_blocks: int | None):
+def test_speculation_does_not_change_an_answer(expected: Any, num_blocks: int | None) -> None:
     sampling, alone = expected
     engine = tiny_engine(num_blocks=num_blocks)
     guesser = engine.proposer = Guesser({f"{i}-0": known for i, known in enumerate(alone)})
@@ -147,7 +106,33 @@ def test_speculation_does_not_change_an_answer(expected: Any, num_blocks: int | 
     assert sorted(guesser.released) == sorted(guesser.known)
 
 
-def test_n_answers_differ_and_each_can_be_had_alone():
+class AllowTooMuch(SpeculationPolicy):
+    """Allows the same to all, whatever is left of their answers."""
+
+    def limits(self, view: BatchView) -> list[int]:
+        return [5] * len(view.sequences)
+
+
+class Recorder(Guesser):
+    """Also notes the size of each tree that was verified and the length it could use."""
+
+    def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
+        for entry in batch.entries:
+            left = entry.sequence.request.max_tokens - entry.sequence.num_output
+            self.sizes = [*getattr(self, "sizes", []), (len(entry.tree), left - 1)]
+
+
+def test_a_draft_never_reaches_beyond_the_length_limit_whatever_the_policy_allows(expected: Any) -> None:
+    sampling, alone = expected
+    engine = tiny_engine()
+    recorder = engine.proposer = Recorder({f"{i}-0": [*known, 1, 2, 3] for i, known in enumerate(alone)})
+    engine.policy = AllowTooMuch()
+    assert answers(engine, sampling) == alone
+    assert max(size for size, _ in recorder.sizes) == 5
+    assert all(size <= most for size, most in recorder.sizes)
+
+
+def test_n_answers_differ_and_each_can_be_had_alone() -> None:
     engine = tiny_engine()
     sampling = SamplingParams(n=3, seed=5, max_tokens=12, temperature=1.0)
     submit(engine, "a", "hello", sampling)
@@ -157,7 +142,7 @@ def test_n_answers_differ_and_each_can_be_had_alone():
     assert tokens(run(engine)["b-0"]) == got["a-2"]
 
 
-def test_text_logprobs_and_tokens_belong_together():
+def test_text_logprobs_and_tokens_belong_together() -> None:
     engine = tiny_engine()
     submit(engine, "a", "hello", SamplingParams(seed=1, max_tokens=20, logprobs=3, ignore_eos=True))
     outputs = run(engine)["a-0"]
@@ -185,38 +170,58 @@ def admission(**settings: Any) -> Admission:
         ([1], {"allowed_token_ids": (300,)}, "got 300", "allowed_token_ids"),
         ([1], {"stop_token_ids": (300,)}, "got 300", "stop_token_ids"),
         ([1] * 90, {"min_tokens": 11}, "min_tokens must be at most 10, got 11", "min_tokens"),
+        (
+            [1] * 90,
+            {"max_tokens": 11},
+            "max_tokens must be at most 10, got 11: the prompt takes 90",
+            "max_tokens",
+        ),
         ([1], {"bad_words": ("  ",)}, "more than spaces", "bad_words"),
         ([1], {"n": 5}, "n must be at most 4, got 5", "n"),
     ],
 )
-def test_what_cannot_be_served_is_refused_by_name(prompt: Any, sampling: Any, message: str, param: str):
+def test_what_cannot_be_served_is_refused_by_name(
+    prompt: Any, sampling: Any, message: str, param: str
+) -> None:
     with pytest.raises(InvalidRequestError, match=message) as refusal:
         admission(max_num_seqs=3, max_num_queued_reqs=1).requests("a", prompt, SamplingParams(**sampling))
     assert refusal.value.param == param
 
 
-def test_answers_are_capped_by_the_context():
-    for asked, granted in ((None, 90), (5, 5), (500, 90)):
+def test_without_a_limit_an_answer_may_be_as_long_as_the_context_allows() -> None:
+    for asked, granted in ((None, 90), (5, 5), (90, 90)):
         [request] = admission().requests("a", [1] * 10, SamplingParams(max_tokens=asked))
         assert request.max_tokens == granted
 
 
-def test_children_have_their_own_ids_and_seeds():
-    requests = admission().requests("a", [1], SamplingParams(n=4, seed=-3), priority=2)
+def test_a_priority_is_refused_where_it_would_mean_nothing() -> None:
+    with pytest.raises(
+        InvalidRequestError, match="priority must be 0 under --scheduling-policy fcfs, got 2"
+    ) as e:
+        admission().requests("a", [1], SamplingParams(), priority=2)
+    assert e.value.param == "priority"
+    [request] = admission(scheduling_policy="priority").requests("a", [1], SamplingParams(), priority=2)
+    assert request.priority == 2
+
+
+def test_children_have_their_own_ids_and_seeds() -> None:
+    requests = admission(scheduling_policy="priority").requests(
+        "a", [1], SamplingParams(n=4, seed=-3), priority=2
+    )
     assert [(r.id, r.index, r.priority) for r in requests] == [(f"a-{i}", i, 2) for i in range(4)]
     assert requests[0].seed == -3
     assert len({r.seed for r in requests}) == 4
     assert all(0 <= r.seed < 2**63 for r in requests[1:])
 
 
-def test_without_a_seed_one_is_drawn_and_the_draw_can_be_repeated():
+def test_without_a_seed_one_is_drawn_and_the_draw_can_be_repeated() -> None:
     first, second = admission(seed=1), admission(seed=1)
     draws = [a.requests("a", [1], SamplingParams())[0].seed for a in (first, first, second)]
     assert draws[0] != draws[1]
     assert draws[0] == draws[2]
 
 
-def test_bad_words_are_tokenised_with_and_without_a_space():
+def test_bad_words_are_tokenised_with_and_without_a_space() -> None:
     [request] = admission().requests("a", [1], SamplingParams(bad_words=("no", " way")))
     assert request.bad_words_ids == (tuple(b"no"), tuple(b" no"), tuple(b"way"), tuple(b" way"))
     assert request.eos_token_ids == {EOS}
@@ -225,13 +230,13 @@ def test_bad_words_are_tokenised_with_and_without_a_space():
 # Settings
 
 
-def test_a_context_longer_than_the_models_is_refused():
+def test_a_context_longer_than_the_models_is_refused() -> None:
     assert max_model_len(EngineConfig(), MODEL) == 512
     with pytest.raises(ConfigError, match="513 is above the model's limit of 512"):
         max_model_len(EngineConfig(max_model_len=513), MODEL)
 
 
-def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_it_needs():
+def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_it_needs() -> None:
     block = KVCache.block_bytes(MODEL, torch.float32)
     config = EngineConfig(kv_cache_memory_bytes=31 * block)
     with pytest.raises(ConfigError, match=f"give at least {32 * block}"):
@@ -239,13 +244,20 @@ def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_it_needs():
     assert choose_num_blocks(replace(config, max_model_len=496), MODEL, torch.float32) == 31
 
 
-def test_the_default_cache_holds_what_the_help_says():
+@pytest.mark.parametrize("settings", [{"kv_cache_memory_bytes": 10**18}, {"max_num_seqs": 10**9}])
+def test_a_cache_larger_than_the_machines_memory_is_refused(settings: Any) -> None:
+    config = EngineConfig(max_num_batched_tokens=10**9, **settings)
+    with pytest.raises(ConfigError, match="exceeds this machine's memory of"):
+        choose_num_blocks(config, MODEL, torch.float32)
+
+
+def test_the_default_cache_holds_what_the_help_says() -> None:
     long = replace(MODEL, max_position_embeddings=100_000, rope=RopeConfig())
     assert choose_num_blocks(EngineConfig(max_num_seqs=2), long, torch.float32) == 6250
     assert choose_num_blocks(EngineConfig(max_num_seqs=256), long, torch.float32) == 256 * 64
 
 
-def test_the_dtype_is_what_is_asked_for():
+def test_the_dtype_is_what_is_asked_for() -> None:
     assert choose_dtype(EngineConfig(dtype="float32")) == torch.float32
     assert choose_dtype(EngineConfig(dtype="bfloat16")) == torch.bfloat16
     assert choose_dtype(EngineConfig()) in (torch.float32, torch.bfloat16)
@@ -254,11 +266,12 @@ def test_the_dtype_is_what_is_asked_for():
 # Offline
 
 
-def test_generate_answers_one_or_many_prompts_in_their_order():
+def test_generate_answers_one_or_many_prompts_in_their_order() -> None:
     llm = LLM.from_engine(FakeModel().engine(max_num_seqs=2, max_num_queued_reqs=1))
     params = SamplingParams(max_tokens=6)
     [one] = llm.generate("hello", params)
-    many = llm.generate(["hello", list(b"hello"), "other"] * 5, params)
+    prompts: list[Prompt] = ["hello", list(b"hello"), "other"]
+    many = llm.generate(prompts * 5, params)
     assert one.outputs[0].text == many[0].outputs[0].text == many[1].outputs[0].text
     assert one.outputs[0].token_ids == list(one.outputs[0].text.encode())
     assert many[2].outputs[0].text != many[1].outputs[0].text
@@ -266,7 +279,7 @@ def test_generate_answers_one_or_many_prompts_in_their_order():
     assert one.outputs[0].finish_reason == "length"
 
 
-def test_generate_takes_parameters_per_prompt():
+def test_generate_takes_parameters_per_prompt() -> None:
     llm = LLM.from_engine(FakeModel().engine())
     results = llm.generate(["a", "b"], [SamplingParams(max_tokens=3), SamplingParams(max_tokens=5, n=2)])
     assert [[len(answer.token_ids) for answer in result.outputs] for result in results] == [[3], [5, 5]]
@@ -274,14 +287,14 @@ def test_generate_takes_parameters_per_prompt():
         llm.generate(["a", "b"], [SamplingParams()])
 
 
-def test_a_bad_prompt_among_many_starts_none():
+def test_a_bad_prompt_among_many_starts_none() -> None:
     llm = LLM.from_engine(FakeModel().engine())
     with pytest.raises(InvalidRequestError, match="empty"):
         llm.generate(["fine", ""])
     assert not llm.engine.has_work
 
 
-def test_an_interrupted_generate_leaves_the_engine_empty():
+def test_an_interrupted_generate_leaves_the_engine_empty() -> None:
     model = FakeModel()
     llm = LLM.from_engine(model.engine())
 
@@ -297,7 +310,7 @@ def test_an_interrupted_generate_leaves_the_engine_empty():
     llm.engine.kv.blocks.check()
 
 
-def test_chat_lays_conversations_out_by_the_template():
+def test_chat_lays_conversations_out_by_the_template() -> None:
     llm = LLM.from_engine(FakeModel().engine())
     conversation = [{"role": "user", "content": "hi"}]
     [one] = llm.chat(conversation, SamplingParams(max_tokens=3))
@@ -308,16 +321,16 @@ def test_chat_lays_conversations_out_by_the_template():
         llm.chat(conversation)
 
 
-def test_progress_can_be_shown(capsys: pytest.CaptureFixture[str]):
+def test_progress_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     LLM.from_engine(FakeModel().engine()).generate(["a", "b"], SamplingParams(max_tokens=2), progress=True)
     assert "Generating" in capsys.readouterr().out
 
 
-def test_a_step_without_work_does_nothing():
+def test_a_step_without_work_does_nothing() -> None:
     assert FakeModel().engine().step() == []
 
 
-def test_an_engine_that_fails_in_a_pass_can_still_abort():
+def test_an_engine_that_fails_in_a_pass_can_still_abort() -> None:
     def fail() -> None:
         raise RuntimeError("broken")
 
@@ -337,7 +350,7 @@ class Watcher(Guesser):
         self.num_seen = getattr(self, "num_seen", 0) + 1
 
 
-def test_a_proposer_sees_every_step_and_every_end():
+def test_a_proposer_sees_every_step_and_every_end() -> None:
     engine = FakeModel().engine()
     watcher = engine.proposer = Watcher({"a-0": [], "b-0": []})
     submit(engine, "a", "hello", SamplingParams(max_tokens=4))

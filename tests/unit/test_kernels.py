@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_native_row_kernels_agree_with_the_reference(dtype: torch.dtype) -> None
     fast, slow = native_kernels(dtype), ReferenceKernels()
     x, delta = random_like(40, 576, dtype=dtype), random_like(40, 576, dtype=dtype, seed=1)
     weight = random_like(576, dtype=dtype, seed=2)
-    close = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    close: Any = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(fast.rms_norm(x, weight, 1e-5), slow.rms_norm(x, weight, 1e-5), **close)
     residuals = (x.clone(), x.clone())
     sums = [k.add_rms_norm(delta, r, weight, 1e-5) for k, r in zip((fast, slow), residuals, strict=True)]
@@ -155,6 +156,25 @@ def test_a_linear_row_has_the_same_bits_in_any_batch_of_two_or_more(
     whole = linear(x)
     for rows in (2, 3, 5, 8, 16, 17, 33, 64, 100, 129):
         assert torch.equal(linear(x[:rows].contiguous()), whole[:rows]), f"{rows} rows"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (3072, 576)])
+def test_a_linear_row_has_the_same_bits_with_any_number_of_threads(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    linear = ReferenceKernels().linear(random_like(*shape, dtype=dtype))
+    batches = [random_like(rows, shape[1], dtype=dtype, seed=rows) for rows in (2, 3, 8, 33, 130)]
+    usual = torch.get_num_threads()
+    try:
+        results = []
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            results.append([linear(x) for x in batches])
+    finally:
+        torch.set_num_threads(usual)
+    for alone, *others in zip(*results, strict=True):
+        assert all(torch.equal(alone, other) for other in others)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -73,11 +73,14 @@ def their_logits(path: Path, token_ids: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-    return model(token_ids[None]).logits[0]
+    logits: torch.Tensor = model(token_ids[None]).logits[0]
+    return logits
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers_whole_and_in_chunks(tmp_path, kernels, token_ids, variant):
+def test_logits_are_those_of_transformers_whole_and_in_chunks(
+    tmp_path: Path, kernels: Kernels, token_ids: torch.Tensor, variant: str
+) -> None:
     write_checkpoint(tmp_path, variant)
     expected = their_logits(tmp_path, token_ids)
     for chunks in CHUNKS:
@@ -86,7 +89,9 @@ def test_logits_are_those_of_transformers_whole_and_in_chunks(tmp_path, kernels,
 
 
 @pytest.mark.parametrize("variant", ["llama-llama3", "qwen2-yarn"])
-def test_logits_of_a_gguf_are_those_of_its_directory_in_transformers(tmp_path, kernels, token_ids, variant):
+def test_logits_of_a_gguf_are_those_of_its_directory_in_transformers(
+    tmp_path: Path, kernels: Kernels, token_ids: torch.Tensor, variant: str
+) -> None:
     write_checkpoint(tmp_path, variant)
     path = write_gguf(tmp_path, tmp_path / "model.gguf")
     ours = our_logits(path, kernels, token_ids, (LENGTH,))

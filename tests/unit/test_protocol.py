@@ -46,7 +46,7 @@ def test_completions_are_sixteen_tokens_long_unless_told_otherwise() -> None:
 
 
 def test_every_sampling_field_arrives() -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "n": 2,
         "temperature": 0.5,
         "top_p": 0.9,
@@ -62,8 +62,13 @@ def test_every_sampling_field_arrives() -> None:
         "ignore_eos": True,
         "skip_special_tokens": False,
     }
-    lists = {"stop": ["a", "b"], "stop_token_ids": [1], "bad_words": ["x"], "allowed_token_ids": [4, 5]}
-    tuples = {name: tuple(value) for name, value in lists.items()}
+    lists: dict[str, Any] = {
+        "stop": ["a", "b"],
+        "stop_token_ids": [1],
+        "bad_words": ["x"],
+        "allowed_token_ids": [4, 5],
+    }
+    tuples: Any = {name: tuple(value) for name, value in lists.items()}
     expected = SamplingParams(**fields, **tuples, logprobs=3, logit_bias={7: -1.0})
     bias = {"logit_bias": {"7": -1}}
     assert chat(**fields, **lists, **bias, logprobs=True, top_logprobs=3).sampling() == expected

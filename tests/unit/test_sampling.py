@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,11 +34,6 @@ choose = functools.partial(sampling.choose, kernels=KERNELS)
 VOCAB = 61
 EOS = 1
 INF = math.inf
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
@@ -270,7 +266,7 @@ def slow_target(logits: torch.Tensor, row: SampleRow) -> dict[int, float]:
 def random_row(rng: random.Random) -> SampleRow:
     """A row of which each parameter is used by about a third."""
 
-    def some(make: Callable[[], object], otherwise: object) -> object:
+    def some(make: Callable[[], Any], otherwise: Any) -> Any:
         return make() if rng.random() < 0.35 else otherwise
 
     tokens = range(VOCAB)
@@ -286,7 +282,7 @@ def random_row(rng: random.Random) -> SampleRow:
         stop_token_ids=(2,),
         min_tokens=some(lambda: 8, 0),
         allowed_token_ids=some(lambda: tuple(rng.sample(tokens, 40)), None),
-    )  # type: ignore[arg-type]
+    )
     answer = tuple(rng.choices(range(12), k=rng.randrange(9)))
     drafted = tuple(rng.choices(range(12), k=rng.randrange(4)))
     words = tuple(

@@ -32,7 +32,7 @@ from outpace.server.connection import MAX_BODY_BYTES
 from outpace.server.run import bind
 from outpace.server.tokens import MAX_CHARS_ON_LOOP, Tokens
 
-HELLO = [{"role": "user", "content": "Hello"}]
+HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -316,6 +316,16 @@ def test_prompts_may_be_token_ids(http: httpx.Client, llm: FakeLLM, prompt: Any,
     assert answer["choices"][0]["text"] == llm.tokenizer.decode(expected[0]) + "hello"
 
 
+def test_the_default_length_gives_way_to_a_long_prompt_but_what_is_asked_for_does_not(
+    http: httpx.Client, llm: FakeLLM
+) -> None:
+    long = [70] * (llm.max_model_len - 10)
+    http.post(TEXT, json={"prompt": [[70], long]}).raise_for_status()
+    http.post(TEXT, json={"prompt": long, "max_tokens": 16}).raise_for_status()
+    http.post(TEXT, json={"prompt": long, "max_tokens": None}).raise_for_status()
+    assert [call.sampling.max_tokens for call in llm.calls] == [16, None, 16, None]
+
+
 def test_completion_logprobs_have_the_older_format(http: httpx.Client) -> None:
     body = {"prompt": "a", "logprobs": 2, "max_tokens": 3}
     expected = {
@@ -375,6 +385,7 @@ def test_the_last_message_may_be_continued(http: httpx.Client, llm: FakeLLM) -> 
     [
         ({"messages": [{"role": "user", "content": "forbidden"}]}, "messages", "not this word"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "cannot set tokenize"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "cannot set messages"),
         (
             {"chat_template_kwargs": {"chat_template": "x"}},
             "chat_template_kwargs",
@@ -400,9 +411,19 @@ def test_a_model_without_a_chat_template_says_so() -> None:
 
 
 def test_a_prompt_error_is_about_the_messages_in_chat(http: httpx.Client, llm: FakeLLM) -> None:
-    llm.error = InvalidRequestError("too long", "prompt")
+    llm.error = InvalidRequestError("the prompt is too long", "prompt")
     assert error_of(http.post(CHAT, json={"messages": HELLO}))["param"] == "messages"
     assert error_of(http.post(TEXT, json={"prompt": "a"}))["param"] == "prompt"
+
+
+def test_a_refusal_of_the_engine_names_the_field_as_the_client_wrote_it(
+    http: httpx.Client, llm: FakeLLM
+) -> None:
+    llm.error = InvalidRequestError("max_tokens must be at most 10, got 20", "max_tokens")
+    for name in ("max_tokens", "max_completion_tokens"):
+        error = error_of(http.post(CHAT, json={"messages": HELLO, name: 20}))
+        assert error["param"] == name
+        assert error["message"] == f"{name} must be at most 10, got 20"
 
 
 def test_priority_reaches_the_engine(http: httpx.Client, llm: FakeLLM) -> None:
@@ -622,6 +643,8 @@ def test_the_openapi_description_knows_the_errors_and_no_422(http: httpx.Client)
     chat = description["paths"][CHAT]["post"]
     assert set(chat["responses"]) == {"200", "400", "401", "404", "413", "429", "500", "503"}
     assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    event = chat["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
+    assert event["required"] == ["data"]
     assert "HTTPValidationError" not in json.dumps(description)
     schema = description["components"]["schemas"]["ChatCompletionRequest"]
     assert schema["additionalProperties"] is False

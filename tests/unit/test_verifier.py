@@ -11,11 +11,10 @@ import torch
 
 from outpace import sampling
 from outpace.batch import Batch, BatchEntry, Decision, TargetOutput
-from outpace.errors import ConfigError
 from outpace.kernels.reference import ReferenceKernels
 from outpace.request import Request, Sequence
 from outpace.sampling import SampleRow, SamplingParams, token_logprobs
-from outpace.spec.verifier import MatchVerifier, load_verifier, matched_path, rows_to_sample
+from outpace.spec.verifier import MatchVerifier, matched_path, rows_to_sample
 from outpace.tree import EMPTY_TREE, DraftTree
 
 KERNELS = ReferenceKernels()
@@ -29,11 +28,6 @@ VOCAB = 20
 #   /  \      \
 # 2:7  3:5    4:7
 TREE = DraftTree((-1, -1, 0, 0, 1), (5, 9, 7, 5, 7))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def sequence(token_ids: tuple[int, ...] = (1, 2, 3), **params: object) -> Sequence:
@@ -116,7 +110,8 @@ def test_a_node_gets_the_token_that_plain_decoding_gets_there() -> None:
     params = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.5}
     logits = torch.randn(6, VOCAB, generator=torch.Generator().manual_seed(0)).bfloat16()
     for node in range(-1, 5):
-        here, path = node, ()
+        here = node
+        path: tuple[int, ...] = ()
         while here >= 0:
             here, path = TREE.parents[here], (TREE.token_ids[here], *path)
         known = SampleRow(sequence((1, 2, 3, *path), **params))
@@ -149,9 +144,3 @@ def test_logprobs_without_a_top_list_still_give_the_chosen_token() -> None:
     assert decision is not None
     assert decision.logprobs is not None
     assert (decision.logprobs[0].token_id, decision.logprobs[0].top) == (4, ())
-
-
-def test_the_verifier_is_found_by_name() -> None:
-    assert isinstance(load_verifier("match", KERNELS), MatchVerifier)
-    with pytest.raises(ConfigError, match="unknown verification 'mach'; there are: match"):
-        load_verifier("mach", KERNELS)

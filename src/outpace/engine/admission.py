@@ -32,6 +32,7 @@ class Admission:
         self._eos_token_ids = frozenset(model.eos_token_ids)
         self._max_model_len = max_model_len
         self._max_n = config.max_num_seqs + config.max_num_queued_reqs
+        self._has_priorities = config.scheduling_policy == "priority"
         self._random = random.Random(config.seed)
 
     def requests(
@@ -43,7 +44,7 @@ class Admission:
             request_id: Unique among unfinished ones; the children are called `{request_id}-{i}`.
             prompt_ids: The prompt.
             sampling: How to choose and when to stop.
-            priority: Lower runs first under the `priority` scheduling policy.
+            priority: Lower runs first; not 0 only under the `priority` scheduling policy.
 
         Raises:
             InvalidRequestError: It cannot be served as asked; `param` names the field.
@@ -52,6 +53,12 @@ class Admission:
         sampling.check_token_ids(self._vocab_size)
         if sampling.n > self._max_n:
             raise InvalidRequestError(f"n must be at most {self._max_n}, got {sampling.n}", "n")
+        if priority and not self._has_priorities:
+            raise InvalidRequestError(
+                f"priority must be 0 under {flag('scheduling_policy')} fcfs, got {priority}: leave it out or "
+                f"start with {flag('scheduling_policy')} priority",
+                "priority",
+            )
         max_tokens = self._max_tokens(len(prompt_ids), sampling)
         bad_words_ids = tuple(self._bad_words_ids(sampling.bad_words))
         seed = self._random.getrandbits(_SEED_BITS) if sampling.seed is None else sampling.seed
@@ -81,6 +88,7 @@ class Admission:
                 raise InvalidRequestError(f"prompt must be {limit}, got {token_id}", "prompt")
 
     def _max_tokens(self, num_prompt: int, sampling: SamplingParams) -> int:
+        """What the request asks, or without a limit all that the context leaves."""
         limit = self._max_model_len - num_prompt
         if limit < 1:
             raise InvalidRequestError(
@@ -88,13 +96,15 @@ class Admission:
                 f"{self._max_model_len} ({flag('max_model_len')}) also holds the answer",
                 "prompt",
             )
-        if sampling.min_tokens > limit:
-            raise InvalidRequestError(
-                f"min_tokens must be at most {limit}, got {sampling.min_tokens}: the prompt takes "
-                f"{num_prompt} of {self._max_model_len} tokens",
-                "min_tokens",
-            )
-        return limit if sampling.max_tokens is None else min(sampling.max_tokens, limit)
+        for name, value in (("max_tokens", sampling.max_tokens), ("min_tokens", sampling.min_tokens)):
+            if value is not None and value > limit:
+                raise InvalidRequestError(
+                    f"{name} must be at most {limit}, got {value}: the prompt takes {num_prompt} of the "
+                    f"context's {self._max_model_len} tokens ({flag('max_model_len')}); ask for fewer or "
+                    "leave it out",
+                    name,
+                )
+        return limit if sampling.max_tokens is None else sampling.max_tokens
 
     def _bad_words_ids(self, words: tuple[str, ...]) -> Iterable[tuple[int, ...]]:
         """Each word as tokens, at the beginning of a text and, if that differs, after a space."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ from outpace.request import Output, Request
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.spec.proposer import load_proposer
-from outpace.spec.verifier import Verifier, load_verifier
+from outpace.spec.verifier import MatchVerifier, Verifier
 from outpace.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -48,7 +49,12 @@ class Engine:
         max_model_len: Most tokens of prompt and answer.
         admission: Makes requests that `add` accepts.
         metrics: What it did.
+        scheduler: Who runs.
+        policy: How much is drafted.
+        proposer: What is drafted.
         kv: Its cache.
+        runner: Its model over that cache.
+        verifier: Which tokens come out.
     """
 
     def __init__(
@@ -94,7 +100,7 @@ class Engine:
         decoder = Decoder(model, load_weights(path, model, dtype), dtype, kernels)
         kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching)
         logger.info("KV cache of %d tokens in %s, kernels: %s", num_blocks * BLOCK_SIZE, dtype, kernels.name)
-        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), load_verifier("match", kernels))
+        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), MatchVerifier(kernels))
 
     @property
     def has_work(self) -> bool:
@@ -150,10 +156,12 @@ class Engine:
         return outputs
 
     def _trim(self, view: BatchView, trees: list[DraftTree]) -> list[DraftTree]:
-        num_kept = self.policy.trim(view, [tree.confidence for tree in trees])
-        if num_kept is None:
-            return trees
-        return [tree.cut(num_nodes) for tree, num_nodes in zip(trees, num_kept, strict=True)]
+        """Cuts trees to what the policy keeps, and never lets one reach beyond its answer's end."""
+        most = [sequence.max_draft for sequence in view.sequences]
+        kept = self.policy.trim(view, [tree.confidence for tree in trees])
+        if kept is not None:
+            most = [min(pair) for pair in zip(most, kept, strict=True)]
+        return [tree.cut(num_nodes) for tree, num_nodes in zip(trees, most, strict=True)]
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -185,19 +193,27 @@ def choose_num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dty
     """Blocks of the KV cache; the default is what the help of --kv-cache-memory-bytes says.
 
     Raises:
-        ConfigError: The memory given does not hold one sequence of the longest length.
+        ConfigError: The cache would not hold one sequence of the longest length, or not fit the machine.
     """
     longest = max_model_len(config, model)
     block_bytes = KVCache.block_bytes(model, dtype)
     num_needed = -(-longest // BLOCK_SIZE)
     if config.kv_cache_memory_bytes is None:
         typical = -(-min(longest, _TYPICAL_LEN) // BLOCK_SIZE)
-        return max(config.max_num_seqs * typical, num_needed)
-    num_blocks = config.kv_cache_memory_bytes // block_bytes
+        num_blocks = max(config.max_num_seqs * typical, num_needed)
+    else:
+        num_blocks = config.kv_cache_memory_bytes // block_bytes
     if num_blocks < num_needed:
         raise ConfigError(
             f"{flag('kv_cache_memory_bytes')} {config.kv_cache_memory_bytes} holds {num_blocks * BLOCK_SIZE} "
             f"tokens, fewer than one sequence of {longest}: give at least {num_needed * block_bytes} "
             f"or lower {flag('max_model_len')}"
+        )
+    cache_bytes = num_blocks * block_bytes
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if cache_bytes > memory_bytes:
+        raise ConfigError(
+            f"a KV cache of {cache_bytes} bytes exceeds this machine's memory of {memory_bytes}: "
+            f"lower {flag('kv_cache_memory_bytes')} (without it, {flag('max_num_seqs')})"
         )
     return num_blocks

@@ -61,10 +61,12 @@ class Scheduler:
     """Continuous batching: in every step computed tokens catch up with known ones.
 
     There are no phases. Running sequences come first, in order of admission; then waiting ones are
-    admitted while rows, places and blocks allow. A prompt is admitted only when there is room for all of
-    it and for the next block of every running sequence; it is computed in chunks if the rows of a step do
-    not suffice. When a running sequence finds no block, the newest one of the lowest priority gives its
-    blocks back and starts again from the front of the line (its prefix is usually still cached).
+    admitted while rows, places and blocks allow: by priority, and those of one priority in the order of
+    their arrival (under the `fcfs` policy admission lets no request have another). A prompt is admitted
+    only when there is room for all of it and for the next block of every running sequence; it is computed
+    in chunks if the rows of a step do not suffice. When a running sequence finds no block, the newest one
+    of the lowest priority gives its blocks back and starts again from the front of the line (its prefix is
+    usually still cached).
 
     Attributes:
         num_preemptions: How often that happened.
@@ -81,7 +83,6 @@ class Scheduler:
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_num_queued_reqs = config.max_num_queued_reqs
-        self._by_priority = config.scheduling_policy == "priority"
         self._blocks = blocks
         self._new_detokenizer = new_detokenizer
         self._entries: dict[str, _Entry] = {}
@@ -144,7 +145,7 @@ class Scheduler:
                 f"({flag('max_num_queued_reqs')}): try again later"
             )
         for request in requests:
-            rank = (request.priority if self._by_priority else 0, self._num_added)
+            rank = (request.priority, self._num_added)
             self._num_added += 1
             entry = _Entry(rank, Sequence.start(request), self._new_detokenizer(request.sampling))
             self._entries[request.id] = entry

@@ -127,7 +127,6 @@ class NativeKernels(Kernels):
             dtype: The model's: float32 or bfloat16.
             library: What `build` returned.
         """
-        self._dtype = dtype
         self._lib = ctypes.CDLL(str(library))
         for stem, argtypes in SIGNATURES.items():
             for suffix in SUFFIXES.values():

@@ -19,7 +19,7 @@ class RopeConfig:
         high_freq_factor: llama3.
         beta_fast: yarn.
         beta_slow: yarn.
-        attention_factor: yarn: scale of cos and sin; None is 0.1 ln(factor) + 1.
+        attention_factor: yarn: scale of cos and sin.
         truncate: yarn: whether the correction range is rounded to whole dimensions.
     """
 
@@ -31,7 +31,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float | None = None
+    attention_factor: float = 1.0
     truncate: bool = True
 
 

@@ -137,7 +137,7 @@ def rope_table(rope: RopeConfig, head_dim: int, max_position: int) -> torch.Tens
             inverse = _llama3(rope, inverse)
         case "yarn":
             inverse = _yarn(rope, inverse, head_dim)
-            scale = rope.attention_factor if rope.attention_factor is not None else _yarn_scale(rope.factor)
+            scale = rope.attention_factor
     angles = torch.outer(torch.arange(max_position, dtype=torch.float32), inverse)
     return torch.cat((angles.cos(), angles.sin()), dim=-1) * scale
 
@@ -168,7 +168,3 @@ def _yarn(rope: RopeConfig, inverse: torch.Tensor, head_dim: int) -> torch.Tenso
     low, high = max(low, 0), min(high, head_dim - 1)
     ramp = ((torch.arange(head_dim // 2) - low) / max(high - low, 0.001)).clamp(0, 1)
     return inverse / rope.factor * ramp + inverse * (1 - ramp)
-
-
-def _yarn_scale(factor: float) -> float:
-    return 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -96,8 +96,12 @@ def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
 
 def _architecture(raw: dict[str, Any]) -> str:
     named = raw.get("architectures") or [ARCHITECTURES.get(raw.get("model_type", ""), raw.get("model_type"))]
+    if named[0] is None:
+        raise ConfigError(
+            "config.json names neither architectures nor a model_type: it is no language model's"
+        )
     if named[0] not in ARCHITECTURES.values():
-        raise unsupported(f"architecture {named[0] or 'without a name'!r}")
+        raise unsupported(f"architecture {named[0]!r}")
     return str(named[0])
 
 

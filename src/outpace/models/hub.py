@@ -56,18 +56,17 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
     return _local(_hub_directory(model, _MODEL_FILES, revision))
 
 
-def resolve_tokenizer(tokenizer: str, revision: str | None = None) -> Path:
+def resolve_tokenizer(tokenizer: str) -> Path:
     """Finds a tokenizer on its own, without the weights beside it.
 
     Args:
         tokenizer: A directory, a GGUF file or a hub id.
-        revision: Branch, tag or commit of a hub id.
 
     Raises:
         ConfigError: There is no such tokenizer, or it cannot be downloaded.
     """
     path = Path(tokenizer).expanduser()
-    return path if path.exists() else _hub_directory(tokenizer, _TOKENIZER_FILES, revision)
+    return path if path.exists() else _hub_directory(tokenizer, _TOKENIZER_FILES, None)
 
 
 def _local(path: Path) -> Path:
@@ -174,8 +173,10 @@ def _hub_quantisation(repo: str, quant: str, revision: str | None) -> Path:
 
 def _from_hub(name: str, revision: str | None, download: Callable[[], str]) -> str:
     """Runs a download; whatever goes wrong becomes one line."""
-    import httpx
     from huggingface_hub import constants, errors
+
+    # Of httpx or httpx2, whichever this version of the hub library speaks through.
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
 
     at = f" at revision {revision}" if revision else ""
     try:
@@ -191,5 +192,6 @@ def _from_hub(name: str, revision: str | None, download: Callable[[], str]) -> s
     except errors.LocalEntryNotFoundError as error:
         reason = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
         raise ConfigError(f"cannot find {name}{at}: it is not in the cache and {reason}") from error
-    except (errors.HFValidationError, httpx.HTTPError, OSError) as error:
-        raise ConfigError(f"cannot download {name}{at}: {str(error).splitlines()[0]}") from error
+    except (errors.HFValidationError, http_error, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"cannot download {name}{at}: {reason}") from error

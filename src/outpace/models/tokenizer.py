@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from outpace.errors import ConfigError, OutpaceError, UnsupportedModelError
+from outpace.errors import ConfigError, InvalidRequestError, OutpaceError, UnsupportedModelError
 from outpace.models.gguf_file import GGUFFile
 from outpace.models.loader import is_gguf
 
@@ -49,7 +51,72 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     try:
         return cls.from_pretrained(path, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception
-        raise ConfigError(f"cannot load a tokenizer from {path}: {error}") from error
+        reason = " ".join(str(error).split())  # transformers writes several lines
+        raise ConfigError(
+            f"cannot load a tokenizer from {path}: {reason}; name one with --tokenizer"
+        ) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text of any length.
+
+    Args:
+        tokenizer: The model's.
+        text: The text.
+        add_special_tokens: Whether the tokenizer adds its own, such as one for the beginning.
+    """
+    # not verbose: it would warn of texts beyond the length it was trained for, which admission refuses
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    chat_template: str | None = None,
+    add_special_tokens: bool = False,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a conversation, written by a chat template.
+
+    Args:
+        tokenizer: The model's.
+        messages: The turns so far, each with `role` and `content`.
+        chat_template: Used instead of the tokenizer's own.
+        add_special_tokens: Whether the tokenizer adds its own tokens to what the template wrote; templates
+            usually write them.
+        add_generation_prompt: Whether the assistant's turn is opened.
+        continue_final_message: Whether the last message's turn is left open instead.
+        template_kwargs: Further variables of the template.
+
+    Raises:
+        InvalidRequestError: There is no template, or it refuses these messages or variables.
+    """
+    variables = dict(template_kwargs or {})
+    if chat_template is None and not tokenizer.chat_template:
+        raise InvalidRequestError(
+            "this model has no chat template: use /v1/completions or LLM.generate, or serve it with "
+            "--chat-template",
+            "messages",
+        )
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() if variables else set()
+    if wrong := sorted(variables.keys() & {*taken, "messages"}):
+        raise InvalidRequestError(f"chat_template_kwargs cannot set {wrong[0]}", "chat_template_kwargs")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **variables,
+        )
+        return encode(tokenizer, text, add_special_tokens)
+    except Exception as error:  # a template is a program run on the client's data: it may raise anything
+        reason = f"the chat template refuses these messages: {error}"
+        raise InvalidRequestError(reason, "messages") from error
 
 
 def _gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from outpace.errors import ConfigError
+from outpace import registry
+
+_PACKAGE = "outpace.policy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,24 +85,15 @@ class SpeculationPolicy(ABC):
 
 
 def available() -> list[str]:
-    """Names of the built-in policies: the files beside this one."""
-    here = Path(__file__).parent
-    return sorted(f.stem for f in here.glob("*.py") if f.stem not in {"__init__", "base"})
+    """Names of the built-in policies: the files beside this one that have a function `create`."""
+    return registry.available(_PACKAGE)
 
 
 def load_policy(name: str) -> SpeculationPolicy:
-    """Builds the policy called `name`.
-
-    The file name is the registry: `off` is `policy/off.py`, whose module function `create()` builds it.
-    A dotted name is a module from outside with the same function.
+    """Builds the policy called `name`: `off` is `policy/off.py`, a dotted name is a module from outside.
 
     Raises:
         ConfigError: There is no such policy.
     """
-    if "." not in name and name not in available():
-        raise ConfigError(f"unknown spec policy {name!r}; there are: {', '.join(available())}")
-    module = importlib.import_module(name if "." in name else f"outpace.policy.{name}")
-    policy = module.create()
-    if not isinstance(policy, SpeculationPolicy):
-        raise ConfigError(f"{name}.create() returned a {type(policy).__name__}, not a SpeculationPolicy")
+    policy: SpeculationPolicy = registry.build(_PACKAGE, name, SpeculationPolicy, "spec_policy")
     return policy

@@ -133,13 +133,6 @@ class BlockManager:
         sequence.block_ids.clear()
         sequence.num_computed = 0
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets all that blocks are known to hold; blocks in use stay with their sequences."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._block_of.clear()
-        self._key_of = [None] * self.num_blocks
-
     def check(self, sequences: Iterable[Sequence] = ()) -> None:
         """Verifies the invariants: free + used + cached = total, and who uses what.
 

@@ -11,10 +11,10 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
@@ -36,6 +36,7 @@ from outpace.server.protocol import (
     StreamOptions,
     TopLogprob,
     Usage,
+    in_client_names,
 )
 from outpace.server.tokens import Tokens
 
@@ -56,6 +57,7 @@ class Job:
         num_answers: n; answers to prompt i have the choice indices from i·n on.
         tokens: Writes the tokens of log-probabilities.
         echoes: For each prompt the text its answers begin with.
+        client_names: From the engine's names of fields to the client's, where they differ.
         id: Of the answer.
         created: Unix time in seconds.
     """
@@ -65,6 +67,7 @@ class Job:
     num_answers: int
     tokens: Tokens
     echoes: tuple[str, ...] = ("",)
+    client_names: Mapping[str, str] = field(default_factory=dict)
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -100,23 +103,21 @@ class Tally:
         )
 
 
-def merge(kind: Kind, streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
+def merge(job: Job, streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
     """Outputs of several prompts as they come, each with its prompt's number.
 
     Closing the result closes all of them, and so aborts their requests.
     """
-    return _only(kind, streams[0]) if len(streams) == 1 else _interleave(streams)
+    return _only(job, streams[0]) if len(streams) == 1 else _interleave(streams)
 
 
-async def _only(kind: Kind, stream: AsyncGenerator[Output]) -> AsyncGenerator[tuple[int, Output]]:
+async def _only(job: Job, stream: AsyncGenerator[Output]) -> AsyncGenerator[tuple[int, Output]]:
     try:
         async with aclosing(stream):
             async for output in stream:
                 yield 0, output
     except InvalidRequestError as error:
-        if kind == "chat" and error.param == "prompt":
-            raise InvalidRequestError(str(error), "messages") from None  # as the client wrote it
-        raise
+        raise in_client_names(error, job.client_names) from None
 
 
 async def _interleave(streams: list[AsyncGenerator[Output]]) -> AsyncGenerator[tuple[int, Output]]:
@@ -186,42 +187,34 @@ async def whole(job: Job, events: AsyncGenerator[tuple[int, Output]]) -> ChatCom
         async for prompt, output in events:
             tally.add(prompt, output)
             answers[prompt * n + output.index].add(output)
-    make = _chat_completion if job.kind == "chat" else _text_completion
-    return make(job, answers, tally.usage())
+    parts: Any = {"id": job.public_id, "created": job.created, "model": job.model, "usage": tally.usage()}
+    if job.kind == "chat":
+        choices = [_chat_choice(job.tokens, index, answer) for index, answer in enumerate(answers)]
+        return ChatCompletion(choices=choices, **parts)
+    texts = [_text_choice(job.tokens, index, answer) for index, answer in enumerate(answers)]
+    return Completion(choices=texts, **parts)
 
 
-def _chat_completion(job: Job, answers: list[_Answer], usage: Usage) -> ChatCompletion:
-    choices = []
-    for index, answer in enumerate(answers):
-        assert answer.last is not None
-        logprobs = None if answer.last.logprobs is None else chat_logprobs(job.tokens, answer.logprobs)
-        choice = ChatChoice(
-            index=index,
-            message=AnswerMessage(content="".join(answer.texts)),
-            logprobs=logprobs,
-            finish_reason=_finish(answer.last),
-            stop_reason=answer.last.stop_reason,
-        )
-        choices.append(choice)
-    return ChatCompletion(
-        id=job.public_id, created=job.created, model=job.model, choices=choices, usage=usage
+def _chat_choice(tokens: Tokens, index: int, answer: _Answer) -> ChatChoice:
+    assert answer.last is not None
+    return ChatChoice(
+        index=index,
+        message=AnswerMessage(content="".join(answer.texts)),
+        logprobs=None if answer.last.logprobs is None else chat_logprobs(tokens, answer.logprobs),
+        finish_reason=_finish(answer.last),
+        stop_reason=answer.last.stop_reason,
     )
 
 
-def _text_completion(job: Job, answers: list[_Answer], usage: Usage) -> Completion:
-    choices = []
-    for index, answer in enumerate(answers):
-        assert answer.last is not None
-        logprobs = None if answer.last.logprobs is None else text_logprobs(job.tokens, answer.logprobs, 0)
-        choice = CompletionChoice(
-            index=index,
-            text="".join(answer.texts),
-            logprobs=logprobs,
-            finish_reason=_finish(answer.last),
-            stop_reason=answer.last.stop_reason,
-        )
-        choices.append(choice)
-    return Completion(id=job.public_id, created=job.created, model=job.model, choices=choices, usage=usage)
+def _text_choice(tokens: Tokens, index: int, answer: _Answer) -> CompletionChoice:
+    assert answer.last is not None
+    return CompletionChoice(
+        index=index,
+        text="".join(answer.texts),
+        logprobs=None if answer.last.logprobs is None else text_logprobs(tokens, answer.logprobs, 0),
+        finish_reason=_finish(answer.last),
+        stop_reason=answer.last.stop_reason,
+    )
 
 
 def chat_logprobs(tokens: Tokens, logprobs: Iterable[TokenLogprob]) -> ChatLogprobs:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from outpace.config import ServerConfig, version
+from outpace import __version__
+from outpace.config import ServerConfig
 from outpace.errors import ConfigError, NotFoundError, ShuttingDownError
-from outpace.request import Output
 from outpace.sampling import SamplingParams
 from outpace.server import errors
 from outpace.server.answers import Chunks, EventStream, Job, merge, whole
 from outpace.server.connection import Gate, while_connected
 from outpace.server.protocol import (
+    DEFAULT_COMPLETION_TOKENS,
     ChatCompletion,
     ChatCompletionRequest,
     Completion,
@@ -54,7 +55,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     """
     app = FastAPI(
         title="Outpace",
-        version=version(),
+        version=__version__,
         description="An OpenAI-compatible API. Errors of any kind have one shape, ErrorResponse.",
         redoc_url=None,
         redirect_slashes=False,
@@ -117,8 +118,8 @@ class Api:
             body.add_special_tokens,
             body.chat_template_kwargs,
         )
-        job = Job("chat", self._model, sampling.n, self._tokens)
-        return await self._answer(job, [prompt], sampling, body, request)
+        job = Job("chat", self._model, sampling.n, self._tokens, client_names=body.client_names)
+        return await self._answer(job, [prompt], [sampling], body, request)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Continues one or more texts."""
@@ -126,8 +127,9 @@ class Api:
         sampling = body.sampling()
         prompts = await self._prompt_ids(body)
         echoes = [await self._echo(body, i, ids) for i, ids in enumerate(prompts)]
+        samplings = [self._fitted(sampling, body, ids) for ids in prompts]
         job = Job("text", self._model, sampling.n, self._tokens, tuple(echoes))
-        return await self._answer(job, prompts, sampling, body, request)
+        return await self._answer(job, prompts, samplings, body, request)
 
     async def models(self) -> Response:
         """Lists the one model that is served."""
@@ -170,7 +172,7 @@ class Api:
 
     async def version(self) -> Response:
         """The server's version."""
-        return _json(VersionResponse(version=version()))
+        return _json(VersionResponse(version=__version__))
 
     async def metrics(self) -> Response:
         """Metrics in the Prometheus text format."""
@@ -181,24 +183,29 @@ class Api:
         self,
         job: Job,
         prompts: list[list[int]],
-        sampling: SamplingParams,
+        samplings: list[SamplingParams],
         body: ChatCompletionRequest | CompletionRequest,
         request: Request,
     ) -> Response:
         """Starts one engine request per prompt and sends what comes of them."""
-        streams = [self._generate(job, i, ids, sampling, body.priority) for i, ids in enumerate(prompts)]
-        outputs = merge(job.kind, streams)
+        streams = [
+            self._llm.generate(ids, sampling, request_id=f"{job.public_id}-{i}", priority=body.priority)
+            for i, (ids, sampling) in enumerate(zip(prompts, samplings, strict=True))
+        ]
+        outputs = merge(job, streams)
         if body.stream:
             return EventStream(Chunks(job, body.stream_options or StreamOptions()), outputs)
         async with while_connected(request.receive):
             return _json(await whole(job, outputs))
 
-    def _generate(
-        self, job: Job, number: int, prompt_ids: list[int], sampling: SamplingParams, priority: int
-    ) -> AsyncGenerator[Output]:
-        request_id = f"{job.public_id}-{number}"
-        outputs = self._llm.generate(prompt_ids, sampling, request_id=request_id, priority=priority)
-        return cast(AsyncGenerator[Output], outputs)
+    def _fitted(
+        self, sampling: SamplingParams, body: CompletionRequest, prompt_ids: list[int]
+    ) -> SamplingParams:
+        """The endpoint's default length, which no client asked for, ends where the context does."""
+        room = self._llm.max_model_len - len(prompt_ids)
+        if "max_tokens" in body.model_fields_set or room >= DEFAULT_COMPLETION_TOKENS:
+            return sampling
+        return replace(sampling, max_tokens=None)
 
     async def _prompt_ids(self, body: CompletionRequest) -> list[list[int]]:
         """The prompts as token ids, whichever of the four shapes they came in."""
@@ -242,6 +249,13 @@ _ERRORS = {
 }
 
 
+# OpenAPI 3.2's way to describe a stream by its events, as FastAPI writes it into 3.1, too.
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "A chunk or an error as JSON, or [DONE]"}},
+    "required": ["data"],
+}
+
 _GENERATION_ERRORS = [400, 401, 404, 413, 429, 500, 503]
 
 
@@ -253,7 +267,7 @@ def _responses(
     if model is not None:
         success["model"] = model
     if streams:
-        success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        success["content"] = {"text/event-stream": {"itemSchema": _EVENT}}
     failures: dict[int | str, Any] = {
         status: {"model": ErrorResponse, "description": _ERRORS[status]} for status in statuses
     }

@@ -9,6 +9,7 @@ is accepted. Ranges are checked by `SamplingParams`, the one place that knows th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -18,7 +19,7 @@ from outpace.sampling import SamplingParams
 
 MAX_N = 128  # the OpenAI API's own limit
 MAX_ANSWERS = 2048  # prompts × n of one request: each is a task and a place in the queue
-DEFAULT_COMPLETION_TOKENS = 16  # the OpenAI API's own default; chat has none
+DEFAULT_COMPLETION_TOKENS = 16  # the OpenAI API's own; chat has none
 
 
 def _check_unicode(text: str) -> str:
@@ -116,6 +117,11 @@ class GenerationRequest(RequestModel):
     truncate_prompt_tokens: Unsupported = None
     return_token_ids: Unsupported = None
 
+    @property
+    def client_names(self) -> dict[str, str]:
+        """From the engine's names of fields to those that the client wrote, where they differ."""
+        return {}
+
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
@@ -127,7 +133,10 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     prompt: Prompt = Field(description="A text, token ids, or a list of either")
-    max_tokens: Int | None = Field(DEFAULT_COMPLETION_TOKENS, description="null: what the context allows")
+    max_tokens: Int | None = Field(
+        DEFAULT_COMPLETION_TOKENS,
+        description="null: what the context allows. The default is less if the prompt leaves less",
+    )
     echo: bool | None = Field(None, description="Begin the text with the prompt; not with logprobs")
     logprobs: Int | None = None
     add_special_tokens: bool = Field(True, description="Give texts the tokenizer's own, such as BOS")
@@ -158,7 +167,7 @@ class CompletionRequest(GenerationRequest):
         Raises:
             InvalidRequestError: A value is out of range.
         """
-        return _sampling(self, max_tokens=self.max_tokens, logprobs=self.logprobs)
+        return _sampling(self, self.max_tokens, self.logprobs)
 
 
 class TextPart(RequestModel):
@@ -233,6 +242,12 @@ class ChatCompletionRequest(GenerationRequest):
     documents: Unsupported = None
     echo: Unsupported = None
 
+    @property
+    def client_names(self) -> dict[str, str]:
+        """See GenerationRequest."""
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatCompletionRequest:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
@@ -252,15 +267,8 @@ class ChatCompletionRequest(GenerationRequest):
         Raises:
             InvalidRequestError: A value is out of range.
         """
-        renamed = {"logprobs": "top_logprobs"}
-        if self.max_completion_tokens is not None:
-            renamed["max_tokens"] = "max_completion_tokens"
-        return _sampling(
-            self,
-            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            renamed=renamed,
-        )
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return _sampling(self, max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
 
 
 class TokenizeRequest(RequestModel):
@@ -296,19 +304,24 @@ _SAME_IN_SAMPLING = (
 )
 
 
-def _sampling(
-    request: GenerationRequest,
-    max_tokens: int | None,
-    logprobs: int | None,
-    renamed: dict[str, str] | None = None,
-) -> SamplingParams:
+def in_client_names(error: InvalidRequestError, names: Mapping[str, str]) -> InvalidRequestError:
+    """A refusal with the field at fault called as the client wrote it.
+
+    Args:
+        error: Its message begins with the field, if it names it ("max_tokens must ...").
+        names: `GenerationRequest.client_names`.
+    """
+    name = names.get(error.param or "", error.param)
+    return InvalidRequestError(str(error).replace(f"{error.param} must", f"{name} must"), name)
+
+
+def _sampling(request: GenerationRequest, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
     """Builds SamplingParams; absent and null fields keep its defaults.
 
     Args:
         request: Holds the fields that are called the same in SamplingParams.
         max_tokens: Its `max_tokens`.
         logprobs: Its `logprobs`.
-        renamed: From its names to the client's, where they differ, for error messages.
     """
     asked: dict[str, Any] = {name: getattr(request, name) for name in _SAME_IN_SAMPLING}
     asked |= {"max_tokens": max_tokens, "logprobs": logprobs}
@@ -318,10 +331,7 @@ def _sampling(
     try:
         return SamplingParams(**{key: value for key, value in asked.items() if value is not None})
     except InvalidRequestError as error:
-        name = (renamed or {}).get(error.param or "")
-        if error.param is None or name is None:
-            raise
-        raise InvalidRequestError(str(error).replace(error.param, name), name) from None
+        raise in_client_names(error, request.client_names) from None
 
 
 def _token_id(key: str) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import re
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jinja2
 
 from outpace.errors import ConfigError, InvalidRequestError
+from outpace.models.tokenizer import encode, encode_chat
 from outpace.server.protocol import ChatMessage
 
 # Tokenising this much takes about a millisecond: longer texts go to a thread, so that streams do not stutter.
@@ -31,7 +31,6 @@ class Tokens:
     def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._template = chat_template
-        self._taken = inspect.signature(tokenizer.apply_chat_template).parameters.keys() | {"messages"}
         self._is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
         self._added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
         self._size = len(tokenizer)
@@ -42,7 +41,7 @@ class Tokens:
         """Token ids of each text."""
 
         def encode_all() -> list[list[int]]:
-            return [self._encode(text, add_special_tokens) for text in texts]
+            return [encode(self._tokenizer, text, add_special_tokens) for text in texts]
 
         if len(texts) == 1 and len(texts[0]) <= MAX_CHARS_ON_LOOP:
             return encode_all()
@@ -73,18 +72,21 @@ class Tokens:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt exclude each other", "add_generation_prompt"
             )
-        if taken := sorted((template_kwargs or {}).keys() & self._taken):
-            raise InvalidRequestError(f"chat_template_kwargs cannot set {taken[0]}", "chat_template_kwargs")
         opens_turn = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         conversation = [message.for_template() for message in messages]
-        options = {
-            "add_generation_prompt": opens_turn,
-            "continue_final_message": continue_final_message,
-            **(template_kwargs or {}),
-        }
+        lay_out = partial(
+            encode_chat,
+            self._tokenizer,
+            conversation,
+            chat_template=self._template,
+            add_special_tokens=add_special_tokens,
+            add_generation_prompt=opens_turn,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
         if sum(len(message["content"]) for message in conversation) <= MAX_CHARS_ON_LOOP:
-            return self._encode_chat(conversation, add_special_tokens, options)
-        return await asyncio.to_thread(self._encode_chat, conversation, add_special_tokens, options)
+            return lay_out()
+        return await asyncio.to_thread(lay_out)
 
     async def decode(self, token_ids: list[int], param: str) -> str:
         """Text of token ids, special tokens included.
@@ -110,7 +112,7 @@ class Tokens:
     def _try_template(self) -> None:
         """Compiles the template, for the first request's sake and to find a broken one before any."""
         try:
-            self._encode_chat([{"role": "user", "content": "Hello"}], False, {})
+            encode_chat(self._tokenizer, [{"role": "user", "content": "Hello"}], chat_template=self._template)
         except InvalidRequestError as error:
             if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
                 raise ConfigError(
@@ -130,26 +132,6 @@ class Tokens:
         else:
             content = raw.replace("▁", " ").encode()
         return content.decode(errors="replace"), list(content)
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False))
-
-    def _encode_chat(
-        self, conversation: list[dict[str, str]], add_special_tokens: bool, options: dict[str, Any]
-    ) -> list[int]:
-        if self._template is None and not self._tokenizer.chat_template:
-            raise InvalidRequestError(
-                "this model has no chat template: use /v1/completions, or give the server --chat-template",
-                "messages",
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, chat_template=self._template, **options
-            )
-            return self._encode(text, add_special_tokens)
-        except Exception as error:  # a template is a program run on the client's data: it may raise anything
-            reason = f"the chat template refuses these messages: {error}"
-            raise InvalidRequestError(reason, "messages") from error
 
 
 @cache

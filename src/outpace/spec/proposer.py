@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from pathlib import Path
 
+from outpace import registry
 from outpace.batch import Batch, TargetOutput, Verdict
-from outpace.errors import ConfigError
 from outpace.request import Sequence
 from outpace.tree import DraftTree
+
+_PACKAGE = "outpace.spec.proposers"
 
 
 class Proposer(ABC):
@@ -36,21 +36,14 @@ class Proposer(ABC):
 
 def available() -> list[str]:
     """Names of the built-in draft methods: the files in `spec/proposers`."""
-    return sorted(f.stem for f in (Path(__file__).parent / "proposers").glob("*.py") if f.stem != "__init__")
+    return registry.available(_PACKAGE)
 
 
 def load_proposer(name: str) -> Proposer:
-    """Builds the draft method called `name` from `spec/proposers/{name}.py`, or from a dotted module path.
-
-    The module's function `create()` builds it.
+    """Builds the draft method called `name`: `none` is `spec/proposers/none.py`, a dotted name is a module.
 
     Raises:
         ConfigError: There is no such method.
     """
-    if "." not in name and name not in available():
-        raise ConfigError(f"unknown spec method {name!r}; there are: {', '.join(available())}")
-    module = importlib.import_module(name if "." in name else f"outpace.spec.proposers.{name}")
-    proposer = module.create()
-    if not isinstance(proposer, Proposer):
-        raise ConfigError(f"{name}.create() returned a {type(proposer).__name__}, not a Proposer")
+    proposer: Proposer = registry.build(_PACKAGE, name, Proposer, "spec_method")
     return proposer

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import final
 
 import torch
 
 from outpace.batch import Batch, BatchEntry, Decision, TargetOutput, Verdict
-from outpace.errors import ConfigError
 from outpace.kernels import Kernels
 from outpace.sampling import SampleRow, choose, target_logits, token_logprobs
 from outpace.tree import DraftTree
@@ -49,17 +48,6 @@ class MatchVerifier(Verifier):
         wanted = target_logits(target.logits, rows, kernels=self._kernels)
         chosen = choose(wanted, rows, kernels=self._kernels)
         return Verdict(tuple(_decide(entry, chosen, target.logits) for entry in batch.entries))
-
-
-def load_verifier(name: str, kernels: Kernels) -> Verifier:
-    """Builds the verifier called `name`, which samples with `kernels`.
-
-    Raises:
-        ConfigError: There is no such verifier.
-    """
-    if name not in _VERIFIERS:
-        raise ConfigError(f"unknown verification {name!r}; there are: {', '.join(_VERIFIERS)}")
-    return _VERIFIERS[name](kernels)
 
 
 def rows_to_sample(batch: Batch) -> list[SampleRow]:
@@ -106,6 +94,3 @@ def _decide(entry: BatchEntry, chosen: list[int], logits: torch.Tensor) -> Decis
     num_top = entry.sequence.request.sampling.logprobs
     logprobs = None if num_top is None else tuple(token_logprobs(logits[rows], token_ids, num_top))
     return Decision(path, token_ids, logprobs)
-
-
-_VERIFIERS: dict[str, Callable[[Kernels], Verifier]] = {"match": MatchVerifier}
