@@ -205,6 +205,11 @@ def test_an_architecture_without_a_name_is_found_by_model_type() -> None:
     assert config.architecture == "LlamaForCausalLM"
 
 
+def test_a_configuration_that_names_no_architecture_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match="names neither architectures nor a model_type"):
+        parse_config({}, {})
+
+
 def test_old_and_new_rope_keys_mean_the_same() -> None:
     old = parse(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
     new = parse(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5})

@@ -202,9 +202,16 @@ def test_a_gguf_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "a.gguf")
 
 
-def test_a_directory_without_a_tokenizer_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot load a tokenizer from"):
+@pytest.mark.parametrize(
+    "files",
+    [{}, {"tokenizer.json": "{}"}, {"config.json": '{"model_type": "llama", "vocab_size": 8}'}],
+    ids=["none", "an empty one", "only a model's"],
+)
+def test_a_directory_without_a_tokenizer_is_one_clear_line(tmp_path: Path, files: dict[str, str]) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"cannot load a tokenizer from .* name one with --tokenizer"
+    ) as error:
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="cannot load a tokenizer from"):
-        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)

@@ -1,8 +1,9 @@
 """How many threads a pass should use, learnt from what passes took.
 
-OpenMP's threads meet at a barrier after every operator, several hundred times per pass. When something else wants
-their cores, all wait for the one that was put off, each time for a slice of the scheduler: passes become ten times
-slower and more, while one thread alone loses little. Results do not depend on the number of threads.
+OpenMP's threads meet at a barrier after every operator, several hundred times per pass. When something
+else wants their cores, all wait for the one that was put off, each time for a slice of the scheduler:
+passes become ten times slower and more, while one thread alone loses little. Results do not depend on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ class Mode(enum.Enum):
 class ThreadGovernor:
     """Chooses between all threads and one. Pure arithmetic: the caller sets the threads and measures.
 
-    One thread is tried when passes of a size (rows, by powers of two) are new or turn slow, and kept if it is
-    faster. While it is kept, all threads are tried again after a hold, which doubles each time that they lose.
+    One thread is tried when passes of a size (rows, by powers of two) are new or turn slow, and kept if it
+    is faster. While it is kept, all threads are tried again after a hold, which doubles each time that they
+    lose.
     """
 
     def __init__(self, all_threads: int) -> None:
