@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +25,11 @@ from outpace.engine.engine import Engine
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.tokenizer import encode_chat
+from outpace.policy.base import BatchView, SpeculationPolicy
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.sampling import SamplingParams
+from outpace.spec import proposer as proposers
 
 Answers = list[tuple[int, ...]]
 Case = tuple[list[int], SamplingParams]
@@ -93,6 +96,26 @@ def conditions(loaded: Loaded, cases: list[Case]) -> Iterator[tuple[str, Answers
         chunked = loaded.build(max_num_batched_tokens=rows, max_num_seqs=min(rows, 16))
         yield f"chunks of {rows}", run(chunked, cases, lambda i: i), chunked
 
+    for method in proposers.available():
+        if method == "none":
+            continue
+        fixed = loaded.build(spec_method=method, spec_tokens=8)
+        one_by_one = [answer for case in cases for answer in run(fixed, [case], lambda i: 0)]
+        yield f"{method}, alone", one_by_one, fixed
+        chaotic = loaded.build(num_blocks, spec_method=method, spec_tokens=8)
+        chaotic.policy = Chaos()
+        yield f"{method}, tiny cache, random limits", run(chaotic, cases, lambda i: i), chaotic
+
+
+class Chaos(SpeculationPolicy):
+    """A random limit for every sequence at every step."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+
+    def limits(self, view: BatchView) -> list[int]:
+        return [self._random.randint(0, min(8, sequence.max_draft)) for sequence in view.sequences]
+
 
 def chat_prompts(engine: Engine, path: Path, number: int) -> list[list[int]]:
     """The first turns of a file of prompts, evenly spread over it, as token ids of a chat."""
@@ -107,8 +130,8 @@ def chat_ids(engine: Engine, text: str) -> list[int]:
 
 
 def compare(loaded: Loaded, cases: list[Case]) -> dict[str, int]:
-    """Runs every condition; returns tokens compared, differing answers, preemptions and prefix hits."""
-    totals = {"tokens": 0, "different": 0, "preemptions": 0, "prefix_hits": 0}
+    """Runs every condition; returns tokens compared, differing answers, preemptions, and so on."""
+    totals = {"tokens": 0, "different": 0, "preemptions": 0, "prefix_hits": 0, "accepted_drafts": 0}
     expected: Answers = []
     for name, answers, engine in conditions(loaded, cases):
         if not expected:
@@ -119,8 +142,14 @@ def compare(loaded: Loaded, cases: list[Case]) -> dict[str, int]:
         totals["different"] += len(different)
         totals["preemptions"] += engine.scheduler.num_preemptions
         totals["prefix_hits"] = max(totals["prefix_hits"], engine.scheduler.num_prefix_hits)
-        preemptions = engine.scheduler.num_preemptions
-        print(f"{name}: {len(different)} of {len(cases)} differ, {preemptions} preemptions", file=sys.stderr)
+        drafts = engine.metrics.drafts
+        totals["accepted_drafts"] += drafts.num_accepted_tokens
+        drafted = f", {drafts.num_accepted_tokens} of {drafts.num_draft_tokens} draft tokens accepted"
+        print(
+            f"{name}: {len(different)} of {len(cases)} differ, {engine.scheduler.num_preemptions} preemptions"
+            f"{drafted if drafts.num_drafts else ''}",
+            file=sys.stderr,
+        )
     return totals
 
 

@@ -25,6 +25,52 @@ def setting(default: Any, help: str, positional: bool = False) -> Any:
 
 
 @dataclass(frozen=True)
+class SpeculativeConfig:
+    """How drafts are made: the keys of --speculative-config, vLLM's where it has them."""
+
+    method: str = setting("none", "Draft method, a name of spec/proposers; ngram is prompt_lookup")
+    num_speculative_tokens: int = setting(
+        5, "Most draft tokens for a sequence in a step (policy fixed: always)"
+    )
+    prompt_lookup_min: int = setting(2, "prompt_lookup: shortest match that gives a draft, in tokens")
+    prompt_lookup_max: int = setting(5, "prompt_lookup: longest match looked for")
+    suffix_decoding_max_tree_depth: int = setting(24, "suffix: longest match and longest draft")
+    suffix_decoding_max_cached_requests: int = setting(10000, "suffix: finished answers kept")
+    suffix_decoding_max_spec_factor: float = setting(1.0, "suffix: longest draft per token of match")
+    suffix_decoding_min_token_prob: float = setting(0.1, "suffix: least relative frequency of a drafted path")
+
+    def __post_init__(self) -> None:
+        """Checks types and ranges, and resolves the alias.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        if self.method == "ngram":
+            object.__setattr__(self, "method", "prompt_lookup")
+        for field in dataclasses.fields(self):
+            value: Any = getattr(self, field.name)
+            default: Any = field.default
+            kind = type(default)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ConfigError(
+                    f"{field.name} of --speculative-config must be {kind.__name__}, got {value!r}"
+                )
+            if kind is int and value < 1:
+                raise ConfigError(f"{field.name} of --speculative-config must be at least 1, got {value}")
+        if not 2 <= self.prompt_lookup_min <= self.prompt_lookup_max:
+            raise ConfigError(
+                f"prompt_lookup_min must be in [2, prompt_lookup_max = {self.prompt_lookup_max}], "
+                f"got {self.prompt_lookup_min}"
+            )
+        if self.suffix_decoding_max_spec_factor <= 0:
+            factor = self.suffix_decoding_max_spec_factor
+            raise ConfigError(f"suffix_decoding_max_spec_factor must be above 0, got {factor}")
+        if not 0 <= self.suffix_decoding_min_token_prob <= 1:
+            prob = self.suffix_decoding_min_token_prob
+            raise ConfigError(f"suffix_decoding_min_token_prob must be in [0, 1], got {prob}")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """The model and the engine that runs it. Names are vLLM's where it has them."""
 
@@ -56,8 +102,14 @@ class EngineConfig:
         "auto", "CPU kernels: native C++ (built on first use), plain torch, or native if a compiler is there"
     )
     seed: int = setting(0, "Seeds the draw of seeds for requests that give none")
-    spec_method: str = setting("none", "Draft method, a name of spec/proposers")
-    spec_policy: str = setting("off", "Speculation policy, a name of policy")
+    spec_method: str | None = setting(None, "Draft method: none, prompt_lookup (ngram), suffix")
+    spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
+    spec_policy: str | None = setting(
+        None, "Speculation policy: off, fixed; the default is fixed where there is a draft method, else off"
+    )
+    speculative_config: dict[str, Any] | None = setting(  # noqa: RUF009 (a field, as all of these)
+        None, "JSON object with these and the other settings of drafting, as vLLM has it"
+    )
 
     def __post_init__(self) -> None:
         """Checks what can be checked without the model.
@@ -81,6 +133,37 @@ class EngineConfig:
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
                 f"--max-num-seqs ({self.max_num_seqs}): each running sequence takes a row of every step"
             )
+        cores = os.cpu_count() or 1
+        if self.num_threads is not None and self.num_threads > cores:
+            raise ConfigError(f"--num-threads must be at most {cores}, one per core, got {self.num_threads}")
+        _ = self.speculative
+
+    @property
+    def speculative(self) -> SpeculativeConfig:
+        """How drafts are made, from --speculative-config and the flags for its parts.
+
+        Raises:
+            ConfigError: A key is unknown, a value is out of range, or something is given twice.
+        """
+        settings = dict(self.speculative_config or {})
+        known = [field.name for field in dataclasses.fields(SpeculativeConfig)]
+        for key in settings:
+            if key not in known:
+                raise ConfigError(
+                    f"unknown key {key!r} in --speculative-config; there are: {', '.join(known)}"
+                )
+        for name, key in (("spec_method", "method"), ("spec_tokens", "num_speculative_tokens")):
+            value = getattr(self, name)
+            if value is not None and settings.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"{key} is given twice: {flag(name)} {value} and {settings[key]} in --speculative-config"
+                )
+        return SpeculativeConfig(**settings)
+
+    @property
+    def policy(self) -> str:
+        """The name of the speculation policy."""
+        return self.spec_policy or ("off" if self.speculative.method == "none" else "fixed")
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,15 @@ def available(package: str) -> list[str]:
     return sorted(name for name in names if hasattr(importlib.import_module(f"{package}.{name}"), "create"))
 
 
-def build(package: str, name: str, interface: type[Any], setting: str) -> Any:
-    """Builds the part called `name` with its module's `create()`.
+def build(package: str, name: str, interface: type[Any], setting: str, *arguments: Any) -> Any:
+    """Builds the part called `name` with its module's `create(*arguments)`.
 
     Args:
         package: Where the built-in ones are.
         name: A module of `package`, or the dotted path of a module from outside.
         interface: What it must be an instance of.
         setting: The setting that chose it, for errors.
+        *arguments: What `create` is given.
 
     Raises:
         ConfigError: There is no such module, or it does not make such a part.
@@ -41,7 +42,7 @@ def build(package: str, name: str, interface: type[Any], setting: str) -> Any:
         raise ConfigError(f"{flag(setting)} {name} cannot be imported: {reason}") from error
     if not hasattr(module, "create"):
         raise ConfigError(f"{flag(setting)} {name} has no function create()")
-    part = module.create()
+    part = module.create(*arguments)
     if not isinstance(part, interface):
         made = type(part).__name__
         raise ConfigError(f"{flag(setting)} {name}: create() made a {made}, not a {interface.__name__}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -47,6 +48,7 @@ _ACCEPTED: dict[Any, str] = {
     float: "a number",
     bool: "true or false",
     str: "a string",
+    dict[str, Any]: "a JSON object",
 }
 
 
@@ -138,7 +140,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_value(kind: Any, text: str, source: str) -> Any:
-    """Reads a flag's or variable's text as int, float, bool, str or one of a Literal's strings.
+    """Reads a flag's or variable's text as int, float, bool, str, JSON object or one of a Literal's strings.
 
     Raises:
         ConfigError: It is none; the message names `source`, the value and what is accepted.
@@ -155,6 +157,8 @@ def parse_value(kind: Any, text: str, source: str) -> Any:
             value = float(text)
         except ValueError:
             value = None
+    elif kind == dict[str, Any]:
+        value = _parse_object(text)
     elif text in typing.get_args(kind):
         value = text
     if value is None:
@@ -182,7 +186,10 @@ def _parse_yaml(config: type[Any], name: str, value: Any, source: str) -> Any:
         return None
     if kind is int and isinstance(value, str):
         return parse_value(int, value, source)
-    fits = value in typing.get_args(kind) if typing.get_origin(kind) is Literal else type(value) is kind
+    if typing.get_origin(kind) is Literal:
+        fits = value in typing.get_args(kind)
+    else:
+        fits = type(value) is (typing.get_origin(kind) or kind)
     if kind is float and type(value) is int:
         return float(value)
     if not fits:
@@ -201,6 +208,15 @@ def _parse_int(text: str) -> int | None:
     if "." in number:
         return None
     return int(number) * (_BINARY[suffix[0]] if suffix else 1)
+
+
+def _parse_object(text: str) -> dict[str, Any] | None:
+    """A JSON object; None if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _kind(config: type[Any], name: str) -> tuple[Any, bool]:
@@ -242,7 +258,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(typing.get_args(kind)) + "}"
-    return {int: "N", float: "X", str: "NAME"}[kind]
+    return {int: "N", float: "X", str: "NAME", dict[str, Any]: "JSON"}[kind]
 
 
 def _show(default: Any) -> str:

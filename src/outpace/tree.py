@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+Node = TypeVar("Node")
+# minus its probability, its rank, parent, depth, token, probability given the parent, where it leads
+_Branch = tuple[float, int, int, int, int, float, Node]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +72,42 @@ class DraftTree:
 
 
 EMPTY_TREE = DraftTree()
+
+
+def grow(
+    root: Node,
+    children: Callable[[Node], Iterable[tuple[int, float, Node]]],
+    max_nodes: int,
+    max_depth: int,
+    min_prob: float = 0.0,
+) -> DraftTree:
+    """The most probable nodes of a tree that is known by its branches, best first.
+
+    Args:
+        root: Where the sequence stands.
+        children: For a place its continuations: token, probability given the place, where it leads.
+        max_nodes: Size limit.
+        max_depth: Depth limit.
+        min_prob: Least probability of a node, the product of those on its path.
+    """
+    parents: list[int] = []
+    token_ids: list[int] = []
+    confidence: list[float] = []
+    order = itertools.count()  # ties: first seen first, which keeps parents before their children
+
+    def branches(place: Node, prob: float, parent: int, depth: int) -> Iterator[_Branch[Node]]:
+        if depth <= max_depth:
+            for token_id, share, target in children(place):
+                if prob * share >= min_prob:
+                    yield -prob * share, next(order), parent, depth, token_id, share, target
+
+    frontier = list(branches(root, 1.0, -1, 1))
+    heapq.heapify(frontier)
+    while frontier and len(token_ids) < max_nodes:
+        negative, _, parent, depth, token_id, share, target = heapq.heappop(frontier)
+        for branch in branches(target, -negative, len(token_ids), depth + 1):
+            heapq.heappush(frontier, branch)
+        parents.append(parent)
+        token_ids.append(token_id)
+        confidence.append(share)
+    return DraftTree(tuple(parents), tuple(token_ids), tuple(confidence))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from outpace.config import SpeculativeConfig
 from outpace.policy import base as policies
 from outpace.policy.base import BatchView, SequenceView, SpeculationPolicy, StepRecord, load_policy
 from outpace.sampling import SamplingParams
@@ -67,17 +68,23 @@ def drive(policy: SpeculationPolicy, seed: int, num_steps: int = 60) -> list[Any
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_each_sequence_gets_a_limit_that_is_of_use_to_it(name: str, seed: int) -> None:
-    drive(load_policy(name), seed)
+    drive(load_policy(name, SpeculativeConfig()), seed)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_same_steps_get_the_same_answers(name: str) -> None:
-    assert drive(load_policy(name), 7) == drive(load_policy(name), 7)
+    assert drive(load_policy(name, SpeculativeConfig()), 7) == drive(
+        load_policy(name, SpeculativeConfig()), 7
+    )
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_torch_is_needed(name: str) -> None:
-    code = f"import sys; from outpace.policy.base import load_policy; load_policy({name!r})"
+    code = (
+        "import sys; from outpace.config import SpeculativeConfig\n"
+        "from outpace.policy.base import load_policy\n"
+        f"load_policy({name!r}, SpeculativeConfig())"
+    )
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)
 
 

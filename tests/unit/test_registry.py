@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from outpace.config import EngineConfig
+from outpace.config import EngineConfig, SpeculativeConfig
 from outpace.errors import ConfigError
 from outpace.policy import base as policies
 from outpace.policy.base import BatchView, SpeculationPolicy, load_policy
@@ -22,13 +22,14 @@ class Mine(SpeculationPolicy):
         return []
 
 
-def create() -> Mine:
+def create(config: SpeculativeConfig) -> Mine:
     return Mine()
 
 
 def test_the_defaults_are_among_what_is_available() -> None:
-    assert EngineConfig.spec_policy in policies.available()
-    assert EngineConfig.spec_method in proposers.available()
+    assert EngineConfig().policy in policies.available()
+    assert EngineConfig(spec_method="ngram").policy in policies.available()
+    assert SpeculativeConfig().method in proposers.available()
 
 
 def test_modules_that_make_no_part_are_not_offered() -> None:
@@ -36,18 +37,26 @@ def test_modules_that_make_no_part_are_not_offered() -> None:
 
 
 def test_a_built_in_part_is_found_by_its_file_name() -> None:
-    assert isinstance(load_policy("off"), SpeculationPolicy)
-    assert isinstance(load_proposer("none"), Proposer)
+    assert isinstance(load_policy("off", SpeculativeConfig()), SpeculationPolicy)
+    assert isinstance(load_proposer(SpeculativeConfig()), Proposer)
 
 
 def test_a_dotted_path_names_a_part_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.py").write_text(f"from {__name__} import create")
     monkeypatch.syspath_prepend(tmp_path)
-    assert isinstance(load_policy("elsewhere.mine"), Mine)
+    assert isinstance(load_policy("elsewhere.mine", SpeculativeConfig()), Mine)
 
 
-@pytest.mark.parametrize("load", [load_policy, load_proposer])
+def load_method(name: str) -> Proposer:
+    return load_proposer(SpeculativeConfig(method=name))
+
+
+def load_policy_named(name: str) -> SpeculationPolicy:
+    return load_policy(name, SpeculativeConfig())
+
+
+@pytest.mark.parametrize("load", [load_policy_named, load_method])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -63,7 +72,7 @@ def test_a_dotted_path_names_a_part_from_outside(monkeypatch: pytest.MonkeyPatch
 def test_what_cannot_be_built_is_one_line(
     load: Any, name: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for folder, code in {"broken": "1 / 0", "wrong": "create = dict"}.items():
+    for folder, code in {"broken": "1 / 0", "wrong": "def create(config): return {}"}.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "here.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)

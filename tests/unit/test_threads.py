@@ -10,7 +10,7 @@ from outpace.runtime.threads import LONGEST_HOLD, ThreadGovernor
 def drive(
     governor: ThreadGovernor, passes: int, seconds: Callable[[int, int], float], rows: int = 8
 ) -> list[int]:
-    """Runs passes on a machine given as (threads, number of the pass) -> seconds; returns the threads used."""
+    """Runs passes on a machine given as (threads, pass) -> seconds; returns the threads used."""
     used = []
     for number in range(passes):
         used.append(governor.num_threads)

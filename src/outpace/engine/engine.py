@@ -76,8 +76,8 @@ class Engine:
         self.max_model_len = max_model_len(config, model)
         self.admission = Admission(config, model, tokenizer, self.max_model_len)
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
-        self.policy = load_policy(config.spec_policy)
-        self.proposer = load_proposer(config.spec_method)
+        self.policy = load_policy(config.policy, config.speculative)
+        self.proposer = load_proposer(config.speculative)
         self.runner, self.verifier = runner, verifier
         self.metrics = Metrics(self.model_name, self.scheduler)
 

@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -61,12 +61,42 @@ class _Times:
     last: float
 
 
+@dataclass(slots=True)
+class Drafts:
+    """What became of drafts, as vLLM counts it.
+
+    The mean acceptance length is 1 + num_accepted_tokens / num_drafts.
+
+    Attributes:
+        num_drafts: Trees verified, one per sequence and step.
+        num_draft_tokens: Their nodes.
+        num_accepted_tokens: Nodes on accepted paths.
+        num_accepted_per_depth: The same by depth; the first entry is depth 1, vLLM's position 0.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_per_depth: list[int] = field(default_factory=list)
+
+    def observe(self, num_nodes: int, num_accepted: int) -> None:
+        """Counts one verified tree that had nodes."""
+        self.num_drafts += 1
+        self.num_draft_tokens += num_nodes
+        self.num_accepted_tokens += num_accepted
+        by_depth = self.num_accepted_per_depth
+        by_depth += [0] * (num_accepted - len(by_depth))
+        for depth in range(num_accepted):
+            by_depth[depth] += 1
+
+
 class Metrics(Collector):
     """The engine's clock and counters.
 
     Within a step call `start_step`, `lap` after each phase, `record`, and at the end `finish_step`.
 
     Attributes:
+        drafts: What became of the drafts so far.
         registry: Prometheus' view of these metrics.
     """
 
@@ -79,6 +109,7 @@ class Metrics(Collector):
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._num_finished: Counter[FinishReason] = Counter()
+        self.drafts = Drafts()
         self._iteration_tokens = Histogram(_ROWS)
         self._time_to_first_token = Histogram(_FIRST_TOKEN_S)
         self._inter_token_latency = Histogram(_TOKEN_S)
@@ -112,6 +143,9 @@ class Metrics(Collector):
             if decision is not None
         ]
         self._iteration_tokens.observe(batch.num_rows)
+        for entry, decision in pairs:
+            if len(entry.tree):
+                self.drafts.observe(len(entry.tree), len(decision.path))
         return StepRecord(
             seconds={**self._laps, "total": sum(self._laps.values())},
             num_rows=batch.num_rows,
@@ -181,6 +215,13 @@ class Metrics(Collector):
         yield self._counter("generation_tokens", "Tokens generated", self._num_generation_tokens)
         yield self._counter("prefix_cache_queries", "Tokens looked up", line.num_prefix_queries)
         yield self._counter("prefix_cache_hits", "Tokens found", line.num_prefix_hits)
+        drafts = self.drafts
+        yield self._counter("spec_decode_num_drafts", "Draft trees verified", drafts.num_drafts)
+        yield self._counter("spec_decode_num_draft_tokens", "Their tokens", drafts.num_draft_tokens)
+        yield self._counter(
+            "spec_decode_num_accepted_tokens", "Draft tokens accepted", drafts.num_accepted_tokens
+        )
+        yield self._accepted_per_position()
         yield self._request_success()
         for name, help, histogram in (
             ("iteration_tokens_total", "Token rows per step", self._iteration_tokens),
@@ -219,6 +260,16 @@ class Metrics(Collector):
         )
         for reason in FinishReason:
             family.add_metric([self._model_name, reason], self._num_finished[reason])
+        return family
+
+    def _accepted_per_position(self) -> Metric:
+        family = CounterMetricFamily(
+            "outpace:spec_decode_num_accepted_tokens_per_pos",
+            "Draft tokens accepted, by depth - 1",
+            labels=["model_name", "position"],
+        )
+        for position, num_accepted in enumerate(list(self.drafts.num_accepted_per_depth)):
+            family.add_metric([self._model_name, str(position)], num_accepted)
         return family
 
     def _phase_seconds(self) -> Metric:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from outpace import registry
+from outpace.config import SpeculativeConfig
 
 _PACKAGE = "outpace.policy"
 
@@ -89,11 +90,13 @@ def available() -> list[str]:
     return registry.available(_PACKAGE)
 
 
-def load_policy(name: str) -> SpeculationPolicy:
+def load_policy(name: str, config: SpeculativeConfig) -> SpeculationPolicy:
     """Builds the policy called `name`: `off` is `policy/off.py`, a dotted name is a module from outside.
+
+    Its module's `create(config)` does.
 
     Raises:
         ConfigError: There is no such policy.
     """
-    policy: SpeculationPolicy = registry.build(_PACKAGE, name, SpeculationPolicy, "spec_policy")
+    policy: SpeculationPolicy = registry.build(_PACKAGE, name, SpeculationPolicy, "spec_policy", config)
     return policy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from outpace.config import SpeculativeConfig
 from outpace.policy.base import BatchView, SpeculationPolicy
 
 
@@ -13,6 +14,6 @@ class OffPolicy(SpeculationPolicy):
         return [0] * len(view.sequences)
 
 
-def create() -> OffPolicy:
+def create(config: SpeculativeConfig) -> OffPolicy:
     """Builds the policy."""
     return OffPolicy()

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from outpace import registry
 from outpace.batch import Batch, TargetOutput, Verdict
+from outpace.config import SpeculativeConfig
 from outpace.request import Sequence
 from outpace.tree import DraftTree
 
@@ -39,11 +40,13 @@ def available() -> list[str]:
     return registry.available(_PACKAGE)
 
 
-def load_proposer(name: str) -> Proposer:
-    """Builds the draft method called `name`: `none` is `spec/proposers/none.py`, a dotted name is a module.
+def load_proposer(config: SpeculativeConfig) -> Proposer:
+    """Builds the draft method of a config: `none` is `spec/proposers/none.py`, a dotted name is a module.
+
+    Its module's `create(config)` does.
 
     Raises:
         ConfigError: There is no such method.
     """
-    proposer: Proposer = registry.build(_PACKAGE, name, Proposer, "spec_method")
+    proposer: Proposer = registry.build(_PACKAGE, config.method, Proposer, "spec_method", config)
     return proposer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from outpace.config import SpeculativeConfig
 from outpace.request import Sequence
 from outpace.spec.proposer import Proposer
 from outpace.tree import EMPTY_TREE, DraftTree
@@ -15,6 +16,6 @@ class NoProposer(Proposer):
         return [EMPTY_TREE] * len(sequences)
 
 
-def create() -> NoProposer:
+def create(config: SpeculativeConfig) -> NoProposer:
     """Builds the proposer."""
     return NoProposer()

@@ -1,0 +1,90 @@
+"""Where the latest tokens occurred before, and what followed: the index behind lookup drafts."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+
+from outpace.tree import DraftTree, grow
+
+KEY_LEN = 2  # tokens that index an occurrence; longer matches are found by comparing backwards
+MAX_OCCURRENCES = 32  # the most recent ones looked at
+_END = -1  # between two texts of a log; equal to no token
+
+
+class SuffixIndex:
+    """A log of texts that finds earlier occurrences of a suffix, longest match first.
+
+    Asks the same as a suffix tree with counts (Oliaro et al., SuffixDecoding), restricted to the most recent
+    occurrences, at the price of one dictionary entry per token.
+    """
+
+    def __init__(self) -> None:
+        self._log: list[int] = []
+        self._following: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+
+    def __len__(self) -> int:
+        return len(self._log)
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        """Goes on with the current text."""
+        log = self._log
+        for token_id in token_ids:
+            log.append(token_id)
+            if len(log) >= KEY_LEN:
+                self._following[tuple(log[-KEY_LEN:])].append(len(log))
+
+    def end_text(self) -> None:
+        """Ends the current text: no match reaches across."""
+        self._log.append(_END)
+
+    def matches(self, token_ids: Sequence[int], max_len: int) -> tuple[int, list[int]]:
+        """Occurrences of the longest suffix of `token_ids` on record.
+
+        Args:
+            token_ids: The text so far; if this index holds it, its own end does not count.
+            max_len: Longest suffix to compare.
+
+        Returns:
+            Length of the match (0 if there is none) and, for each of its occurrences, the place of the token
+            that followed, most recent first.
+        """
+        places = self._following.get(tuple(token_ids[-KEY_LEN:]), ())
+        best = 0
+        found: list[int] = []
+        for place in places[: -MAX_OCCURRENCES - 1 : -1]:
+            if place >= len(self._log) or self._log[place] == _END:
+                continue  # nothing followed
+            length = self._match_len(token_ids, place, max_len)
+            if length > best:
+                best, found = length, []
+            if length == best:
+                found.append(place)
+        return best, found
+
+    def tree(self, places: Sequence[int], max_nodes: int, max_depth: int, min_prob: float = 0.0) -> DraftTree:
+        """What followed at `places`, as a tree, best first; confidences are relative frequencies.
+
+        Args:
+            places: From `matches`.
+            max_nodes: Size limit.
+            max_depth: Depth limit.
+            min_prob: Least probability of a path, as a product of relative frequencies.
+        """
+
+        def children(here: tuple[int, ...]) -> list[tuple[int, float, tuple[int, ...]]]:
+            followed = [p for p in here if p < len(self._log) and self._log[p] != _END]
+            counts = Counter(self._log[p] for p in followed)
+            return [
+                (token, count / len(here), tuple(p + 1 for p in followed if self._log[p] == token))
+                for token, count in counts.items()
+            ]
+
+        return grow(tuple(places), children, max_nodes, max_depth, min_prob)
+
+    def _match_len(self, token_ids: Sequence[int], place: int, max_len: int) -> int:
+        log, longest = self._log, min(max_len, place, len(token_ids))
+        length = KEY_LEN
+        while length < longest and log[place - 1 - length] == token_ids[-1 - length]:
+            length += 1
+        return length
