@@ -23,6 +23,10 @@ NAMES = {
     "outpace:prefix_cache_queries",
     "outpace:prefix_cache_hits",
     "outpace:request_success",
+    "outpace:spec_decode_num_drafts",
+    "outpace:spec_decode_num_draft_tokens",
+    "outpace:spec_decode_num_accepted_tokens",
+    "outpace:spec_decode_num_accepted_tokens_per_pos",
     "outpace:time_to_first_token_seconds",
     "outpace:inter_token_latency_seconds",
     "outpace:request_time_per_output_token_seconds",
@@ -52,6 +56,18 @@ def scrape(engine: Engine) -> dict[tuple[str, str], float]:
 def test_names_are_those_dashboards_know() -> None:
     text = generate_latest(FakeModel().engine().metrics.registry).decode()
     assert {family.name for family in text_string_to_metric_families(text)} == NAMES
+
+
+def test_drafts_are_counted_as_vllm_does() -> None:
+    engine = FakeModel().engine()
+    for num_nodes, num_accepted in ((4, 3), (5, 0), (2, 1)):
+        engine.metrics.drafts.observe(num_nodes, num_accepted)
+    counts = scrape(engine)
+    assert counts["outpace:spec_decode_num_drafts_total", ""] == 3
+    assert counts["outpace:spec_decode_num_draft_tokens_total", ""] == 11
+    assert counts["outpace:spec_decode_num_accepted_tokens_total", ""] == 4
+    per_position = [counts["outpace:spec_decode_num_accepted_tokens_per_pos_total", p] for p in "012"]
+    assert per_position == [2, 1, 1]
 
 
 def test_requests_and_tokens_are_counted() -> None:
