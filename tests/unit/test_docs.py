@@ -23,7 +23,7 @@ from prometheus_client import Metric
 
 import outpace
 from outpace import LLM, cli, config, settings
-from outpace.config import EngineConfig, ServerConfig
+from outpace.config import EngineConfig, ServerConfig, SpeculativeConfig
 from outpace.engine.metrics import Metrics
 from outpace.models.hf_config import ARCHITECTURES
 from outpace.server import protocol
@@ -40,12 +40,12 @@ REWRITE = "PYTHONPATH=tests python tests/unit/test_docs.py"
 # --- Tables from the code -------------------------------------------------------------------------------
 
 
-def settings_table(kind: type[Any]) -> str:
-    """A row per setting of a config: flag, values, default, meaning."""
-    rows = ["| flag | values | default | meaning |", "| --- | --- | --- | --- |"]
+def settings_table(kind: type[Any], called: str = "flag") -> str:
+    """A row per setting of a config: flag or key, values, default, meaning."""
+    rows = [f"| {called} | values | default | meaning |", "| --- | --- | --- | --- |"]
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        name = config.flag(field.name)
+        name = config.flag(field.name) if called == "flag" else field.name
         if hints[field.name] is bool:
             name = f"{name}`, `--no-{name.removeprefix('--')}"
         default = "" if field.default is None else f"`{settings._show(field.default)}`"
@@ -55,7 +55,7 @@ def settings_table(kind: type[Any]) -> str:
 
 def _values(hint: Any) -> str:
     choices = [arg for arg in typing.get_args(hint) if arg is not type(None)] or [hint]
-    names = {int: "integer", str: "text", bool: "switch"}
+    names = {int: "integer", float: "number", str: "text", bool: "switch", dict[str, Any]: "JSON object"}
     return ", ".join(names.get(choice) or f"`{choice}`" for choice in choices)
 
 
@@ -88,6 +88,7 @@ def with_tables(text: str) -> str:
     tables = {
         "engine settings": settings_table(EngineConfig),
         "server settings": settings_table(ServerConfig),
+        "speculative settings": settings_table(SpeculativeConfig, "key"),
         "metrics": metrics_table(),
     }
     for name, table in tables.items():

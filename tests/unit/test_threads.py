@@ -46,6 +46,20 @@ def test_it_leaves_a_crowd_within_three_passes_and_comes_back_when_it_is_gone() 
     assert after[-LONGEST_HOLD:].count(1) <= 3
 
 
+def test_the_slow_first_pass_of_woken_threads_does_not_keep_them_asleep() -> None:
+    governor = ThreadGovernor(2)
+    drive(governor, 100, crowded)
+    before = 1
+
+    def waking(threads: int, number: int) -> float:
+        nonlocal before
+        seconds = 0.040 if threads > before else quiet(threads, number)
+        before = threads
+        return seconds
+
+    assert drive(governor, 2 * LONGEST_HOLD, waking)[-LONGEST_HOLD:].count(1) <= 3
+
+
 def test_longer_contexts_are_not_taken_for_a_crowd() -> None:
     governor = ThreadGovernor(2)
     drive(governor, 100, quiet)

@@ -13,7 +13,8 @@ import enum
 MOST_ROWS = 64  # larger passes are rare and long: they use what the others have shown to be best
 SLOW = 2.0  # a pass is suspect beyond this many times its usual duration
 STRIKES = 3  # suspect passes in a row before one thread is tried
-TRIAL = 3  # passes of that trial
+TRIAL = 3  # passes of a trial; the first with more threads is slow, as they have to be woken
+HOPELESS = 5.0  # a trial ends with the first pass that takes this many times what one thread takes
 RETRY_AFTER = 2048  # passes after which one thread is tried in any case
 SHORTEST_HOLD, LONGEST_HOLD = 32, 1024  # passes with one thread before all are tried again
 WEIGHT = 0.2  # of the newest duration in the moving averages
@@ -48,7 +49,7 @@ class ThreadGovernor:
         self._with_one: dict[int, float] = {}  # the same since the present trial began
         self._untried: dict[int, int] = {}  # passes since one thread was last tried, by size
         self._strikes = 0
-        self._left = 0  # passes until the present trial or hold with one thread ends
+        self._left = 0  # passes until the present trial or hold ends
         self._hold = SHORTEST_HOLD
 
     @property
@@ -70,7 +71,7 @@ class ThreadGovernor:
             case Mode.ALL:
                 self._observe_all(size, seconds)
             case Mode.TRY_ALL:
-                self._conclude_all(size, seconds)
+                self._try_all(size, seconds)
             case Mode.ONE | Mode.TRY_ONE:
                 self._observe_one(size, seconds)
 
@@ -94,20 +95,22 @@ class ThreadGovernor:
         if self._left:
             return
         if self._mode is Mode.ONE:
-            self._mode = Mode.TRY_ALL
+            self._mode, self._left = Mode.TRY_ALL, TRIAL
         elif self._with_one[size] < self._with_all.get(size, 0.0):
             self._mode, self._left = Mode.ONE, self._hold
         else:
             self._mode = Mode.ALL
 
-    def _conclude_all(self, size: int, seconds: float) -> None:
-        if size in self._with_one and seconds > self._with_one[size]:
-            self._hold = min(2 * self._hold, LONGEST_HOLD)
-            self._mode, self._left = Mode.ONE, self._hold
-        else:
+    def _try_all(self, size: int, seconds: float) -> None:
+        with_one = self._with_one.get(size, seconds)
+        self._left -= 1
+        if seconds <= with_one:
             self._with_all[size] = seconds
             self._hold = SHORTEST_HOLD
             self._mode = Mode.ALL
+        elif self._left == 0 or seconds > HOPELESS * with_one:
+            self._hold = min(2 * self._hold, LONGEST_HOLD)
+            self._mode, self._left = Mode.ONE, self._hold
 
 
 def _blend(average: float, newest: float) -> float:
