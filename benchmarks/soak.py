@@ -34,15 +34,9 @@ from typing import Any
 import serving
 from prometheus_client.parser import text_string_to_metric_families
 
-# A cache of 22 blocks of 16 tokens for SmolLM2 in bfloat16: the longest request, or three average ones. One
-# thread, because oneDNN keeps a compiled kernel, a third of a MiB, for each batch size, shape of weights and
-# number of threads (at most 1,024 of them): a late change of threads would look like a leak.
-FLAGS = (
-    "--max-model-len 320 --max-num-seqs 8 --max-num-batched-tokens 64 --kv-cache-memory-bytes 8M "
-    "--num-threads 1"
-)
-# Resident memory may grow by so much after the first quarter, in which, given enough requests, every batch
-# size has occurred.
+# A cache of 22 blocks of 16 tokens for SmolLM2 in bfloat16: the longest request, or three average ones.
+FLAGS = "--max-model-len 320 --max-num-seqs 8 --max-num-batched-tokens 64 --kv-cache-memory-bytes 8M"
+# Resident memory may grow by so much after the first quarter.
 MAX_GROWTH_MIB = 16
 LEAST_FOR_MEMORY = 1000
 PREFIXES = [

@@ -89,7 +89,11 @@ def tiny_engine(
         name: _random_weight(name, shape, generator).to(kind) for name, shape in MODEL.weight_shapes().items()
     }
     backend = load_kernels(
-        config.kernels, kind, head_dim=MODEL.head_dim, widths=(MODEL.hidden_size, MODEL.intermediate_size)
+        config.kernels,
+        kind,
+        head_dim=MODEL.head_dim,
+        widths=(MODEL.hidden_size, MODEL.intermediate_size),
+        num_threads=config.num_threads or 1,
     )
     decoder = Decoder(MODEL, weights, kind, backend)
     blocks = num_blocks or choose_num_blocks(config, MODEL, kind)

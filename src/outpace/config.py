@@ -133,7 +133,7 @@ class EngineConfig:
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
                 f"--max-num-seqs ({self.max_num_seqs}): each running sequence takes a row of every step"
             )
-        cores = os.cpu_count() or 1
+        cores = num_cores()
         if self.num_threads is not None and self.num_threads > cores:
             raise ConfigError(f"--num-threads must be at most {cores}, one per core, got {self.num_threads}")
         _ = self.speculative
@@ -195,6 +195,13 @@ class ServerConfig:
 def flag(field_name: str) -> str:
     """The command-line flag of a setting."""
     return "--" + field_name.replace("_", "-")
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cache_dir() -> Path:

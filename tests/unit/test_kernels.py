@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,10 +21,21 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 BLOCK = 16
 
 
-def native_kernels(dtype: torch.dtype) -> Kernels:
-    if native.find_compiler() is None:
+def backend(name: Literal["native", "reference"], dtype: torch.dtype, num_threads: int = 2) -> Kernels:
+    if name == "native" and native.find_compiler() is None:
         pytest.skip("no C++ compiler here")
-    return load_kernels("native", dtype, head_dim=32, widths=(64,))
+    return load_kernels(name, dtype, head_dim=32, widths=(64,), num_threads=num_threads)
+
+
+def native_kernels(dtype: torch.dtype) -> Kernels:
+    return backend("native", dtype)
+
+
+@pytest.fixture(autouse=True)
+def _keep_torch_threads() -> Iterator[None]:
+    usual = torch.get_num_threads()
+    yield
+    torch.set_num_threads(usual)
 
 
 def random_like(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -78,7 +91,7 @@ def test_native_attention_agrees_with_the_reference(
     )
     rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 1024))
     width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
-    qkv = random_like(len(rows.positions) + 1, width, dtype=dtype)
+    qkv = random_like(len(rows.positions), width, dtype=dtype)
     norm = random_like(heads.head_dim, dtype=dtype, seed=3) if normed else None
     k_cache = random_like(80, heads.num_kv_heads, heads.head_dim, BLOCK, dtype=dtype, seed=1)
     v_cache = random_like(80, heads.num_kv_heads, BLOCK, heads.head_dim, dtype=dtype, seed=2)
@@ -89,16 +102,15 @@ def test_native_attention_agrees_with_the_reference(
         results.append((out.float(), caches[0].float(), caches[1].float()))
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    assert (results[0][0][-1] == 0).all(), "the padding row is not computed"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_a_row_attends_to_the_same_bits_alone_in_a_batch_in_a_chunk_or_on_a_tree_path(
-    dtype: torch.dtype, window: int | None, name: str
+    dtype: torch.dtype, window: int | None, name: Literal["native", "reference"]
 ) -> None:
-    kernels = native_kernels(dtype) if name == "native" else ReferenceKernels()
+    kernels = backend(name, dtype)
     heads, total = HEADS["grouped"], 300
     rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 1024))
     width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
@@ -148,33 +160,63 @@ def test_native_row_kernels_agree_with_the_reference(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(48, 64), (960, 576), (576, 1536), (1000, 2048)])
-def test_a_linear_row_has_the_same_bits_in_any_batch_of_two_or_more(
-    dtype: torch.dtype, shape: tuple[int, int]
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_linear_row_has_the_same_bits_in_any_batch(
+    name: Literal["native", "reference"], dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    linear = ReferenceKernels().linear(random_like(*shape, dtype=dtype))
+    linear = backend(name, dtype).linear(random_like(*shape, dtype=dtype))
     x = random_like(130, shape[1], dtype=dtype, seed=1)
     whole = linear(x)
-    for rows in (2, 3, 5, 8, 16, 17, 33, 64, 100, 129):
+    for rows in (1, 2, 3, 5, 8, 12, 13, 16, 17, 33, 64, 100, 129):
         assert torch.equal(linear(x[:rows].contiguous()), whole[:rows]), f"{rows} rows"
+        last = x[130 - rows :].contiguous()
+        assert torch.equal(linear(last), whole[130 - rows :]), f"the last {rows} rows"
+    assert linear(x[:0]).shape == (0, shape[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(48, 64), (1000, 576), (576, 1536)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_native_linear_agrees_with_the_exact_product(
+    dtype: torch.dtype, shape: tuple[int, int], has_bias: bool
+) -> None:
+    weight, x = random_like(*shape, dtype=dtype), random_like(29, shape[1], dtype=dtype, seed=1)
+    bias = random_like(shape[0], dtype=dtype, seed=2) if has_bias else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    error = native_kernels(dtype).linear(weight, bias)(x).double() - exact
+    sums = (x.double().abs() @ weight.double().abs().T) * shape[1] * torch.finfo(torch.float32).eps
+    assert (error.abs() <= sums + exact.abs() * torch.finfo(dtype).eps).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(960, 576), (576, 1536), (3072, 576)])
+@pytest.mark.parametrize("name", ["native", "reference"])
 def test_a_linear_row_has_the_same_bits_with_any_number_of_threads(
-    dtype: torch.dtype, shape: tuple[int, int]
+    name: Literal["native", "reference"], dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
-    linear = ReferenceKernels().linear(random_like(*shape, dtype=dtype))
-    batches = [random_like(rows, shape[1], dtype=dtype, seed=rows) for rows in (2, 3, 8, 33, 130)]
-    usual = torch.get_num_threads()
-    try:
-        results = []
-        for num_threads in (1, 2, 3):
-            torch.set_num_threads(num_threads)
-            results.append([linear(x) for x in batches])
-    finally:
-        torch.set_num_threads(usual)
+    weight = random_like(*shape, dtype=dtype)
+    batches = [random_like(rows, shape[1], dtype=dtype, seed=rows) for rows in (1, 2, 3, 8, 33, 130)]
+    results = []
+    for num_threads in (1, 2, 3):
+        linear = backend(name, dtype, num_threads).linear(weight)
+        results.append([linear(x) for x in batches])
     for alone, *others in zip(*results, strict=True):
         assert all(torch.equal(alone, other) for other in others)
+
+
+def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
+    linears = [
+        native_kernels(torch.float32).linear(random_like(96, 64, dtype=torch.float32, seed=s))
+        for s in range(3)
+    ]
+    x = random_like(5, 64, dtype=torch.float32)
+    expected = [linear(x) for linear in linears]
+
+    def agrees(caller: int) -> bool:
+        return all(torch.equal(linears[caller](x), expected[caller]) for _ in range(2000))
+
+    with ThreadPoolExecutor(3) as callers:
+        assert all(callers.map(agrees, range(3)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -215,13 +257,13 @@ def test_without_a_compiler_auto_falls_back_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "find_compiler", lambda: None)
-    kernels = load_kernels("auto", torch.float32, head_dim=32, widths=(64,))
+    kernels = load_kernels("auto", torch.float32, head_dim=32, widths=(64,), num_threads=2)
     assert kernels.name == "reference"
     assert "no C++ compiler" in caplog.text
     with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
-        load_kernels("native", torch.float32, head_dim=32, widths=(64,))
+        load_kernels("native", torch.float32, head_dim=32, widths=(64,), num_threads=2)
 
 
 def test_sizes_the_native_kernels_cannot_take_are_named() -> None:
     with pytest.raises(ConfigError, match=r"\[20\] are not multiples of 16"):
-        load_kernels("native", torch.float32, head_dim=20, widths=(64,))
+        load_kernels("native", torch.float32, head_dim=20, widths=(64,), num_threads=2)

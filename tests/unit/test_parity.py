@@ -27,7 +27,7 @@ CHUNKS = (LENGTH,), (1, 40, 20, 1, 13)
 @pytest.fixture(scope="module", params=["reference", "native"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     try:
-        return load_kernels(request.param, torch.float32, head_dim=16, widths=(64, 96))
+        return load_kernels(request.param, torch.float32, head_dim=16, widths=(64, 96), num_threads=2)
     except ConfigError as error:
         pytest.skip(str(error))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from outpace.config import BLOCK_SIZE, EngineConfig, flag
+from outpace.config import BLOCK_SIZE, EngineConfig, flag, num_cores
 from outpace.engine.admission import Admission
 from outpace.engine.detokenizer import detokenizer_factory
 from outpace.engine.metrics import Metrics
@@ -83,20 +83,24 @@ class Engine:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
-        """Loads a model and builds its engine, for the calling thread: OpenMP counts threads per caller.
+        """Loads a model and builds its engine. The calling thread should be the one that steps it.
 
         Raises:
             ConfigError: The model cannot be had or a setting does not fit it.
         """
-        if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
         path = resolve_model(config.model, config.revision)
         model = load_config(path)
         dtype = choose_dtype(config)
         num_blocks = choose_num_blocks(config, model, dtype)
         tokenizer = load_tokenizer(resolve_tokenizer(config.tokenizer) if config.tokenizer else path)
         widths = (model.hidden_size, model.intermediate_size)
-        kernels = load_kernels(config.kernels, dtype, head_dim=model.head_dim, widths=widths)
+        kernels = load_kernels(
+            config.kernels,
+            dtype,
+            head_dim=model.head_dim,
+            widths=widths,
+            num_threads=config.num_threads or num_cores(),
+        )
         decoder = Decoder(model, load_weights(path, model, dtype), dtype, kernels)
         kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching)
         logger.info("KV cache of %d tokens in %s, kernels: %s", num_blocks * BLOCK_SIZE, dtype, kernels.name)

@@ -21,6 +21,7 @@ def load_kernels(
     *,
     head_dim: int,
     widths: tuple[int, ...],
+    num_threads: int,
 ) -> Kernels:
     """Builds the CPU backend.
 
@@ -30,6 +31,8 @@ def load_kernels(
         dtype: The model's dtype.
         head_dim: Width of an attention head.
         widths: Widths of the rows that are normed or gated.
+        num_threads: Threads that share the work of a pass. Torch gets them, in the calling thread,
+            or one if the backend has its own: two teams would spin on the same cores.
 
     Raises:
         ConfigError: `native` was asked for and cannot be had.
@@ -37,13 +40,14 @@ def load_kernels(
     from outpace.kernels import native
     from outpace.kernels.reference import ReferenceKernels
 
+    torch.set_num_threads(num_threads)
     if choice == "reference":
         return ReferenceKernels()
     try:
         reason = native.unsupported_reason(head_dim, *widths)
         if reason is not None:
             raise ConfigError(reason)
-        return native.NativeKernels(dtype, native.build())
+        kernels = native.NativeKernels(dtype, native.build(), num_threads)
     except (ConfigError, OSError) as error:
         if choice == "native":
             raise ConfigError(f"--kernels native: {error}") from error
@@ -51,3 +55,5 @@ def load_kernels(
             "native kernels are not available (%s): plain torch is used, several times slower", error
         )
         return ReferenceKernels()
+    torch.set_num_threads(1)
+    return kernels

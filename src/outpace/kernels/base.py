@@ -78,8 +78,7 @@ class LayerAttention(ABC):
         where `window` is given only to the latest `window` positions of those.
 
         Args:
-            qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim]; overwritten. There may be more rows
-                than the pass has (padding); theirs are left alone and come out as zeros.
+            qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim]; overwritten.
             k_cache: [blocks, num_kv_heads, head_dim, 16], written at the pass's slots.
             v_cache: [blocks, num_kv_heads, 16, head_dim], likewise.
             q_norm: [head_dim] weight of the RMS norm of q heads, or None.
@@ -98,7 +97,7 @@ class Kernels(ABC):
 
     @abstractmethod
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """Packs `weight` [out, in] and gives x [rows, in] -> [rows, out]. Rows must be at least two."""
+        """Packs `weight` [out, in] and gives x [rows, in] -> [rows, out]; x is contiguous."""
 
     @abstractmethod
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,22 +1,36 @@
-// CPU kernels: norms, rotary embedding, paged attention with a tree mask, gated activation, sampling.
+// CPU kernels: linear layers, norms, rotary embedding, paged attention with a tree mask, gated activation, sampling.
 //
 // Two rules hold everywhere and are what makes answers independent of the batch:
 //   1. A row's arithmetic depends on that row alone. It is never split by the number of threads, by the
 //      other rows of the batch, or by how many rows share a register tile.
 //   2. Sums run in an order fixed by the row's own length: 16 lanes over positions mod 16, tiles in order,
-//      chunks of kChunk positions in order.
+//      chunks of kChunk positions in order; a linear layer's inputs in order.
 //
 // Portable C++17 with the vector extensions of GCC and Clang: 16 floats are one AVX-512 register, two AVX
-// ones or four NEON ones. No intrinsics. Plain torch references with the same signatures: reference.py.
+// ones or four NEON ones. One intrinsic, for the bf16 dot product where there is one (`dot_pairs`). Plain
+// torch references with the same signatures: reference.py.
 //
 // Matrices are row-major. `Scalar` is the model's dtype: float, or bf16 stored as uint16_t.
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <mutex>
+#include <thread>
 #include <vector>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sched.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -125,6 +139,228 @@ inline vf log(vf x) {
   return m + y + e * 0.693359375f;
 }
 
+// -------------------------------------------------------------------------------------------- threads
+
+// Runs loops on several threads. Chunks are claimed one by one and nobody waits for a thread that has not
+// come, as a barrier of OpenMP would: if something else holds its core, the others do its share. What can
+// still cost is a thread put off in the middle of a chunk; then the caller works alone for a while.
+class Team {
+ public:
+  static Team& instance() {
+    static Team* team = new Team;  // never destroyed: its threads end with the process
+    return *team;
+  }
+
+  // Threads from now on, the caller included. Those that exist already stay and sleep.
+  void resize(int threads) {
+    std::lock_guard<std::mutex> busy(busy_);
+    threads_ = threads;
+    for (; workers_ + 1 < threads; workers_++) std::thread([this, n = workers_ + 1] { serve(n); }).detach();
+  }
+
+  // body(0) to body(count - 1), each once, in any order.
+  template <typename Body>
+  void run(int count, const Body& body) {
+    std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);  // busy: another model's loop
+    if (count < 2 || !busy || threads_.load(std::memory_order_relaxed) < 2 || Clock::now() < alone_until_) {
+      for (int i = 0; i < count; i++) body(i);
+      return;
+    }
+    call_.store([](const void* b, int i) { (*static_cast<const Body*>(b))(i); }, std::memory_order_relaxed);
+    body_.store(&body, std::memory_order_relaxed);
+    finished_.store(0, std::memory_order_relaxed);
+    caller_core_.store(current_core(), std::memory_order_relaxed);
+    epoch_++;
+    work_.store(uint64_t(epoch_) << 32 | uint32_t(count));
+    if (sleeping_.load()) {
+      std::lock_guard<std::mutex> lock(asleep_);
+      wake_.notify_all();
+    }
+    take_part(epoch_);
+    wait_for(count);
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr auto kPatience = std::chrono::microseconds(100);  // of a thread: longer than the gaps in a pass
+  static constexpr auto kStall = std::chrono::microseconds(500);     // a chunk takes less than 200
+  static constexpr Clock::duration kShortest = std::chrono::milliseconds(8), kLongest = std::chrono::seconds(1);
+
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+  }
+
+  // Waits for the chunks that others have claimed. After a stall works alone, longer each time it recurs.
+  void wait_for(int count) {
+    if (finished_.load(std::memory_order_acquire) == count) return;
+    const auto begin = Clock::now();
+    auto now = begin;
+    for (int spins = 1; finished_.load(std::memory_order_acquire) != count; spins++) {
+      pause();
+      if (spins % 64) continue;
+      now = Clock::now();
+      if (now - begin > kStall) std::this_thread::yield();
+    }
+    if (now - begin < kStall) return;
+    alone_for_ = now - alone_until_ < alone_for_ ? std::min(2 * alone_for_, kLongest) : kShortest;
+    alone_until_ = now + alone_for_;
+  }
+
+  // Claims chunks of one loop while there are any. The epoch makes a late thread miss, not meddle.
+  void take_part(uint32_t epoch) {
+    uint64_t work = work_.load(std::memory_order_acquire);
+    while (work >> 32 == epoch && uint32_t(work)) {
+      auto call = call_.load(std::memory_order_relaxed);
+      const void* body = body_.load(std::memory_order_relaxed);
+      if (!work_.compare_exchange_weak(work, work - 1, std::memory_order_acq_rel)) continue;
+      call(body, int(uint32_t(work) - 1));
+      finished_.fetch_add(1, std::memory_order_release);
+      work = work_.load(std::memory_order_acquire);
+    }
+  }
+
+  void serve(int number) {
+    auto is_open = [&] { return uint32_t(work_.load()) && number < threads_.load(); };
+    for (;;) {
+      const auto begin = Clock::now();
+      for (int spins = 1; !is_open(); spins++) {
+        pause();
+        if (spins % 64 || Clock::now() - begin < kPatience) continue;
+        std::unique_lock<std::mutex> lock(asleep_);
+        sleeping_++;
+        wake_.wait(lock, is_open);
+        sleeping_--;
+      }
+      keep_off_caller();
+      take_part(uint32_t(work_.load() >> 32));
+    }
+  }
+
+  // A thread that wakes is often put on the core of the one that woke it, where the two share its time until
+  // the system notices, which takes longer than a pass. So it keeps off the core its caller was seen on.
+  void keep_off_caller() {
+#ifdef __linux__
+    const int core = caller_core_.load(std::memory_order_relaxed);
+    if (core != sched_getcpu()) return;
+    cpu_set_t cores;
+    if (sched_getaffinity(getpid(), sizeof cores, &cores)) return;
+    CPU_CLR(core, &cores);
+    if (CPU_COUNT(&cores)) sched_setaffinity(0, sizeof cores, &cores);
+#endif
+  }
+  static int current_core() {
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+  }
+
+  std::mutex busy_;  // one loop at a time
+  int workers_ = 0;
+  std::atomic<int> threads_{1};
+  Clock::duration alone_for_ = kShortest;
+  Clock::time_point alone_until_{};
+  uint32_t epoch_ = 0;
+  std::atomic<uint64_t> work_{0};  // the loop's epoch, and how many of its chunks nobody has claimed
+  std::atomic<void (*)(const void*, int)> call_{nullptr};
+  std::atomic<const void*> body_{nullptr};
+  std::atomic<int> finished_{0};
+  std::atomic<int> caller_core_{-1};
+  std::atomic<int> sleeping_{0};
+  std::mutex asleep_;
+  std::condition_variable wake_;
+};
+
+// body(row) for every row, in chunks worth a thread's while; `work` is that of one row in scalars.
+template <typename Body>
+void for_rows(int rows, int work, const Body& body) {
+  const int grain = std::max(1, (1 << 13) / work);
+  Team::instance().run((rows + grain - 1) / grain, [&](int chunk) {
+    for (int r = chunk * grain; r < std::min(rows, (chunk + 1) * grain); r++) body(r);
+  });
+}
+
+// --------------------------------------------------------------------------------------------- linear
+
+// Weights lie in panels of kPanel outputs: [panel][group of inputs][output][input of the group], where a group
+// is what one instruction takes: two inputs in bf16, one in float. A panel is what a thread claims. Rows are
+// laid out alike for a tile of them: [group][row][input of the group]. Every output is one chain of sums over
+// the inputs in order, whatever the rows of a tile: that is what makes a row's bits independent of the batch.
+constexpr int kPanel = 2 * kLanes;
+constexpr int kTileRows = 12;   // times two registers of sums: 24 of AVX-512's 32
+constexpr int kAhead = 2048;    // bytes of a panel fetched ahead
+
+// acc += x * w: each lane of w is a group of weights, x the group of one row.
+inline vf dot_group(vf acc, const uint16_t* x, const uint16_t* w) {
+  vu weights;
+  std::memcpy(&weights, w, sizeof weights);
+  uint32_t pair;
+  std::memcpy(&pair, x, sizeof pair);
+#ifdef __AVX512BF16__
+  return bits<vf>(_mm512_dpbf16_ps(bits<__m512>(acc), bits<__m512bh>(weights), bits<__m512bh>(_mm512_set1_epi32(pair))));
+#else
+  acc += bits<vf>(weights << 16) * bits<float>(pair << 16);
+  return acc + bits<vf>(weights & 0xFFFF0000u) * bits<float>(pair & 0xFFFF0000u);
+#endif
+}
+inline vf dot_group(vf acc, const float* x, const float* w) { return acc + load(w) * *x; }
+
+template <typename Scalar>
+constexpr int kGroup = sizeof(float) / sizeof(Scalar);
+
+// R rows, laid out, times one panel.
+template <int R, typename Scalar>
+void linear_tile(Scalar* out, const Scalar* x, const Scalar* panel, const Scalar* bias, int groups, int64_t stride,
+                 int columns) {
+  vf acc[R][2];
+  for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
+  for (int g = 0; g < groups; g++) {
+    const Scalar* w = panel + int64_t(g) * kPanel * kGroup<Scalar>;
+    for (int j = 0; j < 2; j++) __builtin_prefetch(reinterpret_cast<const char*>(w + j * kLanes * kGroup<Scalar>) + kAhead);
+    for (int r = 0; r < R; r++)
+      for (int j = 0; j < 2; j++)
+        acc[r][j] = dot_group(acc[r][j], x + (g * R + r) * kGroup<Scalar>, w + j * kLanes * kGroup<Scalar>);
+  }
+  for (int r = 0; r < R; r++) {
+    Scalar row[kPanel];
+    for (int j = 0; j < 2; j++) store(row + j * kLanes, bias ? acc[r][j] + load(bias + j * kLanes) : acc[r][j]);
+    std::memcpy(out + r * stride, row, columns * sizeof(Scalar));
+  }
+}
+
+template <typename Scalar>
+void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bias, int rows, int inputs, int outputs) {
+  using Tile = void (*)(Scalar*, const Scalar*, const Scalar*, const Scalar*, int, int64_t, int);
+  static const Tile tiles[kTileRows] = {
+      linear_tile<1, Scalar>, linear_tile<2, Scalar>,  linear_tile<3, Scalar>,  linear_tile<4, Scalar>,
+      linear_tile<5, Scalar>, linear_tile<6, Scalar>,  linear_tile<7, Scalar>,  linear_tile<8, Scalar>,
+      linear_tile<9, Scalar>, linear_tile<10, Scalar>, linear_tile<11, Scalar>, linear_tile<12, Scalar>};
+  const int groups = inputs / kGroup<Scalar>;
+  static thread_local std::vector<Scalar> laid_out;
+  laid_out.resize(int64_t(rows) * inputs);
+  Scalar* tiled = laid_out.data();
+  for_rows(rows, inputs, [&](int r) {
+    const int first = r / kTileRows * kTileRows, tile_rows = std::min(kTileRows, rows - first);
+    Scalar* to = tiled + int64_t(first) * inputs + (r - first) * kGroup<Scalar>;
+    const Scalar* from = x + int64_t(r) * inputs;
+    for (int g = 0; g < groups; g++, to += tile_rows * kGroup<Scalar>, from += kGroup<Scalar>)
+      std::memcpy(to, from, sizeof(float));
+  });
+  Team::instance().run((outputs + kPanel - 1) / kPanel, [&](int panel) {
+    const Scalar* weights = packed + int64_t(panel) * inputs * kPanel;
+    const int first = panel * kPanel;
+    for (int r = 0; r < rows; r += kTileRows)
+      tiles[std::min(kTileRows, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs, weights,
+                                               bias ? bias + first : nullptr, groups, outputs,
+                                               std::min(kPanel, outputs - first));
+  });
+}
+
 // ---------------------------------------------------------------------------------------------- norms
 
 // out = weight * x / rms(x), rounded to Scalar before the weight as Hugging Face does.
@@ -143,8 +379,7 @@ inline void normalise(Scalar* out, const Scalar* x, const Scalar* weight, float 
 template <typename Scalar>
 void rms_norm(Scalar* out, const Scalar* x, const Scalar* delta, Scalar* residual, const Scalar* weight, float eps,
               int rows, int width) {
-#pragma omp parallel for schedule(static) if (rows * width > 1 << 14)
-  for (int r = 0; r < rows; r++) {
+  for_rows(rows, width, [&](int r) {
     const Scalar* row = x + int64_t(r) * width;
     if (delta) {
       Scalar* sum = residual + int64_t(r) * width;
@@ -153,7 +388,7 @@ void rms_norm(Scalar* out, const Scalar* x, const Scalar* delta, Scalar* residua
       row = sum;
     }
     normalise(out + int64_t(r) * width, row, weight, eps, width);
-  }
+  });
 }
 
 // --------------------------------------------------------------------------------- rotation, KV write
@@ -182,8 +417,7 @@ template <typename Scalar>
 void rope_and_cache(const RopeArgs& a, Scalar* qkv, Scalar* k_cache, Scalar* v_cache, const Scalar* q_norm,
                     const Scalar* k_norm) {
   int dim = a.head_dim, width = (a.num_heads + 2 * a.num_kv_heads) * dim;
-#pragma omp parallel for schedule(static) if (a.rows * width > 1 << 14)
-  for (int r = 0; r < a.rows; r++) {
+  for_rows(a.rows, width, [&](int r) {
     Scalar* row = qkv + int64_t(r) * width;
     const float* cos_sin = a.cos_sin + int64_t(a.positions[r]) * dim;
     int64_t block = a.slots[r] / kLanes, offset = a.slots[r] % kLanes;
@@ -200,7 +434,7 @@ void rope_and_cache(const RopeArgs& a, Scalar* qkv, Scalar* k_cache, Scalar* v_c
       for (int d = 0; d < dim; d++) k_tile[d * kLanes] = k[d];
       std::memcpy(v_tile, v, dim * sizeof(Scalar));
     }
-  }
+  });
 }
 
 // ------------------------------------------------------------------------------------------ attention
@@ -430,22 +664,20 @@ std::vector<Unit> plan_units(const AttendArgs& a) {
 template <typename Scalar>
 void attend(const AttendArgs& a, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache, Scalar* out, int window) {
   const std::vector<Unit> units = plan_units(a);
-#pragma omp parallel for schedule(dynamic)
-  for (size_t i = 0; i < units.size(); i++) attend_unit(a, units[i], qkv, k_cache, v_cache, out, window);
+  Team::instance().run(int(units.size()), [&](int i) { attend_unit(a, units[i], qkv, k_cache, v_cache, out, window); });
 }
 
 // ----------------------------------------------------------------------------------------- activation
 
 template <typename Scalar>
 void silu_mul(Scalar* out, const Scalar* gate_up, int rows, int width) {
-#pragma omp parallel for schedule(static) if (rows * width > 1 << 14)
-  for (int r = 0; r < rows; r++) {
+  for_rows(rows, width, [&](int r) {
     const Scalar* gate = gate_up + int64_t(r) * 2 * width;
     for (int i = 0; i < width; i += kLanes) {
       vf g = load(gate + i);
       store(out + int64_t(r) * width + i, round_to(gate, g / (1.f + exp(-g))) * load(gate + width + i));
     }
-  }
+  });
 }
 
 // ------------------------------------------------------------------------------------------- sampling
@@ -545,29 +777,33 @@ int64_t noisy_argmax_row(const Scalar* logits, int vocab, uint64_t key, bool noi
 template <typename Scalar>
 void noisy_argmax(int64_t* out, const Scalar* logits, const int64_t* seeds, const int64_t* positions, const uint8_t* noisy,
                   int rows, int vocab) {
-#pragma omp parallel for schedule(static) if (rows > 1)
-  for (int r = 0; r < rows; r++) {
+  for_rows(rows, vocab, [&](int r) {
     uint64_t key = mix(uint64_t(seeds[r]) + 0x9E3779B97F4A7C15ull * (uint64_t(positions[r]) + 1));
     out[r] = noisy_argmax_row(logits + int64_t(r) * vocab, vocab, key, noisy[r]);
-  }
+  });
 }
 
 }  // namespace
 
 extern "C" void filter_logits(float* logits, const int64_t* top_k, const float* top_p, const float* min_p, int rows,
                               int vocab) {
-#pragma omp parallel for schedule(dynamic)
-  for (int r = 0; r < rows; r++) {
-    if (top_k[r] <= 0 && top_p[r] >= 1.f && min_p[r] <= 0.f) continue;
+  for_rows(rows, vocab, [&](int r) {
+    if (top_k[r] <= 0 && top_p[r] >= 1.f && min_p[r] <= 0.f) return;
     float* row = logits + int64_t(r) * vocab;
     Ranked last = last_kept(row, vocab, top_k[r], top_p[r], min_p[r]);
     for (int i = 0; i < vocab; i++)
       if (last < Ranked{row[i], i}) row[i] = -kInf;
-  }
+  });
 }
+
+extern "C" void set_num_threads(int threads) { Team::instance().resize(threads); }
 
 // Every entry point comes twice: _f32 and _bf16.
 #define EXPORT(suffix, Scalar)                                                                                          \
+  extern "C" void linear_##suffix(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bias, int rows,      \
+                                  int inputs, int outputs) {                                                             \
+    linear<Scalar>(out, x, packed, bias, rows, inputs, outputs);                                                         \
+  }                                                                                                                     \
   extern "C" void rms_norm_##suffix(Scalar* out, const Scalar* x, const Scalar* weight, float eps, int rows,             \
                                     int width) {                                                                         \
     rms_norm<Scalar>(out, x, nullptr, nullptr, weight, eps, rows, width);                                                \

@@ -12,18 +12,29 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from outpace.config import BLOCK_SIZE, cache_dir
 from outpace.errors import ConfigError
 from outpace.kernels.base import Heads, Kernels, LayerAttention, Linear, RopeTable, Rows
-from outpace.kernels.linear import packed_linear
 
 LANES = 16
+PANEL = 2 * LANES  # outputs of a linear layer that lie together: kPanel of cpu.cpp
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ("-O3", "-std=gnu++17", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-Wno-psabi")
+FLAGS = [
+    "-O3",
+    "-std=gnu++17",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-Wno-psabi",
+]
 
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
+    "linear": (Pointer, Pointer, Pointer, Pointer, Int, Int, Int),
     "rms_norm": (Pointer, Pointer, Pointer, Float, Int, Int),
     "add_rms_norm": (Pointer, Pointer, Pointer, Pointer, Float, Int, Int),
     "silu_mul": (Pointer, Pointer, Int, Int),
@@ -95,15 +106,13 @@ def build() -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         built = Path(scratch) / library.name
-        # Without OpenMP (Apple's clang) the kernels still work, on one thread.
-        for threads in (["-fopenmp"], []):
-            command = [compiler, *FLAGS, target, *threads, "-o", str(built), str(SOURCE)]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode == 0:
-                built.rename(library)
-                return library
-    reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[0]
-    raise ConfigError(f"{' '.join(command[:1])} could not compile {SOURCE.name}: {reason}")
+        command = [compiler, *FLAGS, target, "-o", str(built), str(SOURCE)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[0]
+            raise ConfigError(f"{compiler} could not compile {SOURCE.name}: {reason}")
+        built.rename(library)
+    return library
 
 
 def _cpu_flags() -> str:
@@ -120,12 +129,13 @@ class NativeKernels(Kernels):
 
     name = "native"
 
-    def __init__(self, dtype: torch.dtype, library: Path) -> None:
+    def __init__(self, dtype: torch.dtype, library: Path, num_threads: int) -> None:
         """Loads a built library.
 
         Args:
             dtype: The model's: float32 or bfloat16.
             library: What `build` returned.
+            num_threads: That share the work, of all such kernels in the process.
         """
         self._lib = ctypes.CDLL(str(library))
         for stem, argtypes in SIGNATURES.items():
@@ -134,7 +144,9 @@ class NativeKernels(Kernels):
                 function.argtypes, function.restype = argtypes, None
         self._lib.filter_logits.argtypes = (Pointer, Pointer, Pointer, Pointer, Int, Int)
         self._lib.filter_logits.restype = None
+        self._lib.set_num_threads(num_threads)
         own = SUFFIXES[dtype]
+        self._linear = getattr(self._lib, f"linear_{own}")
         self._rms_norm = getattr(self._lib, f"rms_norm_{own}")
         self._add_rms_norm = getattr(self._lib, f"add_rms_norm_{own}")
         self._silu_mul = getattr(self._lib, f"silu_mul_{own}")
@@ -143,7 +155,17 @@ class NativeKernels(Kernels):
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """See `Kernels`."""
-        return packed_linear(weight, bias)
+        num_out, num_in = weight.shape
+        packed = _pack(weight)
+        padded = None if bias is None else F.pad(bias, (0, -num_out % PANEL))
+
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            out = x.new_empty((len(x), num_out))
+            addresses = (out.data_ptr(), x.data_ptr(), packed.data_ptr(), _address(padded))
+            self._linear(*addresses, len(x), num_in, num_out)
+            return out
+
+        return linear
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Kernels`."""
@@ -213,10 +235,9 @@ class NativeAttention(LayerAttention):
         self._keep = (rows, rope)  # the structures below point into their tensors
         shape = (heads.num_heads, heads.num_kv_heads, heads.head_dim)
         self._width = heads.num_heads * heads.head_dim
-        self._num_rows = len(rows.positions)
         positions = rows.positions.data_ptr()
         self._rope = RopeArgs(
-            positions, rows.slots.data_ptr(), rope.cos_sin.data_ptr(), self._num_rows, *shape, eps
+            positions, rows.slots.data_ptr(), rope.cos_sin.data_ptr(), len(rows.positions), *shape, eps
         )
         self._args = AttendArgs(
             positions,
@@ -241,19 +262,30 @@ class NativeAttention(LayerAttention):
         window: int | None,
     ) -> torch.Tensor:
         """See `LayerAttention`."""
-        new = qkv.new_empty if len(qkv) == self._num_rows else qkv.new_zeros
-        out = new((len(qkv), self._width))
+        out = qkv.new_empty((len(qkv), self._width))
         q, k, v = qkv.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
         self._rope_and_cache(
             self._rope_address,
             q,
             k,
             v,
-            None if q_norm is None else q_norm.data_ptr(),
-            None if k_norm is None else k_norm.data_ptr(),
+            _address(q_norm),
+            _address(k_norm),
         )
         self._attend(self._args_address, q, k, v, out.data_ptr(), window or 0)
         return out
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    """[out, in] -> panels as cpu.cpp describes them: [out / 32, in / group, 32, group], padded with zeros."""
+    num_out, num_in = weight.shape
+    group = 4 // weight.itemsize
+    weight = F.pad(weight, (0, 0, 0, -num_out % PANEL))
+    return weight.view(-1, PANEL, num_in // group, group).transpose(1, 2).contiguous()
 
 
 def unsupported_reason(head_dim: int, *widths: int) -> str | None:

@@ -35,10 +35,8 @@ class ReferenceAttention(LayerAttention):
         window: int | None,
     ) -> torch.Tensor:
         heads, num_rows = self._heads, len(self._rows.positions)
-        q, k, v = (
-            qkv[:num_rows]
-            .view(num_rows, -1, heads.head_dim)
-            .split([heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1)
+        q, k, v = qkv.view(num_rows, -1, heads.head_dim).split(
+            [heads.num_heads, heads.num_kv_heads, heads.num_kv_heads], dim=1
         )
         q = self._rotate(q if q_norm is None else rms_norm(q, q_norm, self._eps))
         k = self._rotate(k if k_norm is None else rms_norm(k, k_norm, self._eps))
@@ -46,7 +44,7 @@ class ReferenceAttention(LayerAttention):
         k_cache[block, :, :, offset] = k
         v_cache[block, :, offset] = v
 
-        out = torch.zeros(len(qkv), heads.num_heads, heads.head_dim, dtype=qkv.dtype)
+        out = torch.empty(num_rows, heads.num_heads, heads.head_dim, dtype=qkv.dtype)
         group = heads.num_heads // heads.num_kv_heads
         for row, path in enumerate(self._paths):
             slots = path if window is None else path[-window:]
@@ -56,7 +54,7 @@ class ReferenceAttention(LayerAttention):
             weights = torch.einsum("hgd,phd->hgp", query, keys) * heads.head_dim**-0.5
             mixed = torch.einsum("hgp,phd->hgd", weights.softmax(-1), values)
             out[row] = mixed.reshape(heads.num_heads, heads.head_dim).to(qkv.dtype)
-        return out.view(len(qkv), -1)
+        return out.view(num_rows, -1)
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
         left, right = x.float().chunk(2, dim=-1)

@@ -10,8 +10,6 @@ import torch
 from outpace.kernels import Heads, Kernels, Linear, RopeTable, Rows
 from outpace.models.config import ModelConfig, RopeConfig
 
-MIN_ROWS = 2  # a linear layer never runs a row alone: see kernels/linear.py
-
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -70,9 +68,6 @@ class Decoder:
         Returns:
             [rows, hidden]: hidden states after the final norm.
         """
-        num_rows = len(token_ids)
-        if num_rows < MIN_ROWS:
-            token_ids = token_ids.expand(MIN_ROWS)
         kernels, eps = self.kernels, self.config.rms_norm_eps
         attend = kernels.attention(self._heads, self._rope, eps, rows)
         residual = self._embedding[token_ids]
@@ -83,16 +78,12 @@ class Decoder:
             change = layer.down(kernels.silu_mul(layer.gate_up(x)))
             next_norm = self._layers[i + 1].input_norm if i + 1 < len(self._layers) else self._norm
             x = kernels.add_rms_norm(change, residual, next_norm, eps)
-        return x[:num_rows]
+        return x
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head: [rows, hidden] -> [rows, vocab]."""
-        if len(hidden) >= MIN_ROWS:
-            return self._head(hidden)
-        if not len(hidden):  # a pass of prefill chunks samples nothing
-            return hidden.new_empty((0, self.config.vocab_size))
-        return self._head(hidden.expand(MIN_ROWS, -1).contiguous())[: len(hidden)]
+        return self._head(hidden)
 
 
 def _layer(config: ModelConfig, weights: dict[str, torch.Tensor], index: int, kernels: Kernels) -> Layer:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
-import torch
-
 from outpace.batch import Batch, TargetOutput
 from outpace.models.decoder import Decoder
 from outpace.runtime.kv_cache import KVCache
-from outpace.runtime.threads import ThreadGovernor
 
 
 class ModelRunner:
@@ -17,18 +12,9 @@ class ModelRunner:
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self._decoder, self._cache = decoder, cache
-        self._threads = ThreadGovernor(torch.get_num_threads())
 
     def forward(self, batch: Batch) -> TargetOutput:
         """Computes every row of the batch and the logits of its sampled rows."""
-        if torch.get_num_threads() != self._threads.num_threads:
-            torch.set_num_threads(self._threads.num_threads)
-        begin = time.perf_counter()
-        output = self._forward(batch)
-        self._threads.observe(batch.num_rows, time.perf_counter() - begin)
-        return output
-
-    def _forward(self, batch: Batch) -> TargetOutput:
         hidden = self._decoder.forward(batch.token_ids, batch.rows, self._cache.layers)
         sampled = hidden if len(batch.sample_rows) == len(hidden) else hidden[batch.sample_rows]
         return TargetOutput(self._decoder.logits(sampled), hidden)
