@@ -99,8 +99,9 @@ class Tally:
 
     def metrics(self, job: Job) -> RequestMetrics | None:
         """The report on drafts, once the answer has ended; None unless there is one answer and a report."""
-        has_one_answer = len(job.echoes) * job.num_answers == 1
-        return job.draft_report.of(self._draft_steps) if job.draft_report and has_one_answer else None
+        if job.draft_report is None or len(job.echoes) * job.num_answers > 1:
+            return None
+        return job.draft_report.of(self._draft_steps)
 
     def usage(self) -> Usage:
         """The counts so far."""
