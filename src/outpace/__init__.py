@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from outpace.llm import LLM, CompletionResult, RequestResult
-    from outpace.request import FinishReason, Output, TokenLogprob
+    from outpace.request import DraftStep, FinishReason, Output, Speculation, TokenLogprob
     from outpace.sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [  # noqa: RUF022 (in plain alphabetical order)
     "AsyncLLM",
     "CompletionResult",
     "ConfigError",
+    "DraftStep",
     "Engine",
     "EngineConfig",
     "EngineDeadError",
@@ -43,6 +44,7 @@ __all__ = [  # noqa: RUF022 (in plain alphabetical order)
     "SamplingParams",
     "ServerConfig",
     "ShuttingDownError",
+    "Speculation",
     "TokenLogprob",
     "UnsupportedModelError",
 ]
@@ -51,6 +53,7 @@ _MODULES = {
     "LLM": "llm",
     "AsyncLLM": "async_llm",
     "CompletionResult": "llm",
+    "DraftStep": "request",
     "Engine": "engine.engine",
     "EngineConfig": "config",
     "FinishReason": "request",
@@ -58,6 +61,7 @@ _MODULES = {
     "RequestResult": "llm",
     "SamplingParams": "sampling",
     "ServerConfig": "config",
+    "Speculation": "request",
     "TokenLogprob": "request",
 }
 

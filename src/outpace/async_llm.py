@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
 
-from outpace.config import EngineConfig
+from outpace.config import EngineConfig, SpeculativeConfig
 from outpace.engine.engine import Engine
 from outpace.engine.metrics import Metrics
 from outpace.errors import EngineDeadError, InvalidRequestError, OutpaceError, ShuttingDownError
-from outpace.request import Output, Request
+from outpace.request import Output, Request, Speculation
 from outpace.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ class AsyncLLM:
         model_name: As the settings name it.
         max_model_len: Most tokens of prompt and answer.
         metrics: What the engine did.
+        speculative: How it drafts.
     """
 
     def __init__(self, build: Callable[[], Engine]) -> None:
@@ -125,6 +126,7 @@ class AsyncLLM:
         self.model_name: str = engine.model_name
         self.max_model_len: int = engine.max_model_len
         self.metrics: Metrics = engine.metrics
+        self.speculative: SpeculativeConfig = engine.config.speculative
         self._admission = engine.admission
 
     @classmethod
@@ -153,6 +155,7 @@ class AsyncLLM:
         *,
         request_id: str,
         priority: int = 0,
+        speculation: Speculation | None = None,
     ) -> AsyncGenerator[Output]:
         """Yields what each step adds to each of the n answers, until all have ended.
 
@@ -164,6 +167,7 @@ class AsyncLLM:
             sampling: How to choose and when to stop.
             request_id: Unique among unfinished requests.
             priority: Lower runs first; not 0 only under the `priority` scheduling policy.
+            speculation: What the request asks of its drafts.
 
         Raises:
             InvalidRequestError: The request cannot be served as asked (before anything is yielded).
@@ -171,7 +175,7 @@ class AsyncLLM:
             ShuttingDownError: No new work is accepted (likewise).
             EngineDeadError: The engine ended on an unexpected error.
         """
-        stream = self._submit(prompt_ids, sampling, request_id, priority)
+        stream = self._submit(prompt_ids, sampling, request_id, priority, speculation)
         try:
             while (output := await stream.get()) is not None:
                 yield output
@@ -203,7 +207,12 @@ class AsyncLLM:
             await asyncio.sleep(0.001)
 
     def _submit(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, request_id: str, priority: int
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        request_id: str,
+        priority: int,
+        speculation: Speculation | None,
     ) -> _Stream:
         self._loop = asyncio.get_running_loop()  # before the check: see _run
         if self._death is not None:
@@ -212,7 +221,7 @@ class AsyncLLM:
             raise ShuttingDownError("the server is shutting down and accepts no new requests")
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id} is in use", "request_id")
-        requests = self._admission.requests(request_id, prompt_ids, sampling, priority)
+        requests = self._admission.requests(request_id, prompt_ids, sampling, priority, speculation)
         stream = self._streams[request_id] = _Stream(requests)
         self._drained.clear()
         self._inbox.put(_Command(add=requests))

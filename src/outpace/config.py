@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from outpace.errors import ConfigError
 
+METHOD_ALIASES = {"ngram": "prompt_lookup"}  # vLLM's names of draft methods
 BLOCK_SIZE = 16  # tokens in a cache block; also the tile of the CPU attention kernel
 
 
@@ -45,8 +46,7 @@ class SpeculativeConfig:
         Raises:
             ConfigError: A value is out of range.
         """
-        if self.method == "ngram":
-            object.__setattr__(self, "method", "prompt_lookup")
+        object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
             default: Any = field.default
@@ -68,6 +68,11 @@ class SpeculativeConfig:
         if not 0 <= self.suffix_decoding_min_token_prob <= 1:
             prob = self.suffix_decoding_min_token_prob
             raise ConfigError(f"suffix_decoding_min_token_prob must be in [0, 1], got {prob}")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The draft methods that run, of which a request may choose one; empty without speculation."""
+        return tuple(name for name in self.method.split(",") if name != "none")
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,12 @@ class ServerConfig:
     chat_template: str | None = setting(None, "File with a Jinja chat template, if not the tokenizer's own")
     shutdown_timeout: int = setting(30, "Seconds that running requests get to finish after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "What is logged")
+    metrics_compat: Literal["none", "vllm"] = setting(
+        "none", "vllm: /metrics has what vLLM counts too also under vLLM's names and labels"
+    )
+    per_request_spec_decode_metrics: Literal["none", "summary", "detailed"] = setting(
+        "none", "What answers say of their drafts: sums, or also every step (one prompt and n = 1 only)"
+    )
 
     def __post_init__(self) -> None:
         """Checks ranges.

@@ -11,7 +11,7 @@ from outpace.config import EngineConfig
 from outpace.engine.engine import Engine
 from outpace.errors import InvalidRequestError
 from outpace.models.tokenizer import encode, encode_chat
-from outpace.request import FinishReason, Output, Request, TokenLogprob
+from outpace.request import FinishReason, Output, Request, Speculation, TokenLogprob
 from outpace.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -101,6 +101,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        speculation: Speculation | None = None,
         progress: bool = False,
     ) -> list[RequestResult]:
         """Answers prompts, as many at a time as the engine runs.
@@ -108,6 +109,7 @@ class LLM:
         Args:
             prompts: One or several, each as text or as token ids.
             sampling_params: For all of them, or one per prompt; the default is `SamplingParams()`.
+            speculation: What all of them ask of their drafts.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -124,7 +126,7 @@ class LLM:
             text = prompt if isinstance(prompt, str) else None
             ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
             request_id = str(next(self._numbers))
-            groups.append(self.engine.admission.requests(request_id, ids, sampling))
+            groups.append(self.engine.admission.requests(request_id, ids, sampling, speculation=speculation))
             answers = [
                 CompletionResult(i, logprobs=None if sampling.logprobs is None else [])
                 for i in range(sampling.n)
@@ -138,6 +140,7 @@ class LLM:
         messages: list[Message] | list[list[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        speculation: Speculation | None = None,
         progress: bool = False,
     ) -> list[RequestResult]:
         """Answers conversations, laid out by the model's chat template.
@@ -145,6 +148,7 @@ class LLM:
         Args:
             messages: One conversation or several; each message has `role` and `content`.
             sampling_params: As for `generate`.
+            speculation: As for `generate`.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -152,7 +156,7 @@ class LLM:
         """
         conversations: Any = messages if messages and isinstance(messages[0], list) else [messages]
         prompts = [encode_chat(self.tokenizer, conversation) for conversation in conversations]
-        return self.generate(prompts, sampling_params, progress=progress)
+        return self.generate(prompts, sampling_params, speculation=speculation, progress=progress)
 
     def _run(self, groups: list[list[Request]], results: list[RequestResult], progress: bool) -> None:
         answers = {

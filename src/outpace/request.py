@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from outpace.config import METHOD_ALIASES
+from outpace.errors import InvalidRequestError
 from outpace.sampling import SamplingParams
 from outpace.sampling import TokenLogprob as TokenLogprob
 
@@ -15,6 +18,52 @@ class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """What a request asks of its drafts. It may change how fast an answer comes, never the answer.
+
+    Attributes:
+        max_draft_tokens: Most draft tokens in a step, at most the engine's `num_speculative_tokens`; 0 is
+            plain decoding, None leaves it to the engine.
+        method: A draft method that the engine runs, or "none"; None leaves it to the engine.
+    """
+
+    max_draft_tokens: int | None = None
+    method: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the range and resolves the alias.
+
+        Raises:
+            InvalidRequestError: `max_draft_tokens` is negative.
+        """
+        if self.max_draft_tokens is not None and self.max_draft_tokens < 0:
+            raise InvalidRequestError(
+                f"speculation.max_draft_tokens must be at least 0, got {self.max_draft_tokens}",
+                "speculation.max_draft_tokens",
+            )
+        if self.method is not None:
+            object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
+
+    def cap(self, num_tokens: int) -> int:
+        """So many draft tokens, or fewer if the request wants fewer."""
+        if self.method == "none":
+            return 0
+        return num_tokens if self.max_draft_tokens is None else min(num_tokens, self.max_draft_tokens)
+
+
+class DraftStep(NamedTuple):
+    """A draft that was verified.
+
+    Attributes:
+        num_drafted: Its tokens, at least one.
+        num_accepted: How many of them became part of the answer.
+    """
+
+    num_drafted: int
+    num_accepted: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +83,7 @@ class Request:
         index: Which of the client's n answers this is.
         priority: Lower runs first; 0 for all under the `fcfs` scheduling policy.
         arrival: Seconds on the monotonic clock when the request was accepted.
+        speculation: What it asks of its drafts; the engine can honour it.
     """
 
     id: str
@@ -46,6 +96,7 @@ class Request:
     index: int = 0
     priority: int = 0
     arrival: float = 0.0
+    speculation: Speculation = Speculation()
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +114,7 @@ class Sequence:
         num_cached: Prompt tokens that were found in the prefix cache at first admission.
         num_preemptions: How often its blocks were taken away.
         first_scheduled: Seconds on the monotonic clock of its first step, or None.
+        draft_steps: Its drafts so far, in order; only `Metrics.record` appends.
     """
 
     request: Request
@@ -72,6 +124,7 @@ class Sequence:
     num_cached: int = 0
     num_preemptions: int = 0
     first_scheduled: float | None = None
+    draft_steps: list[DraftStep] = field(default_factory=list)
 
     @classmethod
     def start(cls, request: Request) -> Sequence:
@@ -108,6 +161,7 @@ class Output:
         stop_reason: The stop string or stop token that ended it, if one did.
         num_prompt_tokens: Length of the prompt.
         num_cached_tokens: How many of those came from the prefix cache.
+        draft_steps: All drafts of the answer, once it has ended.
     """
 
     request_id: str
@@ -119,3 +173,4 @@ class Output:
     stop_reason: int | str | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    draft_steps: tuple[DraftStep, ...] = ()

@@ -98,7 +98,7 @@ class SamplingParams:
             limit = f"at most max_tokens ({self.max_tokens})"
             _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, limit)
         if self.allowed_token_ids is not None:
-            _require(len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "not empty")
+            _require(len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "a non-empty list")
         if self.logprobs is not None:
             _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"in [0, {MAX_LOGPROBS}]")
 

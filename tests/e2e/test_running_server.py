@@ -170,6 +170,31 @@ def test_metrics_count_what_is_answered(client: openai.OpenAI, server: str) -> N
     assert moved["inter_token_latency_seconds_count"] == 11
 
 
+def test_a_request_rules_its_own_drafts_and_the_answer_is_that_of_a_server_without_any(
+    client: openai.OpenAI, serve: Callable[..., AbstractContextManager[Server]]
+) -> None:
+    text = "Repeat five times: the quick brown fox jumps over the lazy dog."
+    expected = ask(client, text, max_tokens=48, **SAMPLED).choices[0].message.content
+    flags = "--spec-method prompt_lookup --spec-tokens 4 --per-request-spec-decode-metrics summary"
+    with serve(*flags.split(), "--metrics-compat", "vllm", "--served-model-name", MODEL) as drafting:
+        url = f"http://127.0.0.1:{drafting.port}"
+        num_drafts = []
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as other:
+            for speculation in ({}, {"max_draft_tokens": 1}, {"method": "none"}):
+                before = metrics(url)
+                answer = ask(other, text, max_tokens=48, extra_body={"speculation": speculation}, **SAMPLED)
+                moved = {name: value - before[name] for name, value in metrics(url).items()}
+                report = answer.metrics["speculative_decoding"]
+                assert answer.choices[0].message.content == expected
+                assert report["num_draft_tokens"] == moved["vllm:spec_decode_num_draft_tokens_total"]
+                assert moved["vllm:generation_tokens_total"] == answer.usage.completion_tokens
+                num_drafts.append((report["num_spec_steps"], report["num_draft_tokens"]))
+    free, capped, off = num_drafts
+    assert free[1] > free[0] > 0
+    assert capped[1] == capped[0] > 0
+    assert off == (0, 0)
+
+
 # --- Refusals -------------------------------------------------------------------------------------------
 
 

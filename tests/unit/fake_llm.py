@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry, Counter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from outpace.config import ServerConfig
+from outpace.config import ServerConfig, SpeculativeConfig
 from outpace.errors import InvalidRequestError
-from outpace.request import FinishReason, Output, TokenLogprob
+from outpace.request import FinishReason, Output, Speculation, TokenLogprob
 from outpace.sampling import SamplingParams
 from outpace.server.app import create_app
 from outpace.server.run import bind
@@ -61,6 +61,7 @@ class FakeLLM:
     max_model_len: int = 2048
     model_name: str = "fake"
     is_running: bool = True
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
     tokenizer: Any = field(default_factory=make_tokenizer)
     calls: list[SimpleNamespace] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
@@ -71,9 +72,19 @@ class FakeLLM:
         Counter("fake_things", "Things", registry=self.metrics.registry)
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        speculation: Speculation | None = None,
     ) -> AsyncGenerator[Output]:
-        self.calls.append(SimpleNamespace(prompt_ids=prompt_ids, sampling=sampling, priority=priority))
+        self.calls.append(
+            SimpleNamespace(
+                prompt_ids=prompt_ids, sampling=sampling, priority=priority, speculation=speculation
+            )
+        )
         if self.error is not None:
             raise self.error
         if not prompt_ids:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from outpace.config import EngineConfig, flag
 from outpace.errors import InvalidRequestError
 from outpace.models.config import ModelConfig
-from outpace.request import Request
+from outpace.request import Request, Speculation
 from outpace.sampling import SamplingParams
 
 _SEED_BITS = 63
@@ -33,10 +33,16 @@ class Admission:
         self._max_model_len = max_model_len
         self._max_n = config.max_num_seqs + config.max_num_queued_reqs
         self._has_priorities = config.scheduling_policy == "priority"
+        self._speculative = config.speculative
         self._random = random.Random(config.seed)
 
     def requests(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        priority: int = 0,
+        speculation: Speculation | None = None,
     ) -> list[Request]:
         """The engine requests of one client request: one for each of its n answers.
 
@@ -45,6 +51,7 @@ class Admission:
             prompt_ids: The prompt.
             sampling: How to choose and when to stop.
             priority: Lower runs first; not 0 only under the `priority` scheduling policy.
+            speculation: What it asks of its drafts.
 
         Raises:
             InvalidRequestError: It cannot be served as asked; `param` names the field.
@@ -59,6 +66,8 @@ class Admission:
                 f"start with {flag('scheduling_policy')} priority",
                 "priority",
             )
+        speculation = speculation or Speculation()
+        self._check_speculation(speculation)
         max_tokens = self._max_tokens(len(prompt_ids), sampling)
         bad_words_ids = tuple(self._bad_words_ids(sampling.bad_words))
         seed = self._random.getrandbits(_SEED_BITS) if sampling.seed is None else sampling.seed
@@ -75,6 +84,7 @@ class Admission:
                 index=index,
                 priority=priority,
                 arrival=arrival,
+                speculation=speculation,
             )
             for index in range(sampling.n)
         ]
@@ -86,6 +96,22 @@ class Admission:
             if not 0 <= token_id < self._vocab_size:
                 limit = f"token ids in [0, {self._vocab_size})"
                 raise InvalidRequestError(f"prompt must be {limit}, got {token_id}", "prompt")
+
+    def _check_speculation(self, asked: Speculation) -> None:
+        limit = self._speculative.num_speculative_tokens
+        if asked.max_draft_tokens is not None and asked.max_draft_tokens > limit:
+            raise InvalidRequestError(
+                f"speculation.max_draft_tokens must be at most {limit} ({flag('spec_tokens')}), "
+                f"got {asked.max_draft_tokens}: ask for fewer or leave it out",
+                "speculation.max_draft_tokens",
+            )
+        methods = (*self._speculative.methods, "none")
+        if asked.method is not None and asked.method not in methods:
+            raise InvalidRequestError(
+                f"speculation.method must be {' or '.join(methods)} ({flag('spec_method')}), "
+                f"got {asked.method!r}: leave it out for what the server chooses",
+                "speculation.method",
+            )
 
     def _max_tokens(self, num_prompt: int, sampling: SamplingParams) -> int:
         """What the request asks, or without a limit all that the context leaves."""

@@ -20,11 +20,11 @@ from outpace.models.decoder import Decoder
 from outpace.models.hub import resolve_model, resolve_tokenizer
 from outpace.models.loader import load_config, load_weights
 from outpace.models.tokenizer import load_tokenizer
-from outpace.policy.base import BatchView, load_policy
+from outpace.policy.base import BatchView, check_policy, load_policy
 from outpace.request import Output, Request
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
-from outpace.spec.proposer import load_proposer
+from outpace.spec.proposer import check_methods, load_proposer
 from outpace.spec.verifier import MatchVerifier, Verifier
 from outpace.tree import DraftTree
 
@@ -79,7 +79,9 @@ class Engine:
         self.policy = load_policy(config.policy, config.speculative)
         self.proposer = load_proposer(config.speculative)
         self.runner, self.verifier = runner, verifier
-        self.metrics = Metrics(self.model_name, self.scheduler)
+        speculative = config.speculative
+        max_depth = speculative.num_speculative_tokens if speculative.methods else 0
+        self.metrics = Metrics(self.model_name, self.scheduler, max_depth)
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -88,6 +90,8 @@ class Engine:
         Raises:
             ConfigError: The model cannot be had or a setting does not fit it.
         """
+        check_methods(config.speculative)
+        check_policy(config.policy)
         path = resolve_model(config.model, config.revision)
         model = load_config(path)
         dtype = choose_dtype(config)

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from outpace.batch import Batch, Verdict
 from outpace.engine.scheduler import Scheduler
 from outpace.policy.base import BatchView, StepRecord
-from outpace.request import FinishReason, Output, Sequence
+from outpace.request import DraftStep, FinishReason, Output, Sequence
 
 _TOKENS = tuple(float(m * 10**e) for e in range(5) for m in (1, 2, 5))
 _ROWS = tuple(float(2**e) for e in range(15))
@@ -100,7 +100,14 @@ class Metrics(Collector):
         registry: Prometheus' view of these metrics.
     """
 
-    def __init__(self, model_name: str, scheduler: Scheduler) -> None:
+    def __init__(self, model_name: str, scheduler: Scheduler, max_depth: int = 0) -> None:
+        """Starts at zero.
+
+        Args:
+            model_name: The label of that name.
+            scheduler: Knows the queues and the cache.
+            max_depth: Draft positions that are exposed before anything is accepted there.
+        """
         self._model_name = model_name
         self._scheduler = scheduler
         self._times: dict[str, _Times] = {}
@@ -109,7 +116,7 @@ class Metrics(Collector):
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._num_finished: Counter[FinishReason] = Counter()
-        self.drafts = Drafts()
+        self.drafts = Drafts(num_accepted_per_depth=[0] * max_depth)
         self._iteration_tokens = Histogram(_ROWS)
         self._time_to_first_token = Histogram(_FIRST_TOKEN_S)
         self._inter_token_latency = Histogram(_TOKEN_S)
@@ -136,7 +143,7 @@ class Metrics(Collector):
         self._last_lap = now
 
     def record(self, view: BatchView, batch: Batch, verdict: Verdict) -> StepRecord:
-        """What the step did, once it is verified."""
+        """What the step did, once it is verified; adds its drafts to their sequences' own."""
         pairs = [
             (entry, decision)
             for entry, decision in zip(batch.entries, verdict.decisions, strict=True)
@@ -145,7 +152,9 @@ class Metrics(Collector):
         self._iteration_tokens.observe(batch.num_rows)
         for entry, decision in pairs:
             if len(entry.tree):
-                self.drafts.observe(len(entry.tree), len(decision.path))
+                step = DraftStep(len(entry.tree), len(decision.path))
+                self.drafts.observe(*step)
+                entry.sequence.draft_steps.append(step)
         return StepRecord(
             seconds={**self._laps, "total": sum(self._laps.values())},
             num_rows=batch.num_rows,

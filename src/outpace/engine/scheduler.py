@@ -34,11 +34,7 @@ class Plan:
     def view(self) -> BatchView:
         """What a policy may see of it."""
         return BatchView(
-            sequences=tuple(
-                # One token of each step comes from the target, so the last one needs no draft.
-                SequenceView(s.id, s.num_computed, s.request.max_tokens - s.num_output - 1)
-                for s in self.decoding
-            ),
+            sequences=tuple(SequenceView(s.id, s.num_computed, _max_draft(s)) for s in self.decoding),
             num_rows=sum(item.num_known for item in self.scheduled),
             num_context=sum(item.sequence.num_computed for item in self.scheduled),
             num_free_slots=self.num_free_slots,
@@ -262,6 +258,13 @@ class Scheduler:
         return False
 
 
+def _max_draft(sequence: Sequence) -> int:
+    """Most draft tokens for a sequence that samples."""
+    request = sequence.request
+    # One token of each step comes from the target, so the last one needs no draft.
+    return request.speculation.cap(request.max_tokens - sequence.num_output - 1)
+
+
 def _schedule(sequence: Sequence, budget: int) -> Scheduled:
     num_missing = len(sequence.token_ids) - sequence.num_computed
     return Scheduled(sequence, min(num_missing, budget), num_missing <= budget)
@@ -324,4 +327,5 @@ def _output(
         stop_reason=stop_reason,
         num_prompt_tokens=sequence.num_prompt,
         num_cached_tokens=sequence.num_cached,
+        draft_steps=() if finish_reason is None else tuple(sequence.draft_steps),
     )

@@ -19,7 +19,7 @@ class SequenceView:
     Attributes:
         id: Its request's id.
         context_len: Tokens in its cache before the step.
-        max_draft: Most draft tokens that can be of use to it (length limits).
+        max_draft: Most draft tokens that can be of use to it (length limits) and that its request allows.
     """
 
     id: str
@@ -88,6 +88,15 @@ class SpeculationPolicy(ABC):
 def available() -> list[str]:
     """Names of the built-in policies: the files beside this one that have a function `create`."""
     return registry.available(_PACKAGE)
+
+
+def check_policy(name: str) -> None:
+    """Finds the policy called `name` without building it.
+
+    Raises:
+        ConfigError: There is no such policy.
+    """
+    registry.find(_PACKAGE, name, "spec_policy")
 
 
 def load_policy(name: str, config: SpeculativeConfig) -> SpeculationPolicy:

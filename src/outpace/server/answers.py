@@ -20,9 +20,10 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from outpace.errors import InvalidRequestError, ShuttingDownError
-from outpace.request import FinishReason, Output, TokenLogprob
+from outpace.request import DraftStep, FinishReason, Output, TokenLogprob
 from outpace.server import errors
 from outpace.server.connection import while_connected
+from outpace.server.draft_report import DraftReport
 from outpace.server.protocol import (
     AnswerMessage,
     ChatChoice,
@@ -33,6 +34,7 @@ from outpace.server.protocol import (
     CompletionChoice,
     CompletionLogprobs,
     PromptTokensDetails,
+    RequestMetrics,
     StreamOptions,
     TopLogprob,
     Usage,
@@ -58,6 +60,7 @@ class Job:
         tokens: Writes the tokens of log-probabilities.
         echoes: For each prompt the text its answers begin with.
         client_names: From the engine's names of fields to the client's, where they differ.
+        draft_report: How much an only answer says of its drafts; None: nothing.
         id: Of the answer.
         created: Unix time in seconds.
     """
@@ -68,6 +71,7 @@ class Job:
     tokens: Tokens
     echoes: tuple[str, ...] = ("",)
     client_names: Mapping[str, str] = field(default_factory=dict)
+    draft_report: DraftReport | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -78,17 +82,26 @@ class Job:
 
 
 class Tally:
-    """Counts tokens while outputs pass."""
+    """Counts tokens while outputs pass, and keeps what the last one says of drafts."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._num_answered = 0
+        self._draft_steps: tuple[DraftStep, ...] = ()
 
     def add(self, prompt: int, output: Output) -> None:
         """Counts an output of the given prompt."""
         self._num_answered += len(output.token_ids)
         if prompt not in self._prompts:
             self._prompts[prompt] = (output.num_prompt_tokens, output.num_cached_tokens)
+        if output.finish_reason is not None:
+            self._draft_steps = output.draft_steps
+
+    def metrics(self, job: Job) -> RequestMetrics | None:
+        """The report on drafts, once the answer has ended; None unless there is one answer and a report."""
+        if job.draft_report is None or len(job.echoes) * job.num_answers > 1:
+            return None
+        return job.draft_report.of(self._draft_steps)
 
     def usage(self) -> Usage:
         """The counts so far."""
@@ -188,6 +201,7 @@ async def whole(job: Job, events: AsyncGenerator[tuple[int, Output]]) -> ChatCom
             tally.add(prompt, output)
             answers[prompt * n + output.index].add(output)
     parts: Any = {"id": job.public_id, "created": job.created, "model": job.model, "usage": tally.usage()}
+    parts["metrics"] = tally.metrics(job)
     if job.kind == "chat":
         choices = [_chat_choice(job.tokens, index, answer) for index, answer in enumerate(answers)]
         return ChatCompletion(choices=choices, **parts)
@@ -313,7 +327,9 @@ class Chunks:
         """Events after the last output."""
         usage = ""
         if self._options.include_usage:
-            usage = f'{self._start}],"usage":{self._tally.usage().model_dump_json()}}}\n\n'
+            metrics = self._tally.metrics(self._job)
+            report = "" if metrics is None else f',"metrics":{metrics.model_dump_json()}'
+            usage = f'{self._start}],"usage":{self._tally.usage().model_dump_json()}{report}}}\n\n'
         return f"{usage}data: [DONE]\n\n".encode()
 
     def _event(

@@ -19,6 +19,7 @@ from outpace.sampling import SamplingParams
 from outpace.server import errors
 from outpace.server.answers import Chunks, EventStream, Job, merge, whole
 from outpace.server.connection import Gate, while_connected
+from outpace.server.draft_report import DraftReport
 from outpace.server.protocol import (
     DEFAULT_COMPLETION_TOKENS,
     ChatCompletion,
@@ -35,7 +36,8 @@ from outpace.server.protocol import (
     TokenizeResponse,
     VersionResponse,
 )
-from outpace.server.tokens import Tokens
+from outpace.server.tokens import Tokens, check_template
+from outpace.server.vllm_metrics import with_vllm_names
 
 if TYPE_CHECKING:
     from outpace.async_llm import AsyncLLM
@@ -57,6 +59,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
         title="Outpace",
         version=__version__,
         description="An OpenAI-compatible API. Errors of any kind have one shape, ErrorResponse.",
+        docs_url=None,  # FastAPI's pages are blank where their CDN cannot be reached
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -72,14 +75,16 @@ def read_chat_template(config: ServerConfig) -> str | None:
     """The text of `--chat-template`, if given.
 
     Raises:
-        ConfigError: The file cannot be read.
+        ConfigError: The file cannot be read, or has a syntax error.
     """
     if config.chat_template is None:
         return None
     try:
-        return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
+        template = Path(config.chat_template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read --chat-template {config.chat_template}: {error}") from None
+    check_template(template)
+    return template
 
 
 class Api:
@@ -91,6 +96,12 @@ class Api:
         self._model = config.served_model_name or llm.model_name
         self._started = int(time.time())
         self._tokens = Tokens(llm.tokenizer, read_chat_template(config))
+        level = config.per_request_spec_decode_metrics
+        num_spec_tokens = llm.speculative.num_speculative_tokens
+        self._draft_report = None if level == "none" else DraftReport(num_spec_tokens, level == "detailed")
+        self._registry = llm.metrics.registry
+        if config.metrics_compat == "vllm":
+            self._registry = with_vllm_names(self._registry, self._model)
 
     def install(self) -> None:
         """Adds the routes."""
@@ -118,7 +129,14 @@ class Api:
             body.add_special_tokens,
             body.chat_template_kwargs,
         )
-        job = Job("chat", self._model, sampling.n, self._tokens, client_names=body.client_names)
+        job = Job(
+            "chat",
+            self._model,
+            sampling.n,
+            self._tokens,
+            client_names=body.client_names,
+            draft_report=self._draft_report,
+        )
         return await self._answer(job, [prompt], [sampling], body, request)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -128,7 +146,9 @@ class Api:
         prompts = await self._prompt_ids(body)
         echoes = [await self._echo(body, i, ids) for i, ids in enumerate(prompts)]
         samplings = [self._fitted(sampling, body, ids) for ids in prompts]
-        job = Job("text", self._model, sampling.n, self._tokens, tuple(echoes))
+        job = Job(
+            "text", self._model, sampling.n, self._tokens, tuple(echoes), draft_report=self._draft_report
+        )
         return await self._answer(job, prompts, samplings, body, request)
 
     async def models(self) -> Response:
@@ -176,7 +196,7 @@ class Api:
 
     async def metrics(self) -> Response:
         """Metrics in the Prometheus text format."""
-        content = prometheus_client.generate_latest(self._llm.metrics.registry)
+        content = prometheus_client.generate_latest(self._registry)
         return Response(content, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     async def _answer(
@@ -188,8 +208,15 @@ class Api:
         request: Request,
     ) -> Response:
         """Starts one engine request per prompt and sends what comes of them."""
+        speculation = body.wanted_speculation()
         streams = [
-            self._llm.generate(ids, sampling, request_id=f"{job.public_id}-{i}", priority=body.priority)
+            self._llm.generate(
+                ids,
+                sampling,
+                request_id=f"{job.public_id}-{i}",
+                priority=body.priority,
+                speculation=speculation,
+            )
             for i, (ids, sampling) in enumerate(zip(prompts, samplings, strict=True))
         ]
         outputs = merge(job, streams)

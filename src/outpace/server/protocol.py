@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from outpace.errors import InvalidRequestError
+from outpace.request import Speculation
 from outpace.sampling import SamplingParams
 
 MAX_N = 128  # the OpenAI API's own limit
@@ -38,6 +39,10 @@ def _shape(value: Any) -> str:
     if isinstance(value, list):
         return {int: "<ids>", list: "<lists of ids>"}.get(type(value[0]) if value else str, "<list>")
     return "<other>"
+
+
+def _is_none(value: object) -> bool:
+    return value is None
 
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -77,6 +82,13 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool = Field(default=False, description="Send the usage so far with every chunk")
 
 
+class SpeculationOptions(RequestModel):
+    """What a request asks of its drafts, which change how fast an answer comes, never the answer."""
+
+    max_draft_tokens: Int | None = Field(None, description="Most draft tokens in a step; 0: no drafts")
+    method: Text | None = Field(None, description="A draft method that the server runs, or none")
+
+
 class GenerationRequest(RequestModel):
     """What completions and chat completions have in common."""
 
@@ -102,6 +114,7 @@ class GenerationRequest(RequestModel):
     priority: Int = Field(0, description="Lower runs first under --scheduling-policy priority")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true")
+    speculation: SpeculationOptions | None = None
 
     user: str | None = None
     safety_identifier: str | None = None
@@ -121,6 +134,15 @@ class GenerationRequest(RequestModel):
     def client_names(self) -> dict[str, str]:
         """From the engine's names of fields to those that the client wrote, where they differ."""
         return {}
+
+    def wanted_speculation(self) -> Speculation | None:
+        """What is asked of the drafts.
+
+        Raises:
+            InvalidRequestError: A value is out of range.
+        """
+        asked = self.speculation
+        return None if asked is None else Speculation(asked.max_draft_tokens, asked.method)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
@@ -342,6 +364,8 @@ def _token_id(key: str) -> int:
 
 # --- Answers --------------------------------------------------------------------------------------------
 
+_METRICS = "Of one prompt with n = 1, if the server runs with --per-request-spec-decode-metrics"
+
 
 class PromptTokensDetails(BaseModel):
     """Where the prompt's tokens came from."""
@@ -356,6 +380,26 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class SpeculativeDecodingMetrics(BaseModel):
+    """What became of an answer's drafts, as vLLM reports it. A step counts if it verified a draft."""
+
+    mean_acceptance_length: float = Field(description="Tokens per step, the target's own included")
+    draft_acceptance_rate: float = Field(description="Accepted per drafted token")
+    acceptance_histogram: list[int] = Field(description="At j the steps that accepted j draft tokens")
+    num_spec_steps: int
+    num_accepted_draft_tokens: int
+    num_draft_tokens: int
+    num_spec_tokens: int = Field(description="The server's limit of draft tokens in a step")
+    per_step_accepted: list[int] | None = Field(None, exclude_if=_is_none, description="If detailed")
+    per_step_drafted: list[int] | None = Field(None, exclude_if=_is_none, description="If detailed")
+
+
+class RequestMetrics(BaseModel):
+    """How a request was served, if the server says so."""
+
+    speculative_decoding: SpeculativeDecodingMetrics
 
 
 class TopLogprob(BaseModel):
@@ -406,6 +450,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none, description=_METRICS)
 
 
 class CompletionLogprobs(BaseModel):
@@ -436,6 +481,7 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+    metrics: RequestMetrics | None = Field(None, exclude_if=_is_none, description=_METRICS)
 
 
 class ModelCard(BaseModel):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from outpace.config import EngineConfig, ServerConfig
+from outpace.config import EngineConfig, ServerConfig, flag
 from outpace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,8 +50,23 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         from outpace.server.app import read_chat_template
 
         read_chat_template(server_config)
+        check_draft_report(engine_config, server_config)
         llm = AsyncLLM.from_config(engine_config)
         return asyncio.run(_serve(llm, server_config, listener))
+
+
+def check_draft_report(engine_config: EngineConfig, server_config: ServerConfig) -> None:
+    """A report on drafts needs drafts.
+
+    Raises:
+        ConfigError: There is no draft method.
+    """
+    level = server_config.per_request_spec_decode_metrics
+    if level != "none" and not engine_config.speculative.methods:
+        raise ConfigError(
+            f"{flag('per_request_spec_decode_metrics')} {level} reports on drafts, and there are none: "
+            f"choose a method with {flag('spec_method')}"
+        )
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -8,6 +8,7 @@ from functools import cache, lru_cache, partial
 from typing import Any
 
 import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from outpace.errors import ConfigError, InvalidRequestError
 from outpace.models.tokenizer import encode, encode_chat
@@ -115,10 +116,7 @@ class Tokens:
             encode_chat(self._tokenizer, [{"role": "user", "content": "Hello"}], chat_template=self._template)
         except InvalidRequestError as error:
             if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
-                raise ConfigError(
-                    f"the chat template has a syntax error in line {error.__cause__.lineno}: "
-                    f"{error.__cause__}"
-                ) from None
+                raise _broken_template(error.__cause__) from None
 
     def _of(self, token_id: int) -> tuple[str, list[int]]:
         """Text and bytes of a single token; a token may be part of a character only."""
@@ -132,6 +130,22 @@ class Tokens:
         else:
             content = raw.replace("▁", " ").encode()
         return content.decode(errors="replace"), list(content)
+
+
+def check_template(template: str) -> None:
+    """Compiles a chat template, for which no tokenizer is needed.
+
+    Raises:
+        ConfigError: It has a syntax error.
+    """
+    try:
+        render_jinja_template([], chat_template=template)
+    except jinja2.TemplateSyntaxError as error:
+        raise _broken_template(error) from None
+
+
+def _broken_template(error: jinja2.TemplateSyntaxError) -> ConfigError:
+    return ConfigError(f"the chat template has a syntax error in line {error.lineno}: {error}")
 
 
 @cache

@@ -40,6 +40,16 @@ def available() -> list[str]:
     return registry.available(_PACKAGE)
 
 
+def check_methods(config: SpeculativeConfig) -> None:
+    """Finds the draft methods of a config without building them: before a model is loaded for nothing.
+
+    Raises:
+        ConfigError: There is no such method.
+    """
+    for name in config.methods:
+        registry.find(_PACKAGE, name, "spec_method")
+
+
 def load_proposer(config: SpeculativeConfig) -> Proposer:
     """Builds the draft method of a config: `none` is `spec/proposers/none.py`, a dotted name is a module.
 
