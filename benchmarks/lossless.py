@@ -45,7 +45,7 @@ class Loaded:
     @classmethod
     def default(cls, **settings: Any) -> Loaded:
         engine = Engine.from_config(EngineConfig(**settings))
-        return cls(engine, engine.runner._decoder)
+        return cls(engine, engine.runner.decoder)
 
     @property
     def model(self) -> ModelConfig:

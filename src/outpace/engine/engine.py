@@ -24,7 +24,7 @@ from outpace.policy.base import BatchView, load_policy
 from outpace.request import Output, Request
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
-from outpace.spec.proposer import load_proposer
+from outpace.spec.proposer import DraftContext, load_proposer
 from outpace.spec.verifier import MatchVerifier, Verifier
 from outpace.tree import DraftTree
 
@@ -77,7 +77,7 @@ class Engine:
         self.admission = Admission(config, model, tokenizer, self.max_model_len)
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
         self.policy = load_policy(config.policy, config.speculative)
-        self.proposer = load_proposer(config.speculative)
+        self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv))
         self.runner, self.verifier = runner, verifier
         self.metrics = Metrics(self.model_name, self.scheduler)
 

@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from outpace import registry
 from outpace.batch import Batch, TargetOutput, Verdict
-from outpace.config import SpeculativeConfig
+from outpace.config import EngineConfig, SpeculativeConfig
+from outpace.models.decoder import Decoder
 from outpace.request import Sequence
+from outpace.runtime.kv_cache import KVCache
 from outpace.tree import DraftTree
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 _PACKAGE = "outpace.spec.proposers"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a draft method may build on.
+
+    Attributes:
+        config: The engine's settings.
+        tokenizer: The target's.
+        decoder: The target itself, with its shape, dtype and kernels.
+        kv: The target's cache.
+    """
+
+    config: EngineConfig
+    tokenizer: PreTrainedTokenizerFast
+    decoder: Decoder
+    kv: KVCache
+
+    @property
+    def speculative(self) -> SpeculativeConfig:
+        """The settings of drafting."""
+        return self.config.speculative
 
 
 class Proposer(ABC):
@@ -40,13 +69,14 @@ def available() -> list[str]:
     return registry.available(_PACKAGE)
 
 
-def load_proposer(config: SpeculativeConfig) -> Proposer:
-    """Builds the draft method of a config: `none` is `spec/proposers/none.py`, a dotted name is a module.
+def load_proposer(context: DraftContext) -> Proposer:
+    """Builds the draft method of the settings: `none` is `spec/proposers/none.py`, a dotted name is a module.
 
-    Its module's `create(config)` does.
+    Its module's `create(context)` does.
 
     Raises:
-        ConfigError: There is no such method.
+        ConfigError: There is no such method, or it cannot work with this model.
     """
-    proposer: Proposer = registry.build(_PACKAGE, config.method, Proposer, "spec_method", config)
+    method = context.speculative.method
+    proposer: Proposer = registry.build(_PACKAGE, method, Proposer, "spec_method", context)
     return proposer
