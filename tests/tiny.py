@@ -9,17 +9,20 @@ Both speak bytes: token i is byte i, and the special tokens follow.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from outpace.batch import Batch, BatchEntry, Decision, Scheduled, TargetOutput, Verdict
 from outpace.config import BLOCK_SIZE, EngineConfig
-from outpace.engine.engine import Engine, choose_num_blocks
+from outpace.engine.engine import Engine, cached_models, choose_num_blocks
 from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.decoder import Decoder
@@ -84,17 +87,49 @@ def tiny_engine(
     settings = {"max_num_batched_tokens": 256, "max_model_len": 256, **settings}
     config = EngineConfig(model="tiny", dtype=dtype, kernels=kernels, **settings)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    generator = torch.Generator().manual_seed(7)
-    weights = {
-        name: _random_weight(name, shape, generator).to(kind) for name, shape in MODEL.weight_shapes().items()
-    }
+    weights = {name: weight.to(kind) for name, weight in _weights().items()}
     backend = load_kernels(
         config.kernels, kind, head_dim=MODEL.head_dim, widths=(MODEL.hidden_size, MODEL.intermediate_size)
     )
     decoder = Decoder(MODEL, weights, kind, backend)
-    blocks = num_blocks or choose_num_blocks(config, MODEL, kind)
+    blocks = num_blocks or choose_num_blocks(config, cached_models(config, MODEL), kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
     return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), MatchVerifier(backend))
+
+
+def write_model(directory: Path, noise: float = 0.0) -> Path:
+    """Writes the model of `tiny_engine` as a Hugging Face directory.
+
+    Args:
+        directory: Where to.
+        noise: Change of every weight, as a share of its size: a model that is often right about the first.
+    """
+    generator = torch.Generator().manual_seed(8)
+    weights = {
+        name: weight * (1 + noise * torch.randn(weight.shape, generator=generator))
+        for name, weight in _weights().items()
+    }
+    config = {
+        "architectures": [MODEL.architecture],
+        "vocab_size": MODEL.vocab_size,
+        "hidden_size": MODEL.hidden_size,
+        "intermediate_size": MODEL.intermediate_size,
+        "num_hidden_layers": MODEL.num_layers,
+        "num_attention_heads": MODEL.num_heads,
+        "num_key_value_heads": MODEL.num_kv_heads,
+        "rms_norm_eps": MODEL.rms_norm_eps,
+        "max_position_embeddings": MODEL.max_position_embeddings,
+        "eos_token_id": EOS,
+    }
+    byte_tokenizer().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {name: _random_weight(name, shape, generator) for name, shape in MODEL.weight_shapes().items()}
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

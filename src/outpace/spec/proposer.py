@@ -72,11 +72,14 @@ def available() -> list[str]:
 def load_proposer(context: DraftContext) -> Proposer:
     """Builds the draft method of the settings: `none` is `spec/proposers/none.py`, a dotted name is a module.
 
-    Its module's `create(context)` does.
+    Its module's `create(context)` does. Where the settings name several, the best tree of them is taken.
 
     Raises:
         ConfigError: There is no such method, or it cannot work with this model.
     """
-    method = context.speculative.method
-    proposer: Proposer = registry.build(_PACKAGE, method, Proposer, "spec_method", context)
+    from outpace.spec.several import Several  # is a Proposer itself
+
+    methods = context.speculative.methods
+    built = [registry.build(_PACKAGE, name, Proposer, "spec_method", context) for name in methods]
+    proposer: Proposer = built[0] if len(built) == 1 else Several(built)
     return proposer
