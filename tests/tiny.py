@@ -97,19 +97,24 @@ def tiny_engine(
     return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), MatchVerifier(backend))
 
 
-def write_model(directory: Path, noise: float = 0.0) -> Path:
+def write_model(directory: Path, noise: float = 0.0, exit_layer: int | None = None, **config: Any) -> Path:
     """Writes the model of `tiny_engine` as a Hugging Face directory.
 
     Args:
         directory: Where to.
         noise: Change of every weight, as a share of its size: a model that is often right about the first.
+        exit_layer: If given, layers from this one on add nothing.
+        **config: Settings of config.json that replace the model's.
     """
     generator = torch.Generator().manual_seed(8)
     weights = {
         name: weight * (1 + noise * torch.randn(weight.shape, generator=generator))
         for name, weight in _weights().items()
     }
-    config = {
+    for name, weight in weights.items():
+        if exit_layer is not None and name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight *= int(name.split(".")[2]) < exit_layer
+    shape = {
         "architectures": [MODEL.architecture],
         "vocab_size": MODEL.vocab_size,
         "hidden_size": MODEL.hidden_size,
@@ -122,7 +127,7 @@ def write_model(directory: Path, noise: float = 0.0) -> Path:
         "eos_token_id": EOS,
     }
     byte_tokenizer().save_pretrained(directory)
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(shape | config))
     save_file(weights, directory / "model.safetensors")
     return directory
 
