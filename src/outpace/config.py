@@ -32,10 +32,10 @@ class SpeculativeConfig:
     method: str = setting(
         "none", "Draft method, a name of spec/proposers, or several with commas; ngram is prompt_lookup"
     )
-    model: str | None = setting(None, "draft_model: Hugging Face directory or hub id, or a GGUF file")
     num_speculative_tokens: int = setting(
         5, "Most draft tokens for a sequence in a step (policy fixed: always)"
     )
+    model: str | None = setting(None, "draft_model: Hugging Face directory or hub id, or a GGUF file")
     prompt_lookup_min: int = setting(2, "prompt_lookup: shortest match that gives a draft, in tokens")
     prompt_lookup_max: int = setting(5, "prompt_lookup: longest match looked for")
     suffix_decoding_max_tree_depth: int = setting(24, "suffix: longest match and longest draft")
