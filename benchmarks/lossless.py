@@ -101,7 +101,7 @@ def conditions(loaded: Loaded, cases: list[Case]) -> Iterator[tuple[str, Answers
     for method in proposers.available():
         if method == "none":
             continue
-        drafting = {"spec_method": method, "spec_tokens": 8}
+        drafting: dict[str, Any] = {"spec_method": method, "spec_tokens": 8}
         if method == "draft_model":  # the model itself, unless another was named
             drafting["spec_model"] = loaded.draft_model
         fixed = loaded.build(**drafting)

@@ -194,13 +194,15 @@ def test_limits_of_zero_run_no_pass_and_later_drafts_catch_up(same: str, passes:
     assert passes == [3, 1, 4]
 
 
-def test_without_a_policy_that_allows_drafts_the_draft_model_never_runs(same: str, plain: Answers) -> None:
+def test_without_a_policy_that_allows_drafts_the_draft_model_never_runs(
+    same: str, plain: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = drafting(same, spec_policy="off")
 
     def fail(*_: object) -> NoReturn:
         raise AssertionError("the drafter was asked")
 
-    proposer_of(engine).drafter.draft = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(proposer_of(engine).drafter, "draft", fail)
     assert answers(engine, GREEDY) == plain["greedy"]
 
 

@@ -77,7 +77,7 @@ def load_proposer(context: DraftContext) -> Proposer:
     Raises:
         ConfigError: There is no such method, or it cannot work with this model.
     """
-    from outpace.spec.several import Several  # is a Proposer itself
+    from outpace.spec.several import Several  # not at the top: it imports this module
 
     methods = context.speculative.methods
     built = [registry.build(_PACKAGE, name, Proposer, "spec_method", context) for name in methods]
