@@ -174,6 +174,16 @@ def test_after_a_verification_only_what_is_new_is_computed(same: str, passes: li
     assert after == fresh
 
 
+def test_where_another_draft_was_accepted_nothing_of_ones_own_is_kept(same: str, passes: list[int]) -> None:
+    proposer, sequence = proposer_of(drafting(same)), running([1, 2, 3])
+    (tree,) = proposer.propose([sequence], [5])
+    sequence.token_ids += [(token_id + 1) % MODEL.vocab_size for token_id in tree.token_ids[:4]]
+    passes.clear()
+    (after,) = proposer.propose([sequence], [2])
+    assert passes == [4, 1]
+    assert [after] == proposer_of(drafting(same)).propose([sequence], [2])
+
+
 def test_a_token_that_was_cut_from_the_draft_and_came_true_is_computed_for_its_logits(same: str) -> None:
     proposer, sequence = proposer_of(drafting(same)), running([1, 2, 3])
     (tree,) = proposer.propose([sequence], [4])
