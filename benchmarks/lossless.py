@@ -24,6 +24,7 @@ from outpace.config import BLOCK_SIZE, EngineConfig
 from outpace.engine.engine import Engine
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
+from outpace.models.hub import resolve_model
 from outpace.models.tokenizer import encode_chat
 from outpace.policy.base import BatchView, SpeculationPolicy
 from outpace.runtime.kv_cache import KVCache
@@ -41,11 +42,12 @@ class Loaded:
 
     engine: Engine
     decoder: Decoder
+    draft_model: str
 
     @classmethod
-    def default(cls, **settings: Any) -> Loaded:
+    def default(cls, draft_model: str | None = None, **settings: Any) -> Loaded:
         engine = Engine.from_config(EngineConfig(**settings))
-        return cls(engine, engine.runner._decoder)
+        return cls(engine, engine.runner.decoder, draft_model or str(resolve_model(engine.config.model)))
 
     @property
     def model(self) -> ModelConfig:
@@ -99,10 +101,13 @@ def conditions(loaded: Loaded, cases: list[Case]) -> Iterator[tuple[str, Answers
     for method in proposers.available():
         if method == "none":
             continue
-        fixed = loaded.build(spec_method=method, spec_tokens=8)
+        drafting: dict[str, Any] = {"spec_method": method, "spec_tokens": 8}
+        if method == "draft_model":  # the model itself, unless another was named
+            drafting["spec_model"] = loaded.draft_model
+        fixed = loaded.build(**drafting)
         one_by_one = [answer for case in cases for answer in run(fixed, [case], lambda i: 0)]
         yield f"{method}, alone", one_by_one, fixed
-        chaotic = loaded.build(num_blocks, spec_method=method, spec_tokens=8)
+        chaotic = loaded.build(num_blocks, **drafting)
         chaotic.policy = Chaos()
         yield f"{method}, tiny cache, random limits", run(chaotic, cases, lambda i: i), chaotic
 
@@ -156,6 +161,7 @@ def compare(loaded: Loaded, cases: list[Case]) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
+    parser.add_argument("--spec-model", help="the draft model; the default is the model itself")
     parser.add_argument(
         "--dataset", type=Path, nargs="+", required=True, help="JSON lines (.gz) with `turns`"
     )
@@ -163,7 +169,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
     args = parser.parse_args()
-    loaded = Loaded.default(model=args.model)
+    loaded = Loaded.default(args.spec_model, model=args.model)
     share = args.num_prompts // len(args.dataset)
     prompts = [p for path in args.dataset for p in chat_prompts(loaded.engine, path, share)]
     summary: dict[str, object] = {"dtype": str(loaded.decoder.dtype), "prompts": len(prompts)}

@@ -9,17 +9,20 @@ Both speak bytes: token i is byte i, and the special tokens follow.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from outpace.batch import Batch, BatchEntry, Decision, Scheduled, TargetOutput, Verdict
 from outpace.config import BLOCK_SIZE, EngineConfig
-from outpace.engine.engine import Engine, choose_num_blocks
+from outpace.engine.engine import Engine, cached_models, choose_num_blocks
 from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.decoder import Decoder
@@ -84,10 +87,7 @@ def tiny_engine(
     settings = {"max_num_batched_tokens": 256, "max_model_len": 256, **settings}
     config = EngineConfig(model="tiny", dtype=dtype, kernels=kernels, **settings)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    generator = torch.Generator().manual_seed(7)
-    weights = {
-        name: _random_weight(name, shape, generator).to(kind) for name, shape in MODEL.weight_shapes().items()
-    }
+    weights = {name: weight.to(kind) for name, weight in _weights().items()}
     backend = load_kernels(
         config.kernels,
         kind,
@@ -96,9 +96,49 @@ def tiny_engine(
         num_threads=config.num_threads or 1,
     )
     decoder = Decoder(MODEL, weights, kind, backend)
-    blocks = num_blocks or choose_num_blocks(config, MODEL, kind)
+    blocks = num_blocks or choose_num_blocks(config, cached_models(config, MODEL), kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
     return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), MatchVerifier(backend))
+
+
+def write_model(directory: Path, noise: float = 0.0, exit_layer: int | None = None, **config: Any) -> Path:
+    """Writes the model of `tiny_engine` as a Hugging Face directory.
+
+    Args:
+        directory: Where to.
+        noise: Change of every weight, as a share of its size: a model that is often right about the first.
+        exit_layer: If given, layers from this one on add nothing.
+        **config: Settings of config.json that replace the model's.
+    """
+    generator = torch.Generator().manual_seed(8)
+    weights = {
+        name: weight * (1 + noise * torch.randn(weight.shape, generator=generator))
+        for name, weight in _weights().items()
+    }
+    for name, weight in weights.items():
+        if exit_layer is not None and name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight *= int(name.split(".")[2]) < exit_layer
+    shape = {
+        "architectures": [MODEL.architecture],
+        "vocab_size": MODEL.vocab_size,
+        "hidden_size": MODEL.hidden_size,
+        "intermediate_size": MODEL.intermediate_size,
+        "num_hidden_layers": MODEL.num_layers,
+        "num_attention_heads": MODEL.num_heads,
+        "num_key_value_heads": MODEL.num_kv_heads,
+        "rms_norm_eps": MODEL.rms_norm_eps,
+        "max_position_embeddings": MODEL.max_position_embeddings,
+        "eos_token_id": EOS,
+    }
+    byte_tokenizer().save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(shape | config))
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {name: _random_weight(name, shape, generator) for name, shape in MODEL.weight_shapes().items()}
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -140,6 +180,7 @@ class FakeModel:
         self.next_token = next_token or hashed_token
         self.on_forward = on_forward or (lambda: None)
         self.passes: list[dict[str, int]] = []
+        self.decoder = None  # there is none for a draft method to use
 
     def engine(self, *, num_blocks: int = 64, **settings: Any) -> Engine:
         settings = {"max_model_len": min(256, num_blocks * BLOCK_SIZE), **settings}

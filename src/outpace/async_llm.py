@@ -85,9 +85,9 @@ class _Stream:
 class AsyncLLM:
     """Serves an engine to the coroutines of one event loop.
 
-    The engine lives in a thread of its own, from its building on, and is touched by no other. Commands reach it through a queue, on which it sleeps when idle; outputs
-    come back with one call into the loop per step. Every accepted
-    request ends with exactly one finished Output per answer, or with EngineDeadError.
+    The engine lives in a thread of its own, from its building on, and is touched by no other. Commands reach
+    it through a queue, on which it sleeps when idle; outputs come back with one call into the loop per
+    step. Every accepted request ends with exactly one finished Output per answer, or with EngineDeadError.
 
     Attributes:
         tokenizer: The model's.

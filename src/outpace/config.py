@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,34 +30,45 @@ def setting(default: Any, help: str, positional: bool = False) -> Any:
 class SpeculativeConfig:
     """How drafts are made: the keys of --speculative-config, vLLM's where it has them."""
 
-    method: str = setting("none", "Draft method, a name of spec/proposers; ngram is prompt_lookup")
+    method: str = setting(
+        "none", "Draft method, a name of spec/proposers, or several with commas; ngram is prompt_lookup"
+    )
     num_speculative_tokens: int = setting(
         5, "Most draft tokens for a sequence in a step (policy fixed: always)"
     )
+    model: str | None = setting(None, "draft_model: Hugging Face directory or hub id, or a GGUF file")
     prompt_lookup_min: int = setting(2, "prompt_lookup: shortest match that gives a draft, in tokens")
     prompt_lookup_max: int = setting(5, "prompt_lookup: longest match looked for")
     suffix_decoding_max_tree_depth: int = setting(24, "suffix: longest match and longest draft")
     suffix_decoding_max_cached_requests: int = setting(10000, "suffix: finished answers kept")
     suffix_decoding_max_spec_factor: float = setting(1.0, "suffix: longest draft per token of match")
     suffix_decoding_min_token_prob: float = setting(0.1, "suffix: least relative frequency of a drafted path")
+    draft_branching: int = setting(
+        1, "draft_model, self_draft: tokens drafted at each depth; a chain goes on from the first of them"
+    )
+    num_draft_layers: int | None = setting(
+        None, "self_draft: layers of the target that draft; the default is a quarter of them"
+    )
 
     def __post_init__(self) -> None:
         """Checks types and ranges, and resolves the alias.
 
         Raises:
-            ConfigError: A value is out of range.
+            ConfigError: A value is out of range, or a setting belongs to no method that was chosen.
         """
-        object.__setattr__(self, "method", METHOD_ALIASES.get(self.method, self.method))
+        hints = typing.get_type_hints(SpeculativeConfig)
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
-            default: Any = field.default
-            kind = type(default)
+            kind, *none = typing.get_args(hints[field.name]) or (hints[field.name],)
+            if none and value is None:
+                continue
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ConfigError(
                     f"{field.name} of --speculative-config must be {kind.__name__}, got {value!r}"
                 )
             if kind is int and value < 1:
                 raise ConfigError(f"{field.name} of --speculative-config must be at least 1, got {value}")
+        self._check_methods()
         if not 2 <= self.prompt_lookup_min <= self.prompt_lookup_max:
             raise ConfigError(
                 f"prompt_lookup_min must be in [2, prompt_lookup_max = {self.prompt_lookup_max}], "
@@ -73,6 +85,21 @@ class SpeculativeConfig:
     def methods(self) -> tuple[str, ...]:
         """The draft methods that run, of which a request may choose one; empty without speculation."""
         return tuple(name for name in self.method.split(",") if name != "none")
+
+    def _check_methods(self) -> None:
+        names = [METHOD_ALIASES.get(name, name) for name in map(str.strip, self.method.split(","))]
+        object.__setattr__(self, "method", ",".join(names))
+        if len(names) > 1 and ("none" in names or len(set(names)) < len(names)):
+            raise ConfigError(f"{flag('spec_method')} must name different methods, got {self.method}")
+        if "draft_model" in names and self.model is None:
+            raise ConfigError(f"draft_model needs a model: name one with {flag('spec_model')}")
+        users = {"draft_model": "model", "self_draft": "num_draft_layers"}
+        for method, key in users.items():
+            # a method from outside may use what it likes
+            if getattr(self, key) is not None and method not in names and "." not in self.method:
+                raise ConfigError(
+                    f"{key} of --speculative-config is for {method}, {flag('spec_method')} is {self.method}"
+                )
 
 
 @dataclass(frozen=True)
@@ -99,15 +126,21 @@ class EngineConfig:
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prompt beginnings")
     kv_cache_memory_bytes: int | None = setting(
         None,
-        "Memory of the KV cache, as 2G; the default holds max-num-seqs sequences of 1,024 tokens, or one of "
-        "max-model-len if that is more",
+        "Memory of the KV cache, that of a draft model included, as 2G; the default holds max-num-seqs "
+        "sequences of 1,024 tokens, or one of max-model-len if that is more",
     )
     num_threads: int | None = setting(None, "Threads of the CPU kernels; the default is one per core")
     kernels: Literal["auto", "native", "reference"] = setting(
         "auto", "CPU kernels: native C++ (built on first use), plain torch, or native if a compiler is there"
     )
     seed: int = setting(0, "Seeds the draw of seeds for requests that give none")
-    spec_method: str | None = setting(None, "Draft method: none, prompt_lookup (ngram), suffix")
+    spec_method: str | None = setting(
+        None,
+        "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft; several with commas",
+    )
+    spec_model: str | None = setting(
+        None, "Model of draft_model: Hugging Face directory or hub id, or a GGUF file, of the same vocabulary"
+    )
     spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
     spec_policy: str | None = setting(
         None, "Speculation policy: off, fixed; the default is fixed where there is a draft method, else off"
@@ -157,7 +190,8 @@ class EngineConfig:
                 raise ConfigError(
                     f"unknown key {key!r} in --speculative-config; there are: {', '.join(known)}"
                 )
-        for name, key in (("spec_method", "method"), ("spec_tokens", "num_speculative_tokens")):
+        keys = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+        for name, key in keys.items():
             value = getattr(self, name)
             if value is not None and settings.setdefault(key, value) != value:
                 raise ConfigError(

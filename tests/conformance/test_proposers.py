@@ -1,9 +1,13 @@
-"""What every draft method must keep. The files in spec/proposers are found by themselves."""
+"""What every draft method must keep. The files in spec/proposers are found by themselves.
+
+A method that needs more than its name to be built is given it in `settings_of`.
+"""
 
 from __future__ import annotations
 
 import gc
 import random
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -13,13 +17,14 @@ import torch
 from outpace.engine.engine import Engine
 from outpace.policy.base import BatchView, SpeculationPolicy
 from outpace.request import Sequence
+from outpace.runtime.block_manager import BlockManager
 from outpace.sampling import SamplingParams
 from outpace.spec import proposer as proposers
 from outpace.spec.proposer import Proposer
 from outpace.tree import DraftTree
-from tiny import GREEDY, PROMPTS, SAMPLED, VOCAB_SIZE, Guesser, answers, run, submit, tiny_engine
+from tiny import GREEDY, PROMPTS, SAMPLED, VOCAB_SIZE, Guesser, answers, run, submit, tiny_engine, write_model
 
-METHODS = proposers.available()
+METHODS = [*proposers.available(), "suffix,draft_model,self_draft"]
 
 
 class Limits(SpeculationPolicy):
@@ -39,14 +44,16 @@ class Limits(SpeculationPolicy):
 class Checked(Proposer):
     """Hands everything on to a proposer and checks what it gives back."""
 
-    def __init__(self, proposer: Proposer) -> None:
-        self.proposer = proposer
+    def __init__(self, proposer: Proposer, blocks: BlockManager) -> None:
+        self.proposer, self.blocks = proposer, blocks
         self.observe = proposer.observe  # type: ignore[method-assign]
         self.release = proposer.release  # type: ignore[method-assign]
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
         before = [(list(s.token_ids), s.num_computed, list(s.block_ids)) for s in sequences]
+        num_free = self.blocks.num_free_blocks
         trees = self.proposer.propose(sequences, list(limits))
+        assert self.blocks.num_free_blocks == num_free
         assert before == [(s.token_ids, s.num_computed, s.block_ids) for s in sequences]
         assert len(trees) == len(sequences)
         for tree, limit in zip(trees, limits, strict=True):
@@ -63,9 +70,21 @@ def check_tree(tree: DraftTree) -> None:
     assert all(0 <= confidence <= 1 for confidence in tree.confidence or ())
 
 
-def speculating(method: str, most: int, **settings: Any) -> Engine:
-    engine = tiny_engine(spec_method=method, **settings)
-    engine.proposer = Checked(engine.proposer)
+@pytest.fixture(scope="session")
+def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is right about half the time."""
+    return write_model(tmp_path_factory.mktemp("draft"), noise=0.3)
+
+
+def settings_of(method: str, draft_model: Path) -> dict[str, Any]:
+    """What a method needs beside its name."""
+    needs = {"draft_model": {"spec_model": str(draft_model)}}
+    return {key: value for name in method.split(",") for key, value in needs.get(name, {}).items()}
+
+
+def speculating(method: str, most: int, draft_model: Path, **settings: Any) -> Engine:
+    engine = tiny_engine(spec_method=method, **settings_of(method, draft_model), **settings)
+    engine.proposer = Checked(engine.proposer, engine.kv.blocks)
     engine.policy = Limits(most)
     return engine
 
@@ -99,23 +118,23 @@ def expected(request: pytest.FixtureRequest) -> tuple[SamplingParams, list[list[
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("most", [0, 1, 7])
 def test_answers_are_those_without_drafts_and_trees_obey_their_limits(
-    expected: Any, method: str, most: int
+    expected: Any, method: str, most: int, draft_model: Path
 ) -> None:
     sampling, plain = expected
-    assert answers(speculating(method, most), sampling, stagger=2) == plain
+    assert answers(speculating(method, most, draft_model), sampling, stagger=2) == plain
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_drafts_change_nothing_where_blocks_are_short(expected: Any, method: str) -> None:
+def test_drafts_change_nothing_where_blocks_are_short(expected: Any, method: str, draft_model: Path) -> None:
     sampling, plain = expected
-    engine = speculating(method, 7, num_blocks=16)
+    engine = speculating(method, 7, draft_model, num_blocks=16)
     assert answers(engine, sampling) == plain
     assert engine.scheduler.num_preemptions > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_request_that_ended_leaves_nothing_behind(method: str) -> None:
-    engine = speculating(method, 5)
+def test_a_request_that_ended_leaves_nothing_behind(method: str, draft_model: Path) -> None:
+    engine = speculating(method, 5, draft_model)
     for number, prompt in enumerate(PROMPTS):
         submit(engine, str(number), prompt, GREEDY)
     for number in range(0, len(PROMPTS), 2):
@@ -128,11 +147,12 @@ def test_a_request_that_ended_leaves_nothing_behind(method: str) -> None:
 
 def test_these_checks_notice_what_they_look_for() -> None:
     guesser = Guesser({"0-0": [1, 2, 3]})
+    blocks = BlockManager(num_blocks=1)
     sequence = Sequence.start(tiny_engine().admission.requests("0", [1], GREEDY)[0])
-    assert len(Checked(guesser).propose([sequence], [5])[0]) == 5
+    assert len(Checked(guesser, blocks).propose([sequence], [5])[0]) == 5
     guesser.propose = lambda sequences, limits: [DraftTree.chain((1, 2, 3))]  # type: ignore[method-assign]
     with pytest.raises(AssertionError):
-        Checked(guesser).propose([sequence], [2])
+        Checked(guesser, blocks).propose([sequence], [2])
     with pytest.raises(AssertionError, match="the same token"):
         check_tree(DraftTree((-1, -1), (7, 7)))
     with pytest.raises(AssertionError, match="0-0 is kept"):

@@ -240,21 +240,21 @@ def test_a_cache_too_small_for_one_sequence_is_refused_with_the_size_it_needs() 
     block = KVCache.block_bytes(MODEL, torch.float32)
     config = EngineConfig(kv_cache_memory_bytes=31 * block)
     with pytest.raises(ConfigError, match=f"give at least {32 * block}"):
-        choose_num_blocks(config, MODEL, torch.float32)
-    assert choose_num_blocks(replace(config, max_model_len=496), MODEL, torch.float32) == 31
+        choose_num_blocks(config, [MODEL], torch.float32)
+    assert choose_num_blocks(replace(config, max_model_len=496), [MODEL], torch.float32) == 31
 
 
 @pytest.mark.parametrize("settings", [{"kv_cache_memory_bytes": 10**18}, {"max_num_seqs": 10**9}])
 def test_a_cache_larger_than_the_machines_memory_is_refused(settings: Any) -> None:
     config = EngineConfig(max_num_batched_tokens=10**9, **settings)
     with pytest.raises(ConfigError, match="exceeds this machine's memory of"):
-        choose_num_blocks(config, MODEL, torch.float32)
+        choose_num_blocks(config, [MODEL], torch.float32)
 
 
 def test_the_default_cache_holds_what_the_help_says() -> None:
     long = replace(MODEL, max_position_embeddings=100_000, rope=RopeConfig())
-    assert choose_num_blocks(EngineConfig(max_num_seqs=2), long, torch.float32) == 6250
-    assert choose_num_blocks(EngineConfig(max_num_seqs=256), long, torch.float32) == 256 * 64
+    assert choose_num_blocks(EngineConfig(max_num_seqs=2), [long], torch.float32) == 6250
+    assert choose_num_blocks(EngineConfig(max_num_seqs=256), [long], torch.float32) == 256 * 64
 
 
 def test_the_dtype_is_what_is_asked_for() -> None:

@@ -12,7 +12,7 @@ from outpace.errors import ConfigError
 from outpace.policy import base as policies
 from outpace.policy.base import BatchView, SpeculationPolicy, load_policy
 from outpace.spec import proposer as proposers
-from outpace.spec.proposer import Proposer, load_proposer
+from outpace.spec.proposer import DraftContext, Proposer, load_proposer
 
 
 class Mine(SpeculationPolicy):
@@ -38,7 +38,7 @@ def test_modules_that_make_no_part_are_not_offered() -> None:
 
 def test_a_built_in_part_is_found_by_its_file_name() -> None:
     assert isinstance(load_policy("off", SpeculativeConfig()), SpeculationPolicy)
-    assert isinstance(load_proposer(SpeculativeConfig()), Proposer)
+    assert isinstance(load_method("none"), Proposer)
 
 
 def test_a_dotted_path_names_a_part_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -49,7 +49,8 @@ def test_a_dotted_path_names_a_part_from_outside(monkeypatch: pytest.MonkeyPatch
 
 
 def load_method(name: str) -> Proposer:
-    return load_proposer(SpeculativeConfig(method=name))
+    nothing: Any = None
+    return load_proposer(DraftContext(EngineConfig(spec_method=name), nothing, nothing, nothing))
 
 
 def load_policy_named(name: str) -> SpeculationPolicy:

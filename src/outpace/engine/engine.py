@@ -24,7 +24,7 @@ from outpace.policy.base import BatchView, check_policy, load_policy
 from outpace.request import Output, Request
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
-from outpace.spec.proposer import check_methods, load_proposer
+from outpace.spec.proposer import DraftContext, check_methods, load_proposer
 from outpace.spec.verifier import MatchVerifier, Verifier
 from outpace.tree import DraftTree
 
@@ -77,7 +77,7 @@ class Engine:
         self.admission = Admission(config, model, tokenizer, self.max_model_len)
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
         self.policy = load_policy(config.policy, config.speculative)
-        self.proposer = load_proposer(config.speculative)
+        self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv))
         self.runner, self.verifier = runner, verifier
         speculative = config.speculative
         max_depth = speculative.num_speculative_tokens if speculative.methods else 0
@@ -95,7 +95,7 @@ class Engine:
         path = resolve_model(config.model, config.revision)
         model = load_config(path)
         dtype = choose_dtype(config)
-        num_blocks = choose_num_blocks(config, model, dtype)
+        num_blocks = choose_num_blocks(config, cached_models(config, model), dtype)
         tokenizer = load_tokenizer(resolve_tokenizer(config.tokenizer) if config.tokenizer else path)
         widths = (model.hidden_size, model.intermediate_size)
         kernels = load_kernels(
@@ -197,14 +197,29 @@ def choose_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if any(able.get(name) for name in _BF16_INSTRUCTIONS) else torch.float32
 
 
-def choose_num_blocks(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    """Blocks of the KV cache; the default is what the help of --kv-cache-memory-bytes says.
+def cached_models(config: EngineConfig, target: ModelConfig) -> list[ModelConfig]:
+    """The models that have a cache: the target, and a draft model if the settings name one.
+
+    Raises:
+        ConfigError: The draft model cannot be had.
+    """
+    draft = config.speculative.model
+    return [target] if draft is None else [target, load_config(resolve_model(draft))]
+
+
+def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: torch.dtype) -> int:
+    """Blocks of each KV cache; the default is what the help of --kv-cache-memory-bytes says.
+
+    Args:
+        config: The settings.
+        models: The target, then others whose caches hold the same tokens.
+        dtype: Type of the caches.
 
     Raises:
         ConfigError: The cache would not hold one sequence of the longest length, or not fit the machine.
     """
-    longest = max_model_len(config, model)
-    block_bytes = KVCache.block_bytes(model, dtype)
+    longest = max_model_len(config, models[0])
+    block_bytes = sum(KVCache.block_bytes(model, dtype) for model in models)
     num_needed = -(-longest // BLOCK_SIZE)
     if config.kv_cache_memory_bytes is None:
         typical = -(-min(longest, _TYPICAL_LEN) // BLOCK_SIZE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +55,18 @@ class Decoder:
         head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
         self._head = kernels.linear(head)
 
+    def first_layers(self, num_layers: int) -> Decoder:
+        """The first layers, then the final norm and the head, as a decoder that shares its weights with this.
+
+        Args:
+            num_layers: How many, in [1, config.num_layers].
+        """
+        part = copy.copy(self)
+        windows = self.config.sliding_windows[:num_layers]
+        part.config = replace(self.config, num_layers=num_layers, sliding_windows=windows)
+        part._layers = self._layers[:num_layers]
+        return part
+
     @torch.inference_mode()
     def forward(
         self, token_ids: torch.Tensor, rows: Rows, cache: list[tuple[torch.Tensor, torch.Tensor]]
@@ -63,7 +76,7 @@ class Decoder:
         Args:
             token_ids: [rows] int64.
             rows: Where they stand.
-            cache: Per layer the key and value cache; shapes as `LayerAttention` states them.
+            cache: Per layer the key and value cache, at least; shapes as `LayerAttention` states them.
 
         Returns:
             [rows, hidden]: hidden states after the final norm.

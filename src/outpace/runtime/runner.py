@@ -8,13 +8,17 @@ from outpace.runtime.kv_cache import KVCache
 
 
 class ModelRunner:
-    """Runs a decoder on batches placed in its cache."""
+    """Runs a decoder on batches placed in its cache.
+
+    Attributes:
+        decoder: The model.
+    """
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self._decoder, self._cache = decoder, cache
+        self.decoder, self._cache = decoder, cache
 
     def forward(self, batch: Batch) -> TargetOutput:
         """Computes every row of the batch and the logits of its sampled rows."""
-        hidden = self._decoder.forward(batch.token_ids, batch.rows, self._cache.layers)
+        hidden = self.decoder.forward(batch.token_ids, batch.rows, self._cache.layers)
         sampled = hidden if len(batch.sample_rows) == len(hidden) else hidden[batch.sample_rows]
-        return TargetOutput(self._decoder.logits(sampled), hidden)
+        return TargetOutput(self.decoder.logits(sampled), hidden)

@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from outpace import registry
 from outpace.batch import Batch, TargetOutput, Verdict
-from outpace.config import SpeculativeConfig
+from outpace.config import EngineConfig, SpeculativeConfig
+from outpace.models.decoder import Decoder
 from outpace.request import Sequence
+from outpace.runtime.kv_cache import KVCache
 from outpace.tree import DraftTree
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 _PACKAGE = "outpace.spec.proposers"
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """What a draft method may build on.
+
+    Attributes:
+        config: The engine's settings.
+        tokenizer: The target's.
+        decoder: The target itself, with its shape, dtype and kernels.
+        kv: The target's cache.
+    """
+
+    config: EngineConfig
+    tokenizer: PreTrainedTokenizerFast
+    decoder: Decoder
+    kv: KVCache
+
+    @property
+    def speculative(self) -> SpeculativeConfig:
+        """The settings of drafting."""
+        return self.config.speculative
 
 
 class Proposer(ABC):
@@ -50,13 +79,17 @@ def check_methods(config: SpeculativeConfig) -> None:
         registry.find(_PACKAGE, name, "spec_method")
 
 
-def load_proposer(config: SpeculativeConfig) -> Proposer:
-    """Builds the draft method of a config: `none` is `spec/proposers/none.py`, a dotted name is a module.
+def load_proposer(context: DraftContext) -> Proposer:
+    """Builds the draft method of the settings: `none` is `spec/proposers/none.py`, a dotted name is a module.
 
-    Its module's `create(config)` does.
+    Its module's `create(context)` does. Where the settings name several, the best tree of them is taken.
 
     Raises:
-        ConfigError: There is no such method.
+        ConfigError: There is no such method, or it cannot work with this model.
     """
-    proposer: Proposer = registry.build(_PACKAGE, config.method, Proposer, "spec_method", config)
+    from outpace.spec.several import Several  # not at the top: it imports this module
+
+    methods = context.speculative.methods or ("none",)
+    built = {name: registry.build(_PACKAGE, name, Proposer, "spec_method", context) for name in methods}
+    proposer: Proposer = built[methods[0]] if len(built) == 1 else Several(built)
     return proposer

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from outpace.config import SpeculativeConfig
 from outpace.request import Sequence
-from outpace.spec.proposer import Proposer
+from outpace.spec.proposer import DraftContext, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree
 
 
@@ -16,6 +15,6 @@ class NoProposer(Proposer):
         return [EMPTY_TREE] * len(sequences)
 
 
-def create(config: SpeculativeConfig) -> NoProposer:
+def create(context: DraftContext) -> NoProposer:
     """Builds the proposer."""
     return NoProposer()

@@ -6,9 +6,8 @@ become a tree.
 
 from __future__ import annotations
 
-from outpace.config import SpeculativeConfig
 from outpace.request import Sequence
-from outpace.spec.proposer import Proposer
+from outpace.spec.proposer import DraftContext, Proposer
 from outpace.spec.suffix_index import SuffixIndex
 from outpace.tree import EMPTY_TREE, DraftTree
 
@@ -45,6 +44,7 @@ class PromptLookup(Proposer):
         return index.tree(places, max_nodes=limit, max_depth=limit)
 
 
-def create(config: SpeculativeConfig) -> PromptLookup:
+def create(context: DraftContext) -> PromptLookup:
     """Builds the proposer from `prompt_lookup_min` and `prompt_lookup_max`."""
+    config = context.speculative
     return PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)

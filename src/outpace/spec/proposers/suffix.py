@@ -6,9 +6,8 @@ the draft. It wins where texts repeat: agents, code editing, templates.
 
 from __future__ import annotations
 
-from outpace.config import SpeculativeConfig
 from outpace.request import Sequence
-from outpace.spec.proposer import Proposer
+from outpace.spec.proposer import DraftContext, Proposer
 from outpace.spec.suffix_index import SuffixIndex
 from outpace.tree import EMPTY_TREE, DraftTree
 
@@ -59,8 +58,9 @@ class Suffix(Proposer):
         return indexes[best].tree(places, limit, depth, self._min_prob) if depth else EMPTY_TREE
 
 
-def create(config: SpeculativeConfig) -> Suffix:
+def create(context: DraftContext) -> Suffix:
     """Builds the proposer from the `suffix_decoding_*` settings."""
+    config = context.speculative
     return Suffix(
         config.suffix_decoding_max_tree_depth,
         config.suffix_decoding_max_cached_requests,

@@ -1,0 +1,166 @@
+"""Drafts by a decoder: chains of its own choices, for all sequences in one batch per depth."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+import torch
+
+from outpace.batch import Scheduled, Verdict
+from outpace.models.decoder import Decoder
+from outpace.request import Sequence
+from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.runner import ModelRunner
+from outpace.sampling import SampleRow, choose, target_logits
+from outpace.tree import EMPTY_TREE, DraftTree
+
+
+class _Node(NamedTuple):
+    """A drafted token; `score` falls along every path and orders the tree."""
+
+    parent: int
+    token_id: int
+    confidence: float
+    score: float
+
+
+@dataclass(slots=True, eq=False)
+class _Growing:
+    """The draft of one sequence: a chain, and beside each of its nodes the leaves that came next.
+
+    Attributes:
+        sequence: What is drafted for; the chain's tokens are appended to it.
+        limit: Most nodes of the tree.
+        nodes: Those so far.
+        end: The chain's last node, or -1.
+    """
+
+    sequence: Sequence
+    limit: int
+    nodes: list[_Node] = field(default_factory=list)
+    end: int = -1
+
+    def add(self, candidates: list[tuple[int, float]]) -> None:
+        """Adds children of the chain's end, the best first: the chain goes on from that one."""
+        parent, score = self.end, self.nodes[self.end].score if self.nodes else 1.0
+        self.end = len(self.nodes)
+        # A candidate never scores more than those that were chosen before it.
+        least = itertools.accumulate((confidence for _, confidence in candidates), min)
+        self.nodes += [
+            _Node(parent, token_id, confidence, score * share)
+            for (token_id, confidence), share in zip(candidates, least, strict=True)
+        ]
+        self.sequence.token_ids.append(candidates[0][0])
+
+    def has_room(self) -> bool:
+        """Whether a child of the chain's end could be among the `limit` best nodes."""
+        return sum(node.score >= self.nodes[self.end].score for node in self.nodes) < self.limit
+
+    def tree(self) -> DraftTree:
+        """The best nodes."""
+        order = sorted(range(len(self.nodes)), key=lambda node: -self.nodes[node].score)
+        rank = {node: place for place, node in enumerate(order)} | {-1: -1}
+        best = [self.nodes[node] for node in order]
+        tree = DraftTree(
+            tuple(rank[node.parent] for node in best),
+            tuple(node.token_id for node in best),
+            tuple(node.confidence for node in best),
+        )
+        return tree.cut(self.limit)
+
+
+@final
+class Drafter:
+    """Continues sequences with a decoder over a cache.
+
+    A token is drafted as the target would choose it: from the same target distribution of this decoder's
+    logits, with the same noise of seed and position. So a decoder equal to the target is always right, and
+    sampled drafts lose little against the classical ratio rule (Leviathan et al. 2023).
+
+    Attributes:
+        kv: The cache that is written.
+    """
+
+    def __init__(self, decoder: Decoder, kv: KVCache, branching: int, max_rows: int) -> None:
+        """Joins the parts.
+
+        Args:
+            decoder: Who drafts.
+            kv: Its cache.
+            branching: Nodes at each depth: the chain's, and leaves beside it.
+            max_rows: Most rows of a pass.
+        """
+        self.kv = kv
+        self._runner = ModelRunner(decoder, kv)
+        self._kernels = decoder.kernels
+        self._max_positions = decoder.config.max_position_embeddings
+        self._branching, self._max_rows = branching, max_rows
+
+    def draft(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
+        """Computes what is known and not computed, then drafts a token of all sequences per pass.
+
+        Where known tokens exceed the rows of a pass the shortest rest goes first; a sequence that is not
+        at its end after it has an empty tree this time, as has one that finds no block.
+
+        Args:
+            sequences: Their cached beginning is in `kv`. Drafted tokens are appended to `token_ids`, and
+                `num_computed` and `block_ids` follow; taking them back is the caller's.
+            limits: Most nodes for each, at least 1.
+        """
+        drafts = [_Growing(*pair) for pair in zip(sequences, limits, strict=True)]
+        active = [draft for draft in drafts if self._fits(draft.sequence)]
+        while scheduled := self._schedule(active):
+            active = [draft for draft, item in scheduled if item.samples]
+            self._grow(active, [item for _, item in scheduled])
+            active = [draft for draft in active if draft.has_room() and self._fits(draft.sequence)]
+        return [draft.tree() if draft.nodes else EMPTY_TREE for draft in drafts]
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether the decoder has a position for each token."""
+        return len(sequence.token_ids) <= self._max_positions
+
+    def _schedule(self, drafts: list[_Growing]) -> list[tuple[_Growing, Scheduled]]:
+        """Shares the rows of a pass out, and reserves their blocks."""
+        scheduled: list[tuple[_Growing, Scheduled]] = []
+        budget = self._max_rows
+        for draft in sorted(drafts, key=lambda d: len(d.sequence.token_ids) - d.sequence.num_computed):
+            sequence = draft.sequence
+            num_missing = len(sequence.token_ids) - sequence.num_computed
+            num_known = min(num_missing, budget)
+            if num_known and self.kv.blocks.reserve(sequence, sequence.num_computed + num_known):
+                scheduled.append((draft, Scheduled(sequence, num_known, num_known == num_missing)))
+                budget -= num_known
+        return scheduled
+
+    @torch.inference_mode()
+    def _grow(self, drafts: list[_Growing], scheduled: list[Scheduled]) -> None:
+        """Runs a pass; adds the next nodes to the drafts that reach their end in it."""
+        batch = self.kv.place(scheduled, [EMPTY_TREE] * len(drafts))
+        logits = self._runner.forward(batch).logits
+        self.kv.commit(batch, Verdict((None,) * len(scheduled)))
+        if drafts:
+            rows = [SampleRow(draft.sequence) for draft in drafts]
+            for draft, candidates in zip(drafts, self._candidates(logits, rows), strict=True):
+                draft.add(candidates)
+
+    def _candidates(self, logits: torch.Tensor, rows: list[SampleRow]) -> list[list[tuple[int, float]]]:
+        """For each row the tokens that would be chosen first, second and so on, with their probabilities.
+
+        Args:
+            logits: [rows, vocab]; may be overwritten.
+            rows: What each is for.
+        """
+        wanted = target_logits(logits, rows, kernels=self._kernels)
+        total = wanted.float().logsumexp(dim=1, keepdim=True)  # [rows, 1]
+        candidates: list[list[tuple[int, float]]] = [[] for _ in rows]
+        for rank in range(self._branching):
+            token_ids = choose(wanted, rows, kernels=self._kernels)
+            index = torch.tensor(token_ids).unsqueeze(1)  # [rows, 1]
+            probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0).squeeze(1).tolist()
+            for found, token_id, prob in zip(candidates, token_ids, probs, strict=True):
+                if prob or not rank:  # what the filters left out is chosen when nothing else remains
+                    found.append((token_id, prob))
+            wanted.scatter_(1, index, -torch.inf)
+        return candidates

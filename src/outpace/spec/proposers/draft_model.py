@@ -1,0 +1,162 @@
+"""Drafts by a smaller model of the same vocabulary.
+
+Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023. The model has a cache of
+its own with room for as many tokens as the target's, and computes what it has not seen yet when it is next
+asked: a prompt at its sequence's first draft, the target's own token after each verification, everything
+since the last draft where a policy had allowed none.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from outpace.config import num_cores
+from outpace.errors import ConfigError
+from outpace.kernels import load_kernels
+from outpace.models.decoder import Decoder
+from outpace.models.hub import resolve_model
+from outpace.models.loader import load_config, load_weights
+from outpace.models.tokenizer import load_tokenizer
+from outpace.request import Sequence
+from outpace.runtime.kv_cache import KVCache
+from outpace.spec.drafter import Drafter
+from outpace.spec.proposer import DraftContext, Proposer
+from outpace.tree import EMPTY_TREE, DraftTree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Shadow:
+    """A sequence of the target and the draft model's progress on it.
+
+    Attributes:
+        target: The target's.
+        draft: The same request with blocks of the draft's cache; drafted tokens follow the known ones.
+        num_agreed: Tokens from the start that were compared and are the same in both.
+    """
+
+    target: Sequence
+    draft: Sequence
+    num_agreed: int = 0
+
+    def catch_up(self) -> None:
+        """Takes over the target's tokens. Of the drafted ones those that came true stay computed."""
+        known, tokens = self.target.token_ids, self.draft.token_ids
+        agreed = self.num_agreed
+        while agreed < min(len(known), len(tokens)) and known[agreed] == tokens[agreed]:
+            agreed += 1
+        tokens[agreed:] = known[agreed:]
+        # The last one is always computed anew: its logits are wanted.
+        self.draft.num_computed = min(self.draft.num_computed, agreed, len(known) - 1)
+        self.num_agreed = len(known)
+
+
+class DraftModel(Proposer):
+    """Keeps a shadow of each sequence it has drafted for.
+
+    Attributes:
+        drafter: Who drafts, and the cache.
+    """
+
+    def __init__(self, drafter: Drafter) -> None:
+        """Starts without sequences.
+
+        Args:
+            drafter: Over a cache that is the draft model's alone.
+        """
+        self.drafter, self._blocks = drafter, drafter.kv.blocks
+        self._shadows: dict[str, _Shadow] = {}
+
+    def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
+        """See Proposer."""
+        wanted = [(s, limit) for s, limit in zip(sequences, limits, strict=True) if limit]
+        if not wanted:
+            return [EMPTY_TREE] * len(sequences)
+        self._release_preempted()
+        drafts = self.drafter.draft([self._caught_up(s) for s, _ in wanted], [limit for _, limit in wanted])
+        trees = iter(drafts)
+        return [next(trees) if limit else EMPTY_TREE for limit in limits]
+
+    def release(self, sequence_id: str) -> None:
+        """Gives its blocks back; the next turn of a conversation finds them by their prefix."""
+        if shadow := self._shadows.pop(sequence_id, None):
+            self._follow(shadow)
+            self._blocks.free(shadow.draft)
+
+    def _release_preempted(self) -> None:
+        """What the target has no room for waits without blocks here too."""
+        for sequence_id in [s.target.id for s in self._shadows.values() if not s.target.block_ids]:
+            self.release(sequence_id)
+
+    def _caught_up(self, sequence: Sequence) -> Sequence:
+        shadow = self._shadows.get(sequence.id)
+        if shadow is None:
+            shadow = self._shadows[sequence.id] = _Shadow(sequence, Sequence.start(sequence.request))
+        self._follow(shadow)
+        if not shadow.draft.block_ids:
+            self._blocks.match(shadow.draft)
+        return shadow.draft
+
+    def _follow(self, shadow: _Shadow) -> None:
+        """Brings a shadow up to date: rejected drafts lose their blocks, accepted ones can be shared."""
+        shadow.catch_up()
+        self._blocks.trim(shadow.draft)
+        self._blocks.register(shadow.draft)
+
+
+def check_vocabulary(
+    target_size: int, draft_size: int, target: PreTrainedTokenizerFast, draft: PreTrainedTokenizerFast
+) -> None:
+    """Makes sure that a token means the same to both models.
+
+    Args:
+        target_size: Rows of the target's embedding.
+        draft_size: Rows of the draft model's.
+        target: Tokenizer of the target.
+        draft: Tokenizer of the draft model.
+
+    Raises:
+        ConfigError: The sizes differ, or a token does.
+    """
+    advice = "a draft model must have the target's vocabulary: choose a smaller one of the same family"
+    if target_size != draft_size:
+        raise ConfigError(f"the target has {target_size} tokens, the draft model {draft_size}; {advice}")
+    names = {token_id: token for token, token_id in draft.get_vocab().items()}
+    for token, token_id in sorted(target.get_vocab().items(), key=lambda item: item[1]):
+        # ids that only one of the two names are padding of the other
+        if names.get(token_id, token) != token:
+            raise ConfigError(
+                f"token {token_id} is {token!r} for the target and {names[token_id]!r} for the draft model; "
+                f"{advice}"
+            )
+
+
+def create(context: DraftContext) -> DraftModel:
+    """Loads the model that `model` names.
+
+    Raises:
+        ConfigError: It cannot be had, or its vocabulary is not the target's.
+    """
+    settings, target = context.speculative, context.decoder
+    path = resolve_model(settings.model)
+    config = load_config(path)
+    check_vocabulary(target.config.vocab_size, config.vocab_size, context.tokenizer, load_tokenizer(path))
+    kernels = load_kernels(
+        context.config.kernels,
+        target.dtype,
+        head_dim=config.head_dim,
+        widths=(config.hidden_size, config.intermediate_size),
+        num_threads=context.config.num_threads or num_cores(),
+    )
+    decoder = Decoder(config, load_weights(path, config, target.dtype), target.dtype, kernels)
+    # As many tokens as the target's: `choose_num_blocks` has planned both.
+    kv = KVCache(config, context.kv.blocks.num_blocks, target.dtype, context.config.enable_prefix_caching)
+    logger.info("draft model %s of %d layers", settings.model, config.num_layers)
+    rows = context.config.max_num_batched_tokens
+    return DraftModel(Drafter(decoder, kv, settings.draft_branching, rows))
