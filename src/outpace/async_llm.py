@@ -96,6 +96,7 @@ class AsyncLLM:
         model_name: As the settings name it.
         max_model_len: Most tokens of prompt and answer.
         metrics: What the engine did.
+        is_synthetic: Whether drafts are accepted by chance, so that answers mean nothing.
     """
 
     def __init__(self, build: Callable[[], Engine]) -> None:
@@ -127,6 +128,7 @@ class AsyncLLM:
         self.model_name: str = engine.model_name
         self.max_model_len: int = engine.max_model_len
         self.metrics: Metrics = engine.metrics
+        self.is_synthetic: bool = engine.config.speculative.is_synthetic
         self._admission = engine.admission
 
     @classmethod

@@ -38,6 +38,12 @@ class SpeculativeConfig:
     suffix_decoding_max_cached_requests: int = setting(10000, "suffix: finished answers kept")
     suffix_decoding_max_spec_factor: float = setting(1.0, "suffix: longest draft per token of match")
     suffix_decoding_min_token_prob: float = setting(0.1, "suffix: least relative frequency of a drafted path")
+    verification: Literal["match", "ratio", "synthetic"] | None = setting(
+        None, "How drafts are accepted; the default is match, and synthetic with the method of that name"
+    )
+    synthetic_acceptance_rates: list[float] | None = setting(  # noqa: RUF009 (a field, as all of these)
+        None, "synthetic: for each depth the probability that a draft is accepted at least so far"
+    )
 
     def __post_init__(self) -> None:
         """Checks types and ranges, and resolves the alias.
@@ -47,9 +53,14 @@ class SpeculativeConfig:
         """
         if self.method == "ngram":
             object.__setattr__(self, "method", "prompt_lookup")
+        if self.verification is None:
+            rule = "synthetic" if self.method == "synthetic" else "match"
+            object.__setattr__(self, "verification", rule)
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
             default: Any = field.default
+            if default is None:
+                continue  # has checks of its own
             kind = type(default)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ConfigError(
@@ -68,6 +79,34 @@ class SpeculativeConfig:
         if not 0 <= self.suffix_decoding_min_token_prob <= 1:
             prob = self.suffix_decoding_min_token_prob
             raise ConfigError(f"suffix_decoding_min_token_prob must be in [0, 1], got {prob}")
+        self._check_verification()
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether drafts are accepted by chance, so that answers mean nothing."""
+        return self.verification == "synthetic"
+
+    def _check_verification(self) -> None:
+        if self.verification not in ("match", "ratio", "synthetic"):
+            raise ConfigError(f"verification must be match, ratio or synthetic, got {self.verification!r}")
+        if self.method == "synthetic" and not self.is_synthetic:
+            raise ConfigError(
+                f"verification must be synthetic for the method of that name, got {self.verification}"
+            )
+        rates, num_rates = self.synthetic_acceptance_rates, self.num_speculative_tokens
+        if self.is_synthetic != (rates is not None):
+            raise ConfigError(
+                "synthetic verification and synthetic_acceptance_rates of --speculative-config go together: "
+                f"give both or neither, got verification {self.verification} and {rates}"
+            )
+        if rates is None:
+            return
+        are_numbers = isinstance(rates, list) and all(type(rate) in (int, float) for rate in rates)
+        if not are_numbers or len(rates) != num_rates or sorted([0, *rates[::-1], 1]) != [0, *rates[::-1], 1]:
+            raise ConfigError(
+                f"synthetic_acceptance_rates must be {num_rates} numbers (num_speculative_tokens) in [0, 1], "
+                f"none above the one before it, got {rates}"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,6 +143,14 @@ class EngineConfig:
     seed: int = setting(0, "Seeds the draw of seeds for requests that give none")
     spec_method: str | None = setting(None, "Draft method: none, prompt_lookup (ngram), suffix")
     spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
+    verification: Literal["match", "ratio"] | None = setting(
+        None,
+        "How drafts are accepted: match (the default), answers never depend on drafts; ratio, the classical "
+        "rejection rule, they keep their distribution but depend on drafts",
+    )
+    allow_synthetic: bool = setting(
+        False, "For benchmarks: let --spec-method synthetic accept drafts by chance; answers mean nothing"
+    )
     spec_policy: str | None = setting(
         None, "Speculation policy: off, fixed; the default is fixed where there is a draft method, else off"
     )
@@ -136,7 +183,11 @@ class EngineConfig:
         cores = os.cpu_count() or 1
         if self.num_threads is not None and self.num_threads > cores:
             raise ConfigError(f"--num-threads must be at most {cores}, one per core, got {self.num_threads}")
-        _ = self.speculative
+        if self.speculative.is_synthetic and not self.allow_synthetic:
+            raise ConfigError(
+                f"synthetic verification gives answers that mean nothing: for a benchmark add "
+                f"{flag('allow_synthetic')}, else choose another {flag('spec_method')}"
+            )
 
     @property
     def speculative(self) -> SpeculativeConfig:
@@ -152,7 +203,12 @@ class EngineConfig:
                 raise ConfigError(
                     f"unknown key {key!r} in --speculative-config; there are: {', '.join(known)}"
                 )
-        for name, key in (("spec_method", "method"), ("spec_tokens", "num_speculative_tokens")):
+        given = {
+            "spec_method": "method",
+            "spec_tokens": "num_speculative_tokens",
+            "verification": "verification",
+        }
+        for name, key in given.items():
             value = getattr(self, name)
             if value is not None and settings.setdefault(key, value) != value:
                 raise ConfigError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+import torch
+
 from outpace.sampling import SamplingParams
 from outpace.sampling import TokenLogprob as TokenLogprob
 
@@ -34,6 +36,7 @@ class Request:
         index: Which of the client's n answers this is.
         priority: Lower runs first; 0 for all under the `fcfs` scheduling policy.
         arrival: Seconds on the monotonic clock when the request was accepted.
+        allowed_ids: [tokens] int64, `sampling.allowed_token_ids` made a tensor once; None if there are none.
     """
 
     id: str
@@ -46,6 +49,11 @@ class Request:
     index: int = 0
     priority: int = 0
     arrival: float = 0.0
+    allowed_ids: torch.Tensor | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        allowed = self.sampling.allowed_token_ids
+        object.__setattr__(self, "allowed_ids", None if allowed is None else torch.tensor(allowed))
 
 
 @dataclass(slots=True, eq=False)

@@ -59,6 +59,7 @@ class FakeLLM:
     late_error: Exception | None = None  # raised after the second output
     give_up: bool = False  # end with FinishReason.ABORT
     max_model_len: int = 2048
+    is_synthetic: bool = False
     model_name: str = "fake"
     is_running: bool = True
     tokenizer: Any = field(default_factory=make_tokenizer)

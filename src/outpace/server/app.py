@@ -118,7 +118,14 @@ class Api:
             body.add_special_tokens,
             body.chat_template_kwargs,
         )
-        job = Job("chat", self._model, sampling.n, self._tokens, client_names=body.client_names)
+        job = Job(
+            "chat",
+            self._model,
+            sampling.n,
+            self._tokens,
+            client_names=body.client_names,
+            synthetic=self._llm.is_synthetic,
+        )
         return await self._answer(job, [prompt], [sampling], body, request)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -128,7 +135,8 @@ class Api:
         prompts = await self._prompt_ids(body)
         echoes = [await self._echo(body, i, ids) for i, ids in enumerate(prompts)]
         samplings = [self._fitted(sampling, body, ids) for ids in prompts]
-        job = Job("text", self._model, sampling.n, self._tokens, tuple(echoes))
+        is_synthetic = self._llm.is_synthetic
+        job = Job("text", self._model, sampling.n, self._tokens, tuple(echoes), synthetic=is_synthetic)
         return await self._answer(job, prompts, samplings, body, request)
 
     async def models(self) -> Response:
