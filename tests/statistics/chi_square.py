@@ -33,7 +33,7 @@ def fits(counts: np.ndarray, probabilities: np.ndarray | None = None) -> bool:
 
 
 def follows(counts: np.ndarray, probabilities: np.ndarray) -> bool:
-    """`fits` for any distribution: cells too rare for the test are counted together, impossible ones are none.
+    """`fits` for any distribution: cells too rare for it are counted as one, impossible ones must be empty.
 
     Args:
         counts: Observations per cell, of any shape.

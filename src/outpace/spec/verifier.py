@@ -76,9 +76,8 @@ class RatioVerifier(Verifier):
                 continue
             own = slice(entry.first_sample, entry.first_sample + 1 + len(entry.tree))
             path, left = ratio_path(entry.tree, rows[own], wanted[own], numbers[own])
-            decisions.append(
-                _decision(entry, path, self._draw(left, rows[_last(entry, path)]), target.logits)
-            )
+            token_id = self._draw(left, rows[_last(entry, path)])
+            decisions.append(_decision(entry, path, token_id, target.logits))
         return Verdict(tuple(decisions))
 
     def _draw(self, p: torch.Tensor, row: SampleRow) -> int:
