@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,8 @@ class SpeculativeConfig:
         if rates is None:
             return
         are_numbers = isinstance(rates, list) and all(type(rate) in (int, float) for rate in rates)
-        if not are_numbers or len(rates) != num_rates or sorted([0, *rates[::-1], 1]) != [0, *rates[::-1], 1]:
+        falls = are_numbers and all(rate >= after for rate, after in itertools.pairwise([1, *rates, 0]))
+        if not falls or len(rates) != num_rates:
             raise ConfigError(
                 f"synthetic_acceptance_rates must be {num_rates} numbers (num_speculative_tokens) in [0, 1], "
                 f"none above the one before it, got {rates}"

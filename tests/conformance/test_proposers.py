@@ -20,13 +20,8 @@ from outpace.tree import DraftTree
 from tiny import GREEDY, PROMPTS, SAMPLED, VOCAB_SIZE, Guesser, answers, run, submit, tiny_engine
 
 METHODS = proposers.available()
-# what a method cannot do without; the engines here have the match rule, whatever a method is meant for
-SETTINGS: dict[str, dict[str, Any]] = {
-    "synthetic": {
-        "allow_synthetic": True,
-        "speculative_config": {"num_speculative_tokens": 1, "synthetic_acceptance_rates": [0.5]},
-    },
-}
+# by its path it is a draft method like any other: only its name stands for synthetic verification, too
+SETTINGS: dict[str, dict[str, Any]] = {"synthetic": {"spec_method": "outpace.spec.proposers.synthetic"}}
 
 
 class Limits(SpeculationPolicy):
@@ -71,7 +66,7 @@ def check_tree(tree: DraftTree) -> None:
 
 
 def speculating(method: str, most: int, **settings: Any) -> Engine:
-    engine = tiny_engine(spec_method=method, **SETTINGS.get(method, {}), **settings)
+    engine = tiny_engine(**{"spec_method": method, **SETTINGS.get(method, {}), **settings})
     engine.proposer = Checked(engine.proposer)
     engine.policy = Limits(most)
     return engine
