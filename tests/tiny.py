@@ -33,7 +33,7 @@ from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.sampling import SamplingParams
 from outpace.spec.proposer import Proposer
-from outpace.spec.verifier import MatchVerifier, matched_path
+from outpace.spec.verifier import load_verifier, matched_path
 from outpace.tree import EMPTY_TREE, DraftTree
 
 EOS, USER, ASSISTANT = 256, 257, 258
@@ -98,7 +98,8 @@ def tiny_engine(
     decoder = Decoder(MODEL, weights, kind, backend)
     blocks = num_blocks or choose_num_blocks(config, cached_models(config, MODEL), kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
-    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), MatchVerifier(backend))
+    verifier = load_verifier(config.speculative, backend)
+    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), verifier)
 
 
 def write_model(directory: Path, noise: float = 0.0, exit_layer: int | None = None, **config: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import typing
 from dataclasses import dataclass
@@ -49,6 +50,12 @@ class SpeculativeConfig:
     num_draft_layers: int | None = setting(
         None, "self_draft: layers of the target that draft; the default is a quarter of them"
     )
+    verification: Literal["match", "ratio", "synthetic"] | None = setting(
+        None, "How drafts are accepted; the default is match, and synthetic with the method of that name"
+    )
+    synthetic_acceptance_rates: list[float] | None = setting(  # noqa: RUF009 (a field, as all of these)
+        None, "synthetic: for each depth the probability that a draft is accepted at least so far"
+    )
 
     def __post_init__(self) -> None:
         """Checks types and ranges, and resolves the alias.
@@ -56,12 +63,15 @@ class SpeculativeConfig:
         Raises:
             ConfigError: A value is out of range, or a setting belongs to no method that was chosen.
         """
+        if self.verification is None:
+            rule = "synthetic" if self.method == "synthetic" else "match"
+            object.__setattr__(self, "verification", rule)
         hints = typing.get_type_hints(SpeculativeConfig)
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
             kind, *none = typing.get_args(hints[field.name]) or (hints[field.name],)
-            if none and value is None:
-                continue
+            if (none and value is None) or typing.get_origin(kind) is not None:
+                continue  # the latter have checks of their own
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ConfigError(
                     f"{field.name} of --speculative-config must be {kind.__name__}, got {value!r}"
@@ -80,6 +90,35 @@ class SpeculativeConfig:
         if not 0 <= self.suffix_decoding_min_token_prob <= 1:
             prob = self.suffix_decoding_min_token_prob
             raise ConfigError(f"suffix_decoding_min_token_prob must be in [0, 1], got {prob}")
+        self._check_verification()
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether drafts are accepted by chance, so that answers mean nothing."""
+        return self.verification == "synthetic"
+
+    def _check_verification(self) -> None:
+        if self.verification not in ("match", "ratio", "synthetic"):
+            raise ConfigError(f"verification must be match, ratio or synthetic, got {self.verification!r}")
+        if self.method == "synthetic" and not self.is_synthetic:
+            raise ConfigError(
+                f"verification must be synthetic for the method of that name, got {self.verification}"
+            )
+        rates, num_rates = self.synthetic_acceptance_rates, self.num_speculative_tokens
+        if self.is_synthetic != (rates is not None):
+            raise ConfigError(
+                "synthetic verification and synthetic_acceptance_rates of --speculative-config go together: "
+                f"give both or neither, got verification {self.verification} and {rates}"
+            )
+        if rates is None:
+            return
+        are_numbers = isinstance(rates, list) and all(type(rate) in (int, float) for rate in rates)
+        falls = are_numbers and all(rate >= after for rate, after in itertools.pairwise([1, *rates, 0]))
+        if not falls or len(rates) != num_rates:
+            raise ConfigError(
+                f"synthetic_acceptance_rates must be {num_rates} numbers (num_speculative_tokens) in [0, 1], "
+                f"none above the one before it, got {rates}"
+            )
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -142,6 +181,14 @@ class EngineConfig:
         None, "Model of draft_model: Hugging Face directory or hub id, or a GGUF file, of the same vocabulary"
     )
     spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
+    verification: Literal["match", "ratio"] | None = setting(
+        None,
+        "How drafts are accepted: match (the default), answers never depend on drafts; ratio, the classical "
+        "rejection rule, they keep their distribution but depend on drafts",
+    )
+    allow_synthetic: bool = setting(
+        False, "For benchmarks: let --spec-method synthetic accept drafts by chance; answers mean nothing"
+    )
     spec_policy: str | None = setting(
         None, "Speculation policy: off, fixed; the default is fixed where there is a draft method, else off"
     )
@@ -174,7 +221,11 @@ class EngineConfig:
         cores = num_cores()
         if self.num_threads is not None and self.num_threads > cores:
             raise ConfigError(f"--num-threads must be at most {cores}, one per core, got {self.num_threads}")
-        _ = self.speculative
+        if self.speculative.is_synthetic and not self.allow_synthetic:
+            raise ConfigError(
+                f"synthetic verification gives answers that mean nothing: for a benchmark add "
+                f"{flag('allow_synthetic')}, else choose another {flag('spec_method')}"
+            )
 
     @property
     def speculative(self) -> SpeculativeConfig:
@@ -190,7 +241,12 @@ class EngineConfig:
                 raise ConfigError(
                     f"unknown key {key!r} in --speculative-config; there are: {', '.join(known)}"
                 )
-        keys = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+        keys = {
+            "spec_method": "method",
+            "spec_model": "model",
+            "spec_tokens": "num_speculative_tokens",
+            "verification": "verification",
+        }
         for name, key in keys.items():
             value = getattr(self, name)
             if value is not None and settings.setdefault(key, value) != value:

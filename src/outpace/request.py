@@ -6,6 +6,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from outpace.config import METHOD_ALIASES
 from outpace.errors import InvalidRequestError
 from outpace.sampling import SamplingParams
@@ -84,6 +86,7 @@ class Request:
         priority: Lower runs first; 0 for all under the `fcfs` scheduling policy.
         arrival: Seconds on the monotonic clock when the request was accepted.
         speculation: What it asks of its drafts; the engine can honour it.
+        allowed_ids: [tokens] int64, `sampling.allowed_token_ids` made a tensor once; None if there are none.
     """
 
     id: str
@@ -97,6 +100,11 @@ class Request:
     priority: int = 0
     arrival: float = 0.0
     speculation: Speculation = Speculation()
+    allowed_ids: torch.Tensor | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        allowed = self.sampling.allowed_token_ids
+        object.__setattr__(self, "allowed_ids", None if allowed is None else torch.tensor(allowed))
 
 
 @dataclass(slots=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import hashlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ import torch
 
 from outpace.errors import InvalidRequestError
 from outpace.kernels import Kernels
-from outpace.kernels.reference_sampling import best_tokens
+from outpace.kernels.reference_sampling import best_tokens, hash_tokens
 
 if TYPE_CHECKING:
     from outpace import request
@@ -225,19 +227,51 @@ def target_logits(
     return target
 
 
-def choose(target: torch.Tensor, rows: Sequence[SampleRow], *, kernels: Kernels) -> list[int]:
+class Noise(enum.StrEnum):
+    """What noise is for. Noises for different purposes are independent of each other.
+
+    Attributes:
+        CHOICE: Choosing tokens from the target, and for drafters that choose theirs alike.
+        ACCEPTANCE: Accepting drafts by the ratio rule.
+        RECOVERY: Choosing the token behind the accepted ones by the ratio rule.
+        SYNTHETIC: Accepting drafts at synthetic rates.
+    """
+
+    CHOICE = "choice"
+    ACCEPTANCE = "acceptance"
+    RECOVERY = "recovery"
+    SYNTHETIC = "synthetic"
+
+
+def choose(
+    target: torch.Tensor, rows: Sequence[SampleRow], *, kernels: Kernels, noise: Noise = Noise.CHOICE
+) -> list[int]:
     """Chooses each row's token: a function of target logits, seed and position only.
 
     Args:
         target: [rows, vocab] from `target_logits`.
         rows: What each row is for.
         kernels: Who adds the noise and looks for the best.
+        noise: Which noise that is.
     """
-    seeds = torch.tensor([row.sequence.request.seed for row in rows], dtype=torch.int64)
-    positions = torch.tensor([row.position for row in rows], dtype=torch.int64)
+    seeds, positions = _noise_keys(rows, noise)
     noisy = torch.tensor([not row.params.is_greedy for row in rows], dtype=torch.bool)
     chosen: list[int] = kernels.noisy_argmax(target, seeds, positions, noisy).tolist()
     return chosen
+
+
+def uniforms(rows: Sequence[SampleRow], num: int, noise: Noise) -> torch.Tensor:
+    """Independent uniform numbers, a function of each row's seed and position only.
+
+    Args:
+        rows: Whose seeds and positions.
+        num: How many for each.
+        noise: What they are for.
+
+    Returns:
+        [rows, num] float64 in (0, 1).
+    """
+    return hash_tokens(*_noise_keys(rows, noise), num).double().add_(0.5).mul_(2.0**-32)
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
@@ -280,8 +314,8 @@ def _adjust_(target: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         _penalise_(logits, row, known)
         if params.logit_bias:
             logits[_tensor(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
-        if params.allowed_token_ids is not None:
-            _keep_only_(logits, _tensor(params.allowed_token_ids))
+        if (kept := row.sequence.request.allowed_ids) is not None:
+            _keep_only_(logits, kept)
         if forbidden := _forbidden(row):
             _forbid_(logits, _tensor(forbidden))
 
@@ -345,6 +379,19 @@ def _forbid_(logits: torch.Tensor, tokens: torch.Tensor) -> None:
 def _tensor(token_ids: Collection[int]) -> torch.Tensor:
     """[tokens] int64; several times faster than torch.tensor."""
     return torch.from_numpy(np.fromiter(token_ids, np.int64, len(token_ids)))
+
+
+def _noise_keys(rows: Sequence[SampleRow], noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:
+    """Seeds and positions of a noise, [rows] int64 each.
+
+    The seed is the request's own for choices, and one derived from it for every other purpose.
+    """
+    seeds = [row.sequence.request.seed for row in rows]
+    if noise is not Noise.CHOICE:
+        digests = (hashlib.blake2b(f"{seed}:{noise}".encode(), digest_size=8).digest() for seed in seeds)
+        seeds = [int.from_bytes(digest, signed=True) for digest in digests]
+    positions = [row.position for row in rows]
+    return torch.tensor(seeds, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
 
 
 def _require(holds: bool, param: str, value: object, limit: str) -> None:

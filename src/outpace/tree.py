@@ -5,8 +5,10 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
+
+import torch
 
 Node = TypeVar("Node")
 # minus its probability, its rank, parent, depth, token, probability given the parent, where it leads
@@ -26,20 +28,27 @@ class DraftTree:
         token_ids: For each node its token.
         confidence: For each node the drafter's own estimate that it is on the accepted path given that
             its parent is, in [0, 1]; None where the drafter has none.
+        probs: [nodes, vocab], for each node the distribution q that its token was drawn from, given its
+            parent and its siblings before it; None where tokens were not drawn but picked, which is never
+            wrong. Only the ratio rule reads it. Its claim: the tokens were drawn with noise that nobody
+            else uses but the match rule, and neither their number nor their order depends on what came.
 
     Raises:
-        ValueError: The three differ in length, or a node comes before its parent.
+        ValueError: They differ in length, or a node comes before its parent.
     """
 
     parents: tuple[int, ...] = ()
     token_ids: tuple[int, ...] = ()
     confidence: tuple[float, ...] | None = None
+    probs: torch.Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.parents) != len(self.token_ids):
             raise ValueError(f"{len(self.parents)} parents for {len(self.token_ids)} tokens")
         if self.confidence is not None and len(self.confidence) != len(self.token_ids):
             raise ValueError(f"{len(self.confidence)} confidences for {len(self.token_ids)} tokens")
+        if self.probs is not None and len(self.probs) != len(self.token_ids):
+            raise ValueError(f"{len(self.probs)} distributions for {len(self.token_ids)} tokens")
         for node, parent in enumerate(self.parents):
             if not -1 <= parent < node:
                 raise ValueError(f"node {node} has parent {parent}: parents come before their children")
@@ -57,7 +66,8 @@ class DraftTree:
         if num_nodes >= len(self):
             return self
         confidence = None if self.confidence is None else self.confidence[:num_nodes]
-        return DraftTree(self.parents[:num_nodes], self.token_ids[:num_nodes], confidence)
+        probs = None if self.probs is None else self.probs[:num_nodes]
+        return DraftTree(self.parents[:num_nodes], self.token_ids[:num_nodes], confidence, probs)
 
     def is_chain(self) -> bool:
         """Whether every node's parent is the node before it."""

@@ -78,12 +78,16 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings_of(method: str, draft_model: Path) -> dict[str, Any]:
     """What a method needs beside its name."""
-    needs = {"draft_model": {"spec_model": str(draft_model)}}
+    needs: dict[str, dict[str, Any]] = {
+        "draft_model": {"spec_model": str(draft_model)},
+        # by its path a method like any other: only its name stands for synthetic verification, too
+        "synthetic": {"spec_method": "outpace.spec.proposers.synthetic"},
+    }
     return {key: value for name in method.split(",") for key, value in needs.get(name, {}).items()}
 
 
 def speculating(method: str, most: int, draft_model: Path, **settings: Any) -> Engine:
-    engine = tiny_engine(spec_method=method, **settings_of(method, draft_model), **settings)
+    engine = tiny_engine(**{"spec_method": method, **settings_of(method, draft_model), **settings})
     engine.proposer = Checked(engine.proposer, engine.kv.blocks)
     engine.policy = Limits(most)
     return engine

@@ -30,3 +30,21 @@ def z_score(counts: np.ndarray, probabilities: np.ndarray | None = None) -> floa
 def fits(counts: np.ndarray, probabilities: np.ndarray | None = None) -> bool:
     """Whether a chi-square test of size ALPHA accepts the counts."""
     return z_score(counts, probabilities) < NormalDist().inv_cdf(1 - ALPHA)
+
+
+def follows(counts: np.ndarray, probabilities: np.ndarray) -> bool:
+    """`fits` for any distribution: cells too rare for it are counted as one, impossible ones must be empty.
+
+    Args:
+        counts: Observations per cell, of any shape.
+        probabilities: The cells' expected shares, of the same shape.
+    """
+    counts, shares = np.ravel(counts), np.ravel(probabilities)
+    if counts[shares == 0].any():
+        return False
+    order = np.argsort(shares)[(shares == 0).sum() :]
+    counts, shares = counts[order], shares[order]
+    expected = shares * counts.sum()
+    num_rare = max(np.searchsorted(expected, 5), np.searchsorted(expected.cumsum(), 5) + 1)
+    cells = [0, *range(num_rare, counts.size)]
+    return fits(np.add.reduceat(counts, cells), np.add.reduceat(shares, cells))

@@ -54,9 +54,11 @@ def settings_table(kind: type[Any], called: str = "flag") -> str:
 
 
 def _values(hint: Any) -> str:
-    choices = [arg for arg in typing.get_args(hint) if arg is not type(None)] or [hint]
     names = {int: "integer", float: "number", str: "text", bool: "switch", dict[str, Any]: "JSON object"}
-    return ", ".join(names.get(choice) or f"`{choice}`" for choice in choices)
+    names |= {list[float]: "list of numbers"}
+    if hint not in names and typing.get_args(hint):
+        return ", ".join(_values(arg) for arg in typing.get_args(hint) if arg is not type(None))
+    return names.get(hint) or f"`{hint}`"
 
 
 def families() -> list[Metric]:

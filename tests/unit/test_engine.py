@@ -16,8 +16,10 @@ from outpace.errors import ConfigError, InvalidRequestError
 from outpace.llm import LLM, Prompt
 from outpace.models.config import RopeConfig
 from outpace.policy.base import BatchView, SpeculationPolicy
+from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.sampling import SamplingParams
+from outpace.tree import DraftTree
 from tiny import (
     EOS,
     GREEDY,
@@ -104,6 +106,59 @@ def test_speculation_does_not_change_an_answer(expected: Any, num_blocks: int | 
     assert answers(engine, sampling) == alone
     assert policy.num_accepted > 50
     assert sorted(guesser.released) == sorted(guesser.known)
+
+
+@pytest.mark.parametrize("verification", ["match", "ratio"])
+def test_a_greedy_answer_is_the_same_by_either_rule(verification: str) -> None:
+    plain = answers(tiny_engine(), GREEDY)
+    engine = tiny_engine(verification=verification)
+    engine.proposer = Guesser({f"{i}-0": known for i, known in enumerate(plain)})
+    policy = engine.policy = AllowFive()
+    assert answers(engine, GREEDY) == plain
+    assert policy.num_accepted > 50
+
+
+def test_by_the_ratio_rule_the_same_batch_has_the_same_answers_again() -> None:
+    def speculated() -> list[list[int]]:
+        engine = tiny_engine(verification="ratio")
+        engine.proposer = Guesser({f"{i}-0": list(range(97, 137)) for i in range(len(PROMPTS))})
+        engine.policy = AllowFive()
+        return answers(engine, SAMPLED)
+
+    assert speculated() == speculated()
+
+
+class Confident(Guesser):
+    """Has a confidence for each node; says of every draft that it was drawn, or does not."""
+
+    says_drawn = False
+
+    def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
+        trees = [replace(tree, confidence=(0.1,) * len(tree)) for tree in super().propose(sequences, limits)]
+        if not self.says_drawn:
+            return trees
+        return [replace(tree, probs=torch.ones(len(tree), MODEL.vocab_size)) for tree in trees]
+
+
+class Trimmer(AllowFive):
+    """Notes the confidences that it is shown."""
+
+    def trim(self, view: BatchView, confidences: Any) -> list[int] | None:
+        self.shown = [*getattr(self, "shown", []), *confidences]
+        return None
+
+
+@pytest.mark.parametrize("says_drawn", [False, True])
+def test_a_policy_that_trims_does_not_see_the_confidence_of_tokens_that_were_drawn(
+    expected: Any, says_drawn: bool
+) -> None:
+    sampling, alone = expected
+    engine = tiny_engine()
+    proposer = engine.proposer = Confident({f"{i}-0": known for i, known in enumerate(alone)})
+    proposer.says_drawn = says_drawn
+    trimmer = engine.policy = Trimmer()
+    assert answers(engine, sampling) == alone
+    assert (set(trimmer.shown) == {None}) is says_drawn
 
 
 class AllowTooMuch(SpeculationPolicy):

@@ -158,6 +158,8 @@ def test_flags_and_the_json_object_say_the_same_once() -> None:
     assert by_flag.policy == "fixed"
     assert EngineConfig().policy == "off"
     assert EngineConfig(spec_method="suffix", spec_policy="off").policy == "off"
+    assert EngineConfig().speculative.verification == "match"
+    assert EngineConfig(verification="ratio").speculative.verification == "ratio"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,8 @@ def test_flags_and_the_json_object_say_the_same_once() -> None:
         ({"speculative_config": {"prompt_lookup_max": 1}}, r"prompt_lookup_min must be in \[2"),
         ({"speculative_config": {"suffix_decoding_max_spec_factor": 0}}, "must be above 0"),
         ({"speculative_config": {"suffix_decoding_min_token_prob": 2.0}}, r"must be in \[0, 1\]"),
+        ({"speculative_config": {"verification": "block"}}, "match, ratio or synthetic, got 'block'"),
+        ({"verification": "ratio", "speculative_config": {"verification": "match"}}, "given twice"),
     ],
 )
 def test_settings_of_drafting_that_make_no_sense_are_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
 from outpace.tree import EMPTY_TREE, DraftTree
 
@@ -75,3 +76,13 @@ def test_parts_of_different_length_are_refused() -> None:
         DraftTree((-1,), (5, 6))
     with pytest.raises(ValueError, match="1 confidences for 2 tokens"):
         DraftTree((-1, 0), (5, 6), (0.5,))
+
+
+def test_distributions_are_cut_with_their_nodes_and_one_belongs_to_each() -> None:
+    probs = torch.rand(5, 50)
+    tree = DraftTree(BRANCHING.parents, BRANCHING.token_ids, probs=probs)
+    cut = tree.cut(3).probs
+    assert cut is not None
+    assert torch.equal(cut, probs[:3])
+    with pytest.raises(ValueError, match="4 distributions for 5 tokens"):
+        DraftTree(BRANCHING.parents, BRANCHING.token_ids, probs=probs[:4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -11,10 +12,19 @@ import torch
 
 from outpace import sampling
 from outpace.batch import Batch, BatchEntry, Decision, TargetOutput
+from outpace.config import SpeculativeConfig
 from outpace.kernels.reference import ReferenceKernels
 from outpace.request import Request, Sequence
 from outpace.sampling import SampleRow, SamplingParams, token_logprobs
-from outpace.spec.verifier import MatchVerifier, matched_path, rows_to_sample
+from outpace.spec.verifier import (
+    MatchVerifier,
+    RatioVerifier,
+    SyntheticVerifier,
+    load_verifier,
+    matched_path,
+    ratio_path,
+    rows_to_sample,
+)
 from outpace.tree import EMPTY_TREE, DraftTree
 
 KERNELS = ReferenceKernels()
@@ -144,3 +154,90 @@ def test_logprobs_without_a_top_list_still_give_the_chosen_token() -> None:
     assert decision is not None
     assert decision.logprobs is not None
     assert (decision.logprobs[0].token_id, decision.logprobs[0].top) == (4, ())
+
+
+# ---- The ratio rule; its distribution is tested in tests/statistics ----
+
+
+def test_a_greedy_request_gets_the_same_by_the_ratio_rule() -> None:
+    logits = torch.randn(13, VOCAB, generator=torch.Generator().manual_seed(3)).bfloat16()
+    for row in range(0, 13, 2):
+        logits[row, 9 if row % 4 else 7] += 9
+    drawn = replace(TREE, probs=torch.full((5, VOCAB), 1 / VOCAB))
+    parts = ((sequence(logprobs=2), TREE), (sequence(), None), (sequence(), drawn), (sequence(), EMPTY_TREE))
+    verdict, expected = (
+        rule(KERNELS).verify(batch_of(*parts), TargetOutput(logits))
+        for rule in (RatioVerifier, MatchVerifier)
+    )
+    assert verdict == expected
+    assert any(decision and decision.path for decision in verdict.decisions)
+
+
+def path_by_ratio(tree: DraftTree, p: list[float], number: float) -> tuple[tuple[int, ...], list[float]]:
+    """What is accepted and left where every row's target is p and every number the same."""
+    rows = rows_to_sample(batch_of((sequence(temperature=1.0), tree)))
+    wanted = torch.tensor(p).log().expand(len(rows), -1)
+    path, left = ratio_path(tree, rows, wanted, [[number] * len(tree)] * len(rows))
+    return path, [round(x, 4) for x in left.tolist()]
+
+
+def test_a_drawn_token_is_accepted_with_p_over_q_and_leaves_what_q_did_not_give() -> None:
+    tree = DraftTree((-1,), (0,), probs=torch.tensor([[0.8, 0.1, 0.1]]))
+    assert path_by_ratio(tree, [0.4, 0.4, 0.2], 0.49) == ((0,), [0.4, 0.4, 0.2])
+    assert path_by_ratio(tree, [0.4, 0.4, 0.2], 0.51) == ((), [0.0, 0.75, 0.25])
+
+
+def test_a_picked_token_is_accepted_with_p_and_its_sibling_with_its_share_of_the_rest() -> None:
+    tree = DraftTree((-1, -1), (0, 1))
+    assert path_by_ratio(tree, [0.4, 0.4, 0.2], 0.39)[0] == (0,)
+    assert path_by_ratio(tree, [0.4, 0.4, 0.2], 0.65)[0] == (1,)  # 0.4 of 0.6
+    assert path_by_ratio(tree, [0.4, 0.4, 0.2], 0.68) == ((), [0.0, 0.0, 1.0])
+
+
+def test_where_q_is_p_all_is_accepted_and_rounding_leaves_something_to_draw_from() -> None:
+    p = [0.5, 0.3, 0.2]
+    same = DraftTree((-1,), (0,), probs=torch.tensor([p]))
+    assert path_by_ratio(same, p, 0.999999)[0] == (0,)
+    more = DraftTree((-1,), (0,), probs=torch.tensor([p]) * 1.01)
+    assert path_by_ratio(more, p, 0.999999) == ((), p)
+
+
+def test_by_the_ratio_rule_a_batch_has_the_same_answers_again_and_other_seeds_others() -> None:
+    logits = torch.randn(30, VOCAB, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def tokens(seed: int) -> list[tuple[int, ...]]:
+        request = Request("r", (1, 2), SamplingParams(), seed, 50)
+        batch = batch_of(*[(Sequence(request, [1, 2, *[3] * i]), TREE) for i in range(5)])
+        decisions = RatioVerifier(KERNELS).verify(batch, TargetOutput(logits)).decisions
+        return [decision.token_ids for decision in decisions if decision]
+
+    assert tokens(1) == tokens(1)
+    assert tokens(1) != tokens(2)
+
+
+# ---- Synthetic verification ----
+
+
+@pytest.mark.parametrize(("rates", "path"), [((0.0, 0.0), ()), ((1.0, 0.0), (0,)), ((1.0, 1.0), (0, 2))])
+def test_synthetic_verification_takes_first_children_and_then_the_targets_choice(
+    rates: tuple[float, ...], path: tuple[int, ...]
+) -> None:
+    batch = batch_of((sequence(), TREE), (sequence(), None), (sequence(), EMPTY_TREE))
+    verdict = SyntheticVerifier(KERNELS, rates).verify(batch, choosing(11, 12, 13, 14, 15, 16, 17))
+    drafted = tuple(TREE.token_ids[node] for node in path)
+    last = (11, 12, 14)[len(path)]
+    assert verdict.decisions == (Decision(path, (*drafted, last)), None, Decision((), (17,)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, MatchVerifier),
+        ({"verification": "ratio"}, RatioVerifier),
+        ({"verification": "synthetic"}, SyntheticVerifier),
+    ],
+)
+def test_the_verifier_is_the_one_asked_for(settings: dict[str, str], kind: type) -> None:
+    rates = [0.5] * 5 if settings.get("verification") == "synthetic" else None
+    config = SpeculativeConfig(**settings, synthetic_acceptance_rates=rates)  # type: ignore[arg-type]
+    assert type(load_verifier(config, KERNELS)) is kind

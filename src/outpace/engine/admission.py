@@ -29,7 +29,9 @@ class Admission:
     ) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = model.vocab_size
-        self._eos_token_ids = frozenset(model.eos_token_ids)
+        # tokens accepted by chance, and what follows them, must not end a benchmark's answers
+        is_synthetic = config.speculative.is_synthetic
+        self._eos_token_ids = frozenset(() if is_synthetic else model.eos_token_ids)
         self._max_model_len = max_model_len
         self._max_n = config.max_num_seqs + config.max_num_queued_reqs
         self._has_priorities = config.scheduling_policy == "priority"

@@ -25,7 +25,7 @@ from outpace.request import Output, Request
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.spec.proposer import DraftContext, check_methods, load_proposer
-from outpace.spec.verifier import MatchVerifier, Verifier
+from outpace.spec.verifier import Verifier, load_verifier
 from outpace.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -107,8 +107,11 @@ class Engine:
         )
         decoder = Decoder(model, load_weights(path, model, dtype), dtype, kernels)
         kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching)
+        if config.speculative.is_synthetic:
+            logger.warning("drafts are accepted by chance, at synthetic rates: answers mean nothing")
         logger.info("KV cache of %d tokens in %s, kernels: %s", num_blocks * BLOCK_SIZE, dtype, kernels.name)
-        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), MatchVerifier(kernels))
+        verifier = load_verifier(config.speculative, kernels)
+        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), verifier)
 
     @property
     def has_work(self) -> bool:
@@ -166,7 +169,8 @@ class Engine:
     def _trim(self, view: BatchView, trees: list[DraftTree]) -> list[DraftTree]:
         """Cuts trees to what the policy keeps, and never lets one reach beyond its answer's end."""
         most = [sequence.max_draft for sequence in view.sequences]
-        kept = self.policy.trim(view, [tree.confidence for tree in trees])
+        # tokens that were drawn would no longer follow their q if they had a say in what is cut
+        kept = self.policy.trim(view, [tree.confidence if tree.probs is None else None for tree in trees])
         if kept is not None:
             most = [min(pair) for pair in zip(most, kept, strict=True)]
         return [tree.cut(num_nodes) for tree, num_nodes in zip(trees, most, strict=True)]

@@ -63,6 +63,7 @@ class Job:
         draft_report: How much an only answer says of its drafts; None: nothing.
         id: Of the answer.
         created: Unix time in seconds.
+        synthetic: Whether drafts are accepted by chance; the answer then says so.
     """
 
     kind: Kind
@@ -74,6 +75,7 @@ class Job:
     draft_report: DraftReport | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+    synthetic: bool = False
 
     @property
     def public_id(self) -> str:
@@ -202,6 +204,7 @@ async def whole(job: Job, events: AsyncGenerator[tuple[int, Output]]) -> ChatCom
             answers[prompt * n + output.index].add(output)
     parts: Any = {"id": job.public_id, "created": job.created, "model": job.model, "usage": tally.usage()}
     parts["metrics"] = tally.metrics(job)
+    parts["synthetic"] = job.synthetic
     if job.kind == "chat":
         choices = [_chat_choice(job.tokens, index, answer) for index, answer in enumerate(answers)]
         return ChatCompletion(choices=choices, **parts)
@@ -288,7 +291,8 @@ class Chunks:
         self._offsets = [0] * (len(job.echoes) * job.num_answers)
         chat = job.kind == "chat"
         name = "chat.completion.chunk" if chat else "text_completion"
-        head = {"id": job.public_id, "object": name, "created": job.created, "model": job.model}
+        head: Any = {"id": job.public_id, "object": name, "created": job.created, "model": job.model}
+        head |= {"synthetic": True} if job.synthetic else {}
         self._start = f'data: {json.dumps(head, separators=(",", ":"))[:-1]},"choices":['
         self._text, self._after_text = ('"delta":{"content":', "}") if chat else ('"text":', "")
         self._nothing = '"delta":{}' if chat else '"text":""'

@@ -136,6 +136,7 @@ class Api:
             self._tokens,
             client_names=body.client_names,
             draft_report=self._draft_report,
+            synthetic=self._llm.speculative.is_synthetic,
         )
         return await self._answer(job, [prompt], [sampling], body, request)
 
@@ -147,7 +148,13 @@ class Api:
         echoes = [await self._echo(body, i, ids) for i, ids in enumerate(prompts)]
         samplings = [self._fitted(sampling, body, ids) for ids in prompts]
         job = Job(
-            "text", self._model, sampling.n, self._tokens, tuple(echoes), draft_report=self._draft_report
+            "text",
+            self._model,
+            sampling.n,
+            self._tokens,
+            tuple(echoes),
+            draft_report=self._draft_report,
+            synthetic=self._llm.speculative.is_synthetic,
         )
         return await self._answer(job, prompts, samplings, body, request)
 

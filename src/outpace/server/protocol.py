@@ -9,6 +9,7 @@ is accepted. Ranges are checked by `SamplingParams`, the one place that knows th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -441,7 +442,17 @@ class ChatChoice(BaseModel):
     stop_reason: int | str | None = Field(description="The stop string or token that ended it, if one did")
 
 
-class ChatCompletion(BaseModel):
+class Answer(BaseModel):
+    """What the answers of both endpoints may carry besides the OpenAI API's own."""
+
+    synthetic: bool = Field(
+        default=False,
+        description="Drafts were accepted by chance: the answer means nothing. Absent if false",
+        exclude_if=operator.not_,
+    )
+
+
+class ChatCompletion(Answer):
     """Answer of POST /v1/chat/completions."""
 
     id: str
@@ -472,7 +483,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None = Field(description="The stop string or token that ended it, if one did")
 
 
-class Completion(BaseModel):
+class Completion(Answer):
     """Answer of POST /v1/completions."""
 
     id: str

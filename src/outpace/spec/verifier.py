@@ -9,8 +9,9 @@ from typing import final
 import torch
 
 from outpace.batch import Batch, BatchEntry, Decision, TargetOutput, Verdict
+from outpace.config import SpeculativeConfig
 from outpace.kernels import Kernels
-from outpace.sampling import SampleRow, choose, target_logits, token_logprobs
+from outpace.sampling import Noise, SampleRow, choose, target_logits, token_logprobs, uniforms
 from outpace.tree import DraftTree
 
 
@@ -50,6 +51,88 @@ class MatchVerifier(Verifier):
         return Verdict(tuple(_decide(entry, chosen, target.logits) for entry in batch.entries))
 
 
+@final
+class RatioVerifier(Verifier):
+    """Accepts a drafted token with probability min(1, p / q); else draws from what is left of p.
+
+    Leviathan et al. 2023 and Chen et al. 2023 for chains; siblings are tried one after the other, as by Miao
+    et al. 2024 (SpecInfer). The tokens follow the target's distribution whatever is drafted. Unlike under
+    the match rule, which ones they are depends on the draft, unless the request is greedy.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+        """See Verifier."""
+        rows = rows_to_sample(batch)
+        wanted = target_logits(target.logits, rows, kernels=self._kernels)
+        largest = max((len(entry.tree) for entry in batch.entries), default=0)
+        numbers = uniforms(rows, largest, Noise.ACCEPTANCE).tolist()
+        decisions: list[Decision | None] = []
+        for entry in batch.entries:
+            if entry.first_sample is None:
+                decisions.append(None)
+                continue
+            own = slice(entry.first_sample, entry.first_sample + 1 + len(entry.tree))
+            path, left = ratio_path(entry.tree, rows[own], wanted[own], numbers[own])
+            token_id = self._draw(left, rows[_last(entry, path)])
+            decisions.append(_decision(entry, path, token_id, target.logits))
+        return Verdict(tuple(decisions))
+
+    def _draw(self, p: torch.Tensor, row: SampleRow) -> int:
+        """A token from p [vocab]."""
+        logits = p.log().float().unsqueeze(0)
+        (token_id,) = choose(logits, [row], kernels=self._kernels, noise=Noise.RECOVERY)
+        return token_id
+
+
+@final
+class SyntheticVerifier(Verifier):
+    """Accepts drafts at given rates whatever they are: for benchmarks only, since answers mean nothing.
+
+    All computation is real, and the token behind the accepted ones is the target's choice.
+    """
+
+    def __init__(self, kernels: Kernels, rates: Sequence[float]) -> None:
+        """Sets the rates.
+
+        Args:
+            kernels: Who filters logits and chooses.
+            rates: For each depth the probability that a path of at least this length is accepted.
+        """
+        self._kernels = kernels
+        self._rates = rates
+
+    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+        """See Verifier."""
+        rows = rows_to_sample(batch)
+        chosen = choose(
+            target_logits(target.logits, rows, kernels=self._kernels), rows, kernels=self._kernels
+        )
+        numbers = uniforms(rows, 1, Noise.SYNTHETIC).squeeze(1).tolist()
+        decisions: list[Decision | None] = []
+        for entry in batch.entries:
+            if entry.first_sample is None:
+                decisions.append(None)
+                continue
+            num_accepted = sum(numbers[entry.first_sample] < rate for rate in self._rates)
+            path = _first_path(entry.tree, num_accepted)
+            decisions.append(_decision(entry, path, chosen[_last(entry, path)], target.logits))
+        return Verdict(tuple(decisions))
+
+
+def load_verifier(config: SpeculativeConfig, kernels: Kernels) -> Verifier:
+    """Builds the verifier that a config asks for."""
+    match config.verification:
+        case "match":
+            return MatchVerifier(kernels)
+        case "ratio":
+            return RatioVerifier(kernels)
+        case _:
+            return SyntheticVerifier(kernels, config.synthetic_acceptance_rates or ())
+
+
 def rows_to_sample(batch: Batch) -> list[SampleRow]:
     """What each row of the batch's logits is for: the root of each sampling sequence, then its nodes."""
     rows: list[SampleRow] = []
@@ -84,13 +167,82 @@ def matched_path(tree: DraftTree, chosen: Sequence[int]) -> tuple[int, ...]:
     return tuple(path)
 
 
+def ratio_path(
+    tree: DraftTree, rows: Sequence[SampleRow], wanted: torch.Tensor, numbers: Sequence[Sequence[float]]
+) -> tuple[tuple[int, ...], torch.Tensor]:
+    """The nodes that the ratio rule accepts, and what is left to draw the token behind them from.
+
+    At each place p is the target's distribution. A child drawn from q is accepted with probability
+    min(1, p / q) of its token; a rejected one leaves max(0, p - q), normalised, as p to the next. A child
+    that was picked, not drawn, counts as drawn from a q that knows no other token.
+
+    Args:
+        tree: The draft.
+        rows: What the root and each node is for.
+        wanted: [1 + nodes, vocab] target logits.
+        numbers: [1 + nodes, nodes] uniform in (0, 1); at [r, c] what decides about child c of place r.
+
+    Returns:
+        Node indices, root side first, and [vocab] float64 probabilities.
+    """
+    path: list[int] = []
+    here = -1
+    p = _distribution(wanted[0], rows[0])
+    for node, (parent, token_id) in enumerate(zip(tree.parents, tree.token_ids, strict=True)):
+        if parent != here:
+            continue
+        q = _point_mass(token_id, len(p)) if tree.probs is None else tree.probs[node].double()
+        if numbers[here + 1][node] * float(q[token_id]) < float(p[token_id]):
+            path.append(node)
+            here = node
+            p = _distribution(wanted[node + 1], rows[node + 1])
+        else:
+            left = (p - q).clamp_(min=0)
+            p = left / left.sum() if left.any() else p  # nothing is left if only rounding told p from q
+    return tuple(path), p
+
+
+def _distribution(logits: torch.Tensor, row: SampleRow) -> torch.Tensor:
+    """[vocab] float64, what a row's token is drawn from; a greedy row has one token to draw."""
+    if row.params.is_greedy:
+        return _point_mass(int(logits.max(dim=0).indices), len(logits))
+    return torch.softmax(logits, dim=0, dtype=torch.float64)
+
+
+def _point_mass(token_id: int, vocab_size: int) -> torch.Tensor:
+    mass = torch.zeros(vocab_size, dtype=torch.float64)
+    mass[token_id] = 1
+    return mass
+
+
+def _first_path(tree: DraftTree, length: int) -> tuple[int, ...]:
+    """The nodes reached by going to the first child, up to `length` times."""
+    path: list[int] = []
+    for node, parent in enumerate(tree.parents):
+        if len(path) < length and parent == (path[-1] if path else -1):
+            path.append(node)
+    return tuple(path)
+
+
 def _decide(entry: BatchEntry, chosen: list[int], logits: torch.Tensor) -> Decision | None:
     if entry.first_sample is None:
         return None
     root = entry.first_sample
     path = matched_path(entry.tree, chosen[root : root + 1 + len(entry.tree)])
-    rows = [root, *(root + 1 + node for node in path)]
-    token_ids = tuple(chosen[row] for row in rows)
+    return _decision(entry, path, chosen[_last(entry, path)], logits)
+
+
+def _last(entry: BatchEntry, path: tuple[int, ...]) -> int:
+    """The row at the end of a path."""
+    assert entry.first_sample is not None
+    return entry.first_sample + (path[-1] + 1 if path else 0)
+
+
+def _decision(entry: BatchEntry, path: tuple[int, ...], token_id: int, logits: torch.Tensor) -> Decision:
+    """The decision for an accepted path and the token behind it."""
+    token_ids = (*(entry.tree.token_ids[node] for node in path), token_id)
     num_top = entry.sequence.request.sampling.logprobs
-    logprobs = None if num_top is None else tuple(token_logprobs(logits[rows], token_ids, num_top))
-    return Decision(path, token_ids, logprobs)
+    if num_top is None:
+        return Decision(path, token_ids)
+    rows = [_last(entry, path[:depth]) for depth in range(len(path) + 1)]
+    return Decision(path, token_ids, tuple(token_logprobs(logits[rows], token_ids, num_top)))
