@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from outpace.llm import LLM, CompletionResult, RequestResult
     from outpace.request import FinishReason, Output, TokenLogprob
-    from outpace.sampling import SamplingParams
+    from outpace.sampling import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -43,6 +43,7 @@ __all__ = [  # noqa: RUF022 (in plain alphabetical order)
     "SamplingParams",
     "ServerConfig",
     "ShuttingDownError",
+    "StructuredOutputsParams",
     "TokenLogprob",
     "UnsupportedModelError",
 ]
@@ -58,6 +59,7 @@ _MODULES = {
     "RequestResult": "llm",
     "SamplingParams": "sampling",
     "ServerConfig": "config",
+    "StructuredOutputsParams": "sampling",
     "TokenLogprob": "request",
 }
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from outpace.sampling import SamplingParams
 from outpace.sampling import TokenLogprob as TokenLogprob
+
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
 
 
 class FinishReason(enum.StrEnum):
@@ -31,6 +35,7 @@ class Request:
         max_tokens: Most tokens the answer may have, the context limit counted in.
         eos_token_ids: Tokens that end the answer unless `sampling.ignore_eos`.
         bad_words_ids: Token sequences never to be completed (`sampling.bad_words`, tokenised).
+        grammar: What the answer must match (`sampling.structured_outputs`, compiled), or None.
         index: Which of the client's n answers this is.
         priority: Lower runs first; 0 for all under the `fcfs` scheduling policy.
         arrival: Seconds on the monotonic clock when the request was accepted.
@@ -43,6 +48,7 @@ class Request:
     max_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: CompiledGrammar | None = None
     index: int = 0
     priority: int = 0
     arrival: float = 0.0

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from outpace.errors import InvalidRequestError
-from outpace.sampling import SamplingParams
+from outpace.sampling import SamplingParams, StructuredOutputsParams
 from outpace.server.errors import explain
 from outpace.server.protocol import (
     ChatCompletionRequest,
@@ -132,9 +132,16 @@ def test_out_of_range_values_are_refused_by_the_clients_name(fields: dict[str, A
         ({"seed": 2**70}, "seed should be less than"),
         ({"nonsense": 1}, "unknown field: nonsense"),
         (
-            {"response_format": {"type": "json_object"}},
-            "response_format.type should be 'text', got 'json_object'",
+            {"response_format": {"type": "xml"}},
+            "response_format.type should be 'text', 'json_object' or 'json_schema', got 'xml'",
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema is required",
+        ),
+        ({"structured_outputs": {"json": 5}}, "structured_outputs.json should be a valid dictionary, got 5"),
+        ({"structured_outputs": {"json": "\ud800"}}, "structured_outputs.json should be Unicode text"),
+        ({"structured_outputs": {"xml": 5}}, "unknown field: structured_outputs.xml"),
         ({"store": True}, "store should be False, got True"),
         ({"service_tier": "flex"}, "service_tier should be 'auto' or 'default', got 'flex'"),
         ({"modalities": ["text", "audio"]}, "modalities[1] should be 'text', got 'audio'"),
@@ -174,7 +181,6 @@ UNSUPPORTED_IN_CHAT = {
     "web_search_options": {},
     "chat_template": "{{ messages }}",
     "prompt_logprobs": 1,
-    "structured_outputs": {},
     "use_beam_search": True,
     "length_penalty": 1.0,
     "truncate_prompt_tokens": 5,
@@ -191,10 +197,65 @@ def test_known_fields_that_are_not_served_are_refused_by_name(field: str) -> Non
     chat(**{field: None})
 
 
-@pytest.mark.parametrize("field", ["suffix", "response_format"])
-def test_known_fields_that_completions_do_not_serve_are_refused_by_name(field: str) -> None:
-    message = refusal(CompletionRequest, prompt="x", **{field: "x"})
-    assert message == (f"{field} is not supported by this server", field)
+def test_known_fields_that_completions_do_not_serve_are_refused_by_name() -> None:
+    message = refusal(CompletionRequest, prompt="x", suffix="x")
+    assert message == ("suffix is not supported by this server", "suffix")
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "strict": True, "description": "d", "schema": SCHEMA},
+                }
+            },
+            {"json": SCHEMA},
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ("a", "b")}),
+        ({"structured_outputs": {"grammar": "root ::= x"}}, {"grammar": "root ::= x"}),
+        ({"structured_outputs": {"json": "{}", "regex": None}}, {"json": "{}"}),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
+            {"json": SCHEMA, "disable_any_whitespace": True},
+        ),
+        ({"structured_outputs": {"json_object": True}}, {"json_object": True}),
+        ({"structured_outputs": {"structural_tag": {"a": 1}}}, {"structural_tag": {"a": 1}}),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}, {"regex": "a"}),
+    ],
+)
+def test_the_form_of_an_answer_can_be_asked_for_in_two_ways(
+    fields: dict[str, Any], asked: dict[str, Any] | None
+) -> None:
+    expected = None if asked is None else StructuredOutputsParams(**asked)
+    assert chat(**fields).sampling().structured_outputs == expected
+    assert complete(**fields).sampling().structured_outputs == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"structured_outputs": {}}, "exactly one of"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "got regex and choice"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "exclude each other",
+        ),
+    ],
+)
+def test_the_form_of_an_answer_is_asked_for_once(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=reason) as error:
+        chat(**fields).sampling()
+    assert error.value.param == "structured_outputs"
 
 
 def test_fields_without_effect_on_the_answer_are_accepted() -> None:
@@ -287,3 +348,11 @@ def test_detokenize_takes_token_ids_only() -> None:
 def test_long_values_are_shortened_in_messages() -> None:
     text, _ = refusal(CompletionRequest, prompt="x", seed="long" * 100)
     assert len(text) < 150
+
+
+@pytest.mark.parametrize("kind", ["text", "json_object", "json_schema"])
+def test_a_schema_comes_with_its_type(kind: str) -> None:
+    given = None if kind == "json_schema" else {"name": "x", "schema": {}}
+    with pytest.raises(InvalidRequestError, match=f"the type is {kind}") as error:
+        chat(response_format={"type": kind, "json_schema": given})
+    assert error.value.param == "response_format"

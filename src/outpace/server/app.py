@@ -128,7 +128,7 @@ class Api:
         prompts = await self._prompt_ids(body)
         echoes = [await self._echo(body, i, ids) for i, ids in enumerate(prompts)]
         samplings = [self._fitted(sampling, body, ids) for ids in prompts]
-        job = Job("text", self._model, sampling.n, self._tokens, tuple(echoes))
+        job = Job("text", self._model, sampling.n, self._tokens, tuple(echoes), body.client_names)
         return await self._answer(job, prompts, samplings, body, request)
 
     async def models(self) -> Response:

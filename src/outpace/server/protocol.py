@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from outpace.errors import InvalidRequestError
-from outpace.sampling import SamplingParams
+from outpace.sampling import SamplingParams, StructuredOutputsParams
 
 MAX_N = 128  # the OpenAI API's own limit
 MAX_ANSWERS = 2048  # prompts × n of one request: each is a task and a place in the queue
@@ -58,6 +58,10 @@ Prompt = Annotated[
         _shape, "prompt_type", "Input should be a string, a list of strings, token ids or lists of them"
     ),
 ]
+JsonText = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[dict[str, Any], Tag("<other>")],
+    Discriminator(_shape, "json_text_type", "Input should be a JSON object or its text"),
+]
 Unsupported = Annotated[None, Field(description="Not supported: only null is accepted.")]
 
 
@@ -75,6 +79,65 @@ class StreamOptions(RequestModel):
 
     include_usage: bool = Field(default=False, description="Send a last chunk with the usage and no choices")
     continuous_usage_stats: bool = Field(default=False, description="Send the usage so far with every chunk")
+
+
+class StructuredOutputs(RequestModel):
+    """What the answer must look like: exactly one of these, as in vLLM."""
+
+    schema_: JsonText | None = Field(None, alias="json", description="A JSON schema")
+    regex: Text | None = None
+    choice: list[Text] | None = Field(None, description="The texts to choose from")
+    grammar: Text | None = Field(None, description="A grammar in GBNF; its first rule is called root")
+    json_object: bool | None = Field(None, description="Any JSON object")
+    structural_tag: JsonText | None = Field(None, description="A structural tag of xgrammar")
+    disable_any_whitespace: bool = Field(False, description='With json: ", " and ": ", and no other space')
+
+    def for_sampling(self) -> StructuredOutputsParams:
+        """The same for the engine.
+
+        Raises:
+            InvalidRequestError: It is not exactly one constraint.
+        """
+        return StructuredOutputsParams(
+            json=self.schema_,
+            regex=self.regex,
+            choice=None if self.choice is None else tuple(self.choice),
+            grammar=self.grammar,
+            json_object=self.json_object,
+            structural_tag=self.structural_tag,
+            disable_any_whitespace=self.disable_any_whitespace,
+        )
+
+
+class JsonSchema(RequestModel):
+    """A JSON schema by name. It is always enforced."""
+
+    name: Text
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: Text | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(RequestModel):
+    """How the answer is constrained, in the words of the OpenAI API."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="Only with type json_schema")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise InvalidRequestError(
+                f"response_format.json_schema belongs to the type json_schema; the type is {self.type}",
+                "response_format",
+            )
+        return self
+
+    def for_sampling(self) -> StructuredOutputsParams | None:
+        """The same for the engine; None for any text."""
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.schema_)
+        return StructuredOutputsParams(json_object=True) if self.type == "json_object" else None
 
 
 class GenerationRequest(RequestModel):
@@ -99,6 +162,8 @@ class GenerationRequest(RequestModel):
     bad_words: list[Text] | None = None
     allowed_token_ids: list[TokenId] | None = None
     skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="Not with response_format")
     priority: Int = Field(0, description="Lower runs first under --scheduling-policy priority")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true")
@@ -111,7 +176,6 @@ class GenerationRequest(RequestModel):
     service_tier: Literal["auto", "default"] | None = None
 
     prompt_logprobs: Unsupported = None
-    structured_outputs: Unsupported = None
     use_beam_search: Unsupported = None
     length_penalty: Unsupported = None
     truncate_prompt_tokens: Unsupported = None
@@ -120,7 +184,23 @@ class GenerationRequest(RequestModel):
     @property
     def client_names(self) -> dict[str, str]:
         """From the engine's names of fields to those that the client wrote, where they differ."""
-        return {}
+        return {} if self.response_format is None else {"structured_outputs": "response_format"}
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the answer must look like, however that was said.
+
+        Raises:
+            InvalidRequestError: It was said twice, or it is not exactly one constraint.
+        """
+        formatted = None if self.response_format is None else self.response_format.for_sampling()
+        if self.structured_outputs is None:
+            return formatted
+        if formatted is not None:
+            raise InvalidRequestError(
+                "response_format and structured_outputs exclude each other: give one", "structured_outputs"
+            )
+        return self.structured_outputs.for_sampling()
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
@@ -143,7 +223,6 @@ class CompletionRequest(GenerationRequest):
     best_of: Int | None = Field(None, description="Only equal to n: answers are not ranked")
 
     suffix: Unsupported = None
-    response_format: Unsupported = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionRequest:
@@ -206,12 +285,6 @@ class ChatMessage(RequestModel):
         return message
 
 
-class ResponseFormat(RequestModel):
-    """How the answer is constrained: not at all."""
-
-    type: Literal["text"]
-
-
 class ChatCompletionRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
@@ -225,7 +298,6 @@ class ChatCompletionRequest(GenerationRequest):
     add_special_tokens: bool = Field(False, description="Add the tokenizer's own to what the template writes")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template")
 
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
 
     tools: Unsupported = None
@@ -246,7 +318,8 @@ class ChatCompletionRequest(GenerationRequest):
     def client_names(self) -> dict[str, str]:
         """See GenerationRequest."""
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+        names = {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+        return {**super().client_names, **names}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatCompletionRequest:
@@ -324,7 +397,7 @@ def _sampling(request: GenerationRequest, max_tokens: int | None, logprobs: int 
         logprobs: Its `logprobs`.
     """
     asked: dict[str, Any] = {name: getattr(request, name) for name in _SAME_IN_SAMPLING}
-    asked |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    asked |= {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": request.structure}
     asked["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
     asked = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
     asked["logit_bias"] = {_token_id(key): bias for key, bias in (request.logit_bias or {}).items()}

@@ -18,12 +18,13 @@ class Verifier(ABC):
     """Decides which drafts to accept."""
 
     @abstractmethod
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         """Accepts a path of each tree and adds one token from the target.
 
         Args:
             batch: What was computed.
             target: Its logits; not modified.
+            allowed: [samples, vocab] bool, False where a grammar forbids a token; None allows all.
 
         Returns:
             One decision per entry, with at least one token where the entry samples, else None.
@@ -42,10 +43,10 @@ class MatchVerifier(Verifier):
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         """See Verifier."""
         rows = rows_to_sample(batch)
-        wanted = target_logits(target.logits, rows, kernels=self._kernels)
+        wanted = target_logits(target.logits, rows, allowed, kernels=self._kernels)
         chosen = choose(wanted, rows, kernels=self._kernels)
         return Verdict(tuple(_decide(entry, chosen, target.logits) for entry in batch.entries))
 
