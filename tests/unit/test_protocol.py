@@ -147,18 +147,20 @@ def test_out_of_range_values_are_refused_by_the_clients_name(fields: dict[str, A
         ({"modalities": ["text", "audio"]}, "modalities[1] should be 'text', got 'audio'"),
         ({"messages": []}, "messages must not be empty"),
         ({"messages": "Hello"}, "messages should be a valid list, got 'Hello'"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content is required"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role should be"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role should be"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content should be a string or a list"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content should be Unicode text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].type should be 'text', got 'image_url'",
         ),
+        ({"tools": [{"type": "function"}]}, "tools[0].function is required"),
         (
-            {"messages": [{"role": "assistant", "content": "x", "tool_calls": []}]},
-            "messages[0].tool_calls is not supported by this server",
+            {"tools": [{"type": "function", "function": {"name": ""}}]},
+            "tools[0].function.name must not be empty",
         ),
+        ({"tool_choice": "always"}, "tool_choice should be 'none', 'auto' or 'required', got 'always'"),
+        ({"tool_choice": 5}, "tool_choice should be a valid dictionary"),
     ],
 )
 def test_wrong_types_and_unknown_fields_are_refused_in_words(fields: dict[str, Any], message: str) -> None:
@@ -169,9 +171,6 @@ def test_wrong_types_and_unknown_fields_are_refused_in_words(fields: dict[str, A
 
 
 UNSUPPORTED_IN_CHAT = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "auto",
-    "parallel_tool_calls": True,
     "functions": [],
     "function_call": "auto",
     "audio": {"voice": "alloy"},
@@ -356,3 +355,85 @@ def test_a_schema_comes_with_its_type(kind: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"the type is {kind}") as error:
         chat(response_format={"type": kind, "json_schema": given})
     assert error.value.param == "response_format"
+
+
+def call(arguments: str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user"}, "messages[1].content is required"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "messages[1].content is required"),
+        ({"role": "user", "content": "x", "tool_calls": [call("{}")]}, "messages[1].tool_calls goes with"),
+        (
+            {"role": "user", "content": "x", "tool_call_id": "1"},
+            "messages[1].tool_call_id goes with",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [call("{}"), call("[1]")]},
+            "messages[1].tool_calls[1].function.arguments must be a JSON object as text, got '[1]'",
+        ),
+        ({"role": "assistant", "tool_calls": [call("{")]}, "messages[1].tool_calls[0].function.arguments"),
+    ],
+)
+def test_a_message_holds_what_its_role_may_say(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        chat(messages=[*HELLO, message])
+    assert str(error.value).startswith(reason)
+    assert error.value.param is not None
+    assert reason.startswith(error.value.param)
+
+
+def test_calls_and_their_results_reach_the_template_as_objects() -> None:
+    request = chat(
+        messages=[
+            *HELLO,
+            {"role": "assistant", "content": None, "tool_calls": [call('{"a": 1}')]},
+            {"role": "tool", "tool_call_id": "1", "content": "42"},
+        ]
+    )
+    assert [message.for_template() for message in request.messages[1:]] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "42", "tool_call_id": "1"},
+    ]
+
+
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        (None, ["f", "g"]),
+        ("auto", ["f", "g"]),
+        ("required", ["f", "g"]),
+        ("none", []),
+        ({"type": "function", "function": {"name": "g"}}, ["g"]),
+    ],
+)
+def test_the_choice_says_which_tools_are_offered(choice: Any, names: list[str]) -> None:
+    offered = chat(tools=TOOLS, tool_choice=choice).offered_tools
+    assert [tool.function.name for tool in offered] == names
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "h"}}}, "tool_choice"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ],
+)
+def test_tools_that_could_not_be_called_are_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError, match=param) as error:
+        chat(**fields)
+    assert error.value.param == param
+    chat(**{**fields, "tools": TOOLS, "tool_choice": "none"})

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from outpace import __version__
 from outpace.config import ServerConfig
-from outpace.errors import ConfigError, NotFoundError, ShuttingDownError
+from outpace.errors import ConfigError, InvalidRequestError, NotFoundError, ShuttingDownError
 from outpace.sampling import SamplingParams
 from outpace.server import errors
 from outpace.server.answers import Chunks, EventStream, Job, merge, whole
@@ -36,6 +36,7 @@ from outpace.server.protocol import (
     VersionResponse,
 )
 from outpace.server.tokens import Tokens
+from outpace.server.tools import Tools, load_tool_format
 
 if TYPE_CHECKING:
     from outpace.async_llm import AsyncLLM
@@ -90,7 +91,9 @@ class Api:
         self._llm = llm
         self._model = config.served_model_name or llm.model_name
         self._started = int(time.time())
-        self._tokens = Tokens(llm.tokenizer, read_chat_template(config))
+        self._tool_format = load_tool_format(config.tool_call_parser)
+        self._has_auto_tools = config.enable_auto_tool_choice
+        self._tokens = Tokens(llm.tokenizer, read_chat_template(config), self._tool_format)
 
     def install(self) -> None:
         """Adds the routes."""
@@ -110,15 +113,19 @@ class Api:
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation."""
         self._check_model(body.model)
-        sampling = body.sampling()
+        sampling, tools = body.sampling(), self._tools(body)
+        if tools is not None:
+            sampling = replace(sampling, structured_outputs=tools.structure())
         prompt = await self._tokens.encode_chat(
             body.messages,
             body.add_generation_prompt,
             body.continue_final_message,
             body.add_special_tokens,
             body.chat_template_kwargs,
+            [tool.model_dump(exclude_none=True) for tool in body.offered_tools] or None,
         )
-        job = Job("chat", self._model, sampling.n, self._tokens, client_names=body.client_names)
+        names = body.client_names
+        job = Job("chat", self._model, sampling.n, self._tokens, client_names=names, tools=tools)
         return await self._answer(job, [prompt], [sampling], body, request)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
@@ -197,6 +204,27 @@ class Api:
             return EventStream(Chunks(job, body.stream_options or StreamOptions()), outputs)
         async with while_connected(request.receive):
             return _json(await whole(job, outputs))
+
+    def _tools(self, body: ChatCompletionRequest) -> Tools | None:
+        """The tools that a request offers, if it does."""
+        if not body.offered_tools:
+            return None
+        must_call = body.tool_choice not in (None, "auto")
+        if not must_call and not self._has_auto_tools:
+            raise InvalidRequestError(
+                "tool_choice auto, the default where there are tools, needs a server that is started with "
+                "--enable-auto-tool-choice and the --tool-call-parser of its model; or give required, none "
+                "or the name of a function",
+                "tool_choice",
+            )
+        functions = [tool.function for tool in body.offered_tools]
+        return Tools(
+            self._tool_format,
+            {function.name: function.parameters for function in functions},
+            strict=frozenset(function.name for function in functions if function.strict),
+            must_call=must_call,
+            many=body.parallel_tool_calls is not False and isinstance(body.tool_choice, str | None),
+        )
 
     def _fitted(
         self, sampling: SamplingParams, body: CompletionRequest, prompt_ids: list[int]

@@ -9,6 +9,7 @@ is accepted. Ranges are checked by `SamplingParams`, the one place that knows th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -262,33 +263,130 @@ Content = Annotated[
 ]
 
 
+class FunctionCall(RequestModel):
+    """What a call asks for."""
+
+    name: Text
+    arguments: Text = Field(description="A JSON object, as text")
+
+
+class ToolCall(RequestModel):
+    """A call that the model made."""
+
+    id: Text
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(RequestModel):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer means system")
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="developer means system"
+    )
+    content: Content | None = Field(None, description="May be left out only beside tool_calls")
     name: Text | None = Field(None, description="Handed to the chat template")
+    tool_calls: list[ToolCall] | None = Field(None, description="Only of the assistant")
+    tool_call_id: Text | None = Field(None, description="Only of a tool: the call that this answers")
 
     # Null in what a client sends back of an earlier answer.
     refusal: Unsupported = None
+    annotations: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
-    tool_calls: Unsupported = None
-    tool_call_id: Unsupported = None
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates expect it: its text in one string."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: its text in one string, arguments as objects."""
+        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content or ()]
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": "".join(parts)}
         if self.name is not None:
             message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": json.loads(call.function.arguments),
+                    },
+                }
+                for call in self.tool_calls
+            ]
         return message
+
+
+def _check_messages(messages: list[ChatMessage]) -> list[ChatMessage]:
+    for number, message in enumerate(messages):
+        place = f"messages[{number}]"
+        if message.content is None and not message.tool_calls:
+            raise InvalidRequestError(f"{place}.content is required", f"{place}.content")
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(message, field) and message.role != role:
+                reason = f"{place}.{field} goes with the role {role}, not with {message.role}"
+                raise InvalidRequestError(reason, f"{place}.{field}")
+        for index, call in enumerate(message.tool_calls or ()):
+            if not _is_object(call.function.arguments):
+                at = f"{place}.tool_calls[{index}].function.arguments"
+                value = ascii(call.function.arguments[:80])
+                raise InvalidRequestError(f"{at} must be a JSON object as text, got {value}", at)
+    return messages
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1), AfterValidator(_check_messages)]
+
+
+class Function(RequestModel):
+    """What a tool does and what it takes."""
+
+    name: Annotated[Text, Field(min_length=1)]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; without one, no arguments")
+    strict: bool | None = Field(
+        None, description="Calls always match the schema, also under tool_choice auto"
+    )
+
+
+class Tool(RequestModel):
+    """Something the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(RequestModel):
+    """A function by its name."""
+
+    name: Text
+
+
+class NamedTool(RequestModel):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<other>")],
+    Discriminator(_shape, "tool_choice_type", "Input should be a string or an object"),
+]
 
 
 class ChatCompletionRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_tokens: Int | None = None
     max_completion_tokens: Int | None = Field(None, description="The newer name of max_tokens")
     logprobs: bool | None = None
@@ -299,10 +397,12 @@ class ChatCompletionRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template")
 
     modalities: list[Literal["text"]] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = Field(None, description="auto if there are tools, else none")
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether there may be several calls; default true"
+    )
 
-    tools: Unsupported = None
-    tool_choice: Unsupported = None
-    parallel_tool_calls: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
@@ -319,7 +419,18 @@ class ChatCompletionRequest(GenerationRequest):
         """See GenerationRequest."""
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+        if self.offered_tools:
+            names["structured_outputs"] = "tools"
         return {**super().client_names, **names}
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model may call, or must; none of them under tool_choice none."""
+        if self.tool_choice == "none" or not self.tools:
+            return []
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatCompletionRequest:
@@ -332,7 +443,21 @@ class ChatCompletionRequest(GenerationRequest):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise InvalidRequestError("tools must have different names", "tools")
+        if self.tool_choice not in (None, "none", "auto") and not self.offered_tools:
+            what = "required" if self.tool_choice == "required" else "a function that is not among tools"
+            raise InvalidRequestError(f"tool_choice is {what}: there is no such tool to call", "tool_choice")
+        if self.offered_tools and self.structure is not None:
+            field = "response_format" if self.structured_outputs is None else "structured_outputs"
+            raise InvalidRequestError(
+                f"{field} leaves no way to call a tool: leave it out, or give tool_choice none", field
+            )
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters.
@@ -349,7 +474,7 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="Default: for a prompt, not for messages")
     add_generation_prompt: bool | None = Field(None, description="Default: unless continue_final_message")
     continue_final_message: bool = False
@@ -456,8 +581,9 @@ class AnswerMessage(BaseModel):
     """The model's turn."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="Null if there is nothing but calls")
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -466,7 +592,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None = Field(description="The stop string or token that ended it, if one did")
 
 
