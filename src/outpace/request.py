@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 class FinishReason(enum.StrEnum):
-    """Why an answer ended; `stop` and `length` carry the OpenAI names."""
+    """Why an answer ended; `stop` and `length` carry the OpenAI names. `error`: its grammar leads nowhere."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Output:
         token_ids: New tokens.
         logprobs: One per new token, if asked for.
         finish_reason: Why the answer ended, or None while it goes on.
-        stop_reason: The stop string or stop token that ended it, if one did.
+        stop_reason: The stop string or stop token that ended it, if one did; the reason for an `error`.
         num_prompt_tokens: Length of the prompt.
         num_cached_tokens: How many of those came from the prefix cache.
     """

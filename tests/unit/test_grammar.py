@@ -16,6 +16,7 @@ from outpace.errors import InvalidRequestError
 from outpace.policy.base import BatchView, SpeculationPolicy
 from outpace.request import FinishReason, Output, Sequence
 from outpace.sampling import SamplingParams, StructuredOutputsParams
+from outpace.spec import grammar
 from outpace.spec.grammar import CACHE_BYTES, MAX_SCHEMA_DEPTH, Grammars, GrammarStates
 from outpace.spec.proposer import Proposer
 from outpace.tree import DraftTree
@@ -260,6 +261,14 @@ def test_forced_nodes_take_the_place_of_less_probable_ones() -> None:
     )
 
 
+def test_a_grammar_that_forces_text_for_ever_or_nearly_so_is_drafted_up_to_the_limit() -> None:
+    endless = StructuredOutputsParams(grammar='root ::= "ab" x\nx ::= "c" x')
+    assert fitted(started(endless), 6, DraftTree()) == chain("abcccc", 1.0)
+    assert fitted(started(StructuredOutputsParams(regex="a{1000000000}")), 3, DraftTree()) == chain(
+        "aaa", 1.0
+    )
+
+
 def test_the_end_is_drafted_where_it_is_all_that_is_left() -> None:
     only = StructuredOutputsParams(choice=("yes",))
     assert fitted(started(only, "ye"), 5, DraftTree()).token_ids == (ord("s"), EOS)
@@ -299,11 +308,22 @@ def test_the_minimum_length_gives_way_where_the_answer_is_complete() -> None:
     assert len(tokens(outputs)) == 5
 
 
-def test_a_dead_end_ends_the_answer() -> None:
-    outputs = answer(constrained(grammar='root ::= "ab" x\nx ::= "c" x'))
+@pytest.mark.parametrize("spec", [{}, {"spec_policy": "fixed"}], ids=["plain", "drafted"])
+def test_a_grammar_that_leads_nowhere_is_an_error(spec: dict[str, Any]) -> None:
+    outputs = answer(constrained(grammar='root ::= "ab" x\nx ::= "c" x'), **spec)
     assert outputs[-1].finish_reason is FinishReason.LENGTH  # it can go on for ever
-    outputs = answer(constrained(grammar='root ::= "ab" x\nx ::= x'))
-    assert (text(outputs), outputs[-1].finish_reason) == ("ab", FinishReason.STOP)
+    outputs = answer(constrained(grammar='root ::= "ab" x\nx ::= x'), **spec)
+    assert (text(outputs), outputs[-1].finish_reason) == ("ab", FinishReason.ERROR)
+    assert "allows no token here" in str(outputs[-1].stop_reason)
+
+
+def test_a_grammar_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_STEP_S", -1.0)
+    outputs = answer(GREEDY)
+    assert outputs[-1].finish_reason is FinishReason.ERROR
+    assert "too many ways" in str(outputs[-1].stop_reason)
+    assert len(tokens(outputs)) == 1
+    assert answer(SamplingParams(max_tokens=3))[-1].finish_reason is FinishReason.LENGTH
 
 
 def test_every_row_of_a_mask_allows_something() -> None:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from outpace.config import ServerConfig
 from outpace.errors import InvalidRequestError
+from outpace.request import FinishReason
 from outpace.sampling import StructuredOutputsParams
 
 HELLO: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
@@ -265,6 +266,14 @@ def test_a_refusal_of_the_engine_names_what_the_client_wrote(client: openai.Open
         with pytest.raises(openai.BadRequestError) as error:
             ask(client, **fields)
         assert error.value.param == param
+
+
+def test_an_answer_whose_grammar_leads_nowhere_is_an_error(client: openai.OpenAI, llm: FakeLLM) -> None:
+    llm.end = (FinishReason.ERROR, "the grammar allows no token here")
+    with pytest.raises(openai.BadRequestError, match="the grammar allows no token here"):
+        ask(client)
+    with pytest.raises(openai.APIError, match="the grammar allows no token here"):
+        list(ask(client, stream=True))
 
 
 def test_the_clients_own_parsing_works(client: openai.OpenAI, llm: FakeLLM) -> None:

@@ -152,16 +152,16 @@ class Engine:
         lap("verify")
         self.proposer.observe(batch, target, verdict)
         self.policy.observe(self.metrics.record(view, batch, verdict))
-        outputs = self.scheduler.advance(plan, verdict)
+        outputs = self.grammars.judge(self.scheduler.advance(plan, verdict))
         self.metrics.finish_step(plan.decoding, outputs)
         for output in outputs:
             if output.finish_reason is not None:
                 self._release(output.request_id)
         return outputs
 
-    def _release(self, sequence_id: str) -> None:
-        self.proposer.release(sequence_id)
-        self.grammars.release(sequence_id)
+    def _release(self, request_id: str) -> None:
+        self.proposer.release(request_id)
+        self.grammars.release(request_id)
 
     def _trim(self, view: BatchView, trees: list[DraftTree]) -> list[DraftTree]:
         """Cuts trees to what the policy keeps, and never lets one reach beyond its answer's end."""

@@ -158,12 +158,15 @@ def _finish(output: Output) -> Literal["stop", "length"]:
     """Why a finished output's answer ended, as clients know it.
 
     Raises:
+        InvalidRequestError: Its grammar leads nowhere.
         ShuttingDownError: The engine gave it up: what there is of it is not an answer.
     """
     if output.finish_reason is FinishReason.STOP:
         return "stop"
     if output.finish_reason is FinishReason.LENGTH:
         return "length"
+    if output.finish_reason is FinishReason.ERROR:
+        raise InvalidRequestError(str(output.stop_reason))
     raise ShuttingDownError("the server stopped before the answer was complete")
 
 

@@ -6,10 +6,13 @@ answer's tokens, brought up to date when it is needed: nothing to undo after a p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -17,6 +20,7 @@ import torch
 
 from outpace.batch import Batch
 from outpace.errors import InvalidRequestError
+from outpace.request import FinishReason, Output
 from outpace.request import Sequence as Running
 from outpace.sampling import StructuredOutputsParams
 from outpace.tree import EMPTY_TREE, DraftTree
@@ -27,6 +31,11 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 2**28  # of compiled grammars, least recently used first out
 MAX_SCHEMA_DEPTH = 64  # the compiler's time grows with its square and worse
+# CPU time of one answer in one step before it is given up: grammars that can be read in very many ways take
+# longer with every token, and everyone waits for them.
+MAX_STEP_S = 0.25
+_DEAD_END = "the grammar allows no token here: the answer cannot be completed"
+_TOO_SLOW = "the grammar can be read in too many ways to be followed any further: make it less ambiguous"
 _WORD_BITS = 32  # of xgrammar's masks
 
 _NAMES = {
@@ -119,6 +128,7 @@ class GrammarStates:
         """
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._cursors: dict[str, _Cursor] = {}
+        self._vocabulary: _Vocabulary | None = None  # made for the first draft
 
     def fit(
         self, sequences: Sequence[Running], limits: Sequence[int], trees: list[DraftTree]
@@ -143,7 +153,7 @@ class GrammarStates:
 
         Returns:
             [samples, vocab] bool; None if no sequence of the batch has a grammar. Some token is allowed in
-            every row: where a grammar has come to a dead end, the one that ends the answer.
+            every row: where a grammar leads nowhere, the one that ends the answer.
         """
         constrained = [
             (entry, entry.first_sample)
@@ -152,13 +162,19 @@ class GrammarStates:
         ]
         if not constrained:
             return None
-        num_samples = len(batch.sample_rows)
-        bits = torch.full((num_samples, -(-self._vocab_size // _WORD_BITS)), -1, dtype=torch.int32)
+        bits = _new_bits(len(batch.sample_rows), self._vocab_size)
         for entry, first_sample in constrained:
             cursor = self._cursor(entry.sequence)
-            for row, path in enumerate(((), *entry.tree.paths()), first_sample):
-                cursor.fill(path, bits, row)
-        return self._unpacked(bits)
+            with cursor.timed():
+                for row, path in enumerate(((), *entry.tree.paths()), first_sample):
+                    cursor.fill(path, bits, row)
+        return torch.from_numpy(_unpacked(bits, self._vocab_size)).view(torch.bool)
+
+    def judge(self, outputs: list[Output]) -> list[Output]:
+        """The same outputs; one that ended where its grammar does not is an error, with the reason."""
+        if not self._cursors:
+            return outputs
+        return [self._judged(output) if output.request_id in self._cursors else output for output in outputs]
 
     def release(self, sequence_id: str) -> None:
         """Forgets a sequence that ended."""
@@ -170,47 +186,78 @@ class GrammarStates:
         if cursor is None:
             assert sequence.request.grammar is not None
             cursor = self._cursors[sequence.id] = _Cursor(sequence.request.grammar)
-        cursor.know(sequence.token_ids[sequence.num_prompt :])
+        with cursor.timed():
+            cursor.know(sequence.token_ids[sequence.num_prompt + cursor.num_known :])
         return cursor
 
     def _fit(self, sequence: Running, limit: int, tree: DraftTree) -> DraftTree:
         cursor = self._cursor(sequence)
-        tree = tree.keep([node for node, path in enumerate(tree.paths()) if cursor.go(path)])
-        paths = tree.paths()
-        inner = set(tree.parents)
+        with cursor.timed():
+            tree = tree.keep([node for node, path in enumerate(tree.paths()) if cursor.go(path)])
+            return self._extended(cursor, limit, tree)
+
+    def _extended(self, cursor: _Cursor, limit: int, tree: DraftTree) -> DraftTree:
+        """A tree whose leaves go on with what the grammar forces there."""
+        paths, inner = tree.paths(), set(tree.parents)
         parents, token_ids = [*tree.parents], [*tree.token_ids]
-        leaves = [-1, *range(len(tree))]
-        for leaf in (node for node in leaves if node not in inner):
+        for leaf in (node for node in range(-1, len(tree)) if node not in inner):
             parent = leaf
             for token_id in self._forced(cursor, paths[leaf] if leaf >= 0 else (), limit):
                 parents.append(parent)
                 token_ids.append(token_id)
                 parent = len(token_ids) - 1
-        if len(token_ids) == len(tree):
+        num_forced = len(token_ids) - len(tree)
+        if not num_forced:
             return tree
+        given = tree.confidence if len(tree) else ()
         # What is forced is as probable as what it follows.
-        given = (None if len(tree) else ()) if tree.confidence is None else tree.confidence
-        confidence = None if given is None else (*given, *[1.0] * (len(token_ids) - len(tree)))
+        confidence = None if given is None else (*given, *[1.0] * num_forced)
         return DraftTree(tuple(parents), tuple(token_ids), confidence).best_first().cut(limit)
 
     def _forced(self, cursor: _Cursor, path: tuple[int, ...], limit: int) -> list[int]:
         """The tokens that must follow a path, at most `limit`, as the tokenizer would write them."""
+        if self._vocabulary is None:
+            self._vocabulary = _Vocabulary(cursor.texts)
+        text, end = cursor.forced(path, self._vocabulary, limit)
+        written = text.decode(errors="ignore")
         forced: list[int] = []
-        for token_id in self._tokenizer.encode(cursor.forced_text(path), add_special_tokens=False)[:limit]:
+        for token_id in [*self._tokenizer.encode(written, add_special_tokens=False), *end][:limit]:
             if not cursor.go((*path, *forced, token_id)):
                 break
             forced.append(token_id)
-        if len(forced) < limit and cursor.may_end((*path, *forced)):
-            bits = torch.empty(1, -(-self._vocab_size // _WORD_BITS), dtype=torch.int32)
-            cursor.fill((*path, *forced), bits, 0)
-            choices = self._unpacked(bits)[0].nonzero().flatten()
-            forced += choices.tolist() if len(choices) == 1 else []
         return forced
 
-    def _unpacked(self, bits: torch.Tensor) -> torch.Tensor:
-        """[rows, words] int32 to [rows, vocab] bool."""
-        flags = np.unpackbits(bits.numpy().view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
-        return torch.from_numpy(flags).view(torch.bool)
+    def _judged(self, output: Output) -> Output:
+        ends_by_itself = output.finish_reason is FinishReason.STOP and output.stop_reason is None
+        cursor = self._cursors[output.request_id]
+        if not ends_by_itself or (not cursor.is_given_up and cursor.go(output.token_ids)):
+            return output
+        reason = _TOO_SLOW if cursor.is_given_up else _DEAD_END
+        return replace(output, finish_reason=FinishReason.ERROR, stop_reason=reason)
+
+
+@final
+class _Vocabulary:
+    """The bytes of each token, and what several of them have in common."""
+
+    def __init__(self, texts: list[bytes]) -> None:
+        self._texts = texts
+        self._order = sorted(range(len(texts)), key=texts.__getitem__)
+        self._ranks = np.empty(len(texts), np.int64)
+        self._ranks[self._order] = np.arange(len(texts))
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def common(self, token_ids: np.ndarray) -> bytes:
+        """What must follow where one of these tokens must: the longest, if all others begin it."""
+        ranks = self._ranks[token_ids]
+        first, last = (self._texts[self._order[rank]] for rank in (ranks.min(), ranks.max()))
+        is_chain = len(ranks) <= len(last) and all(last.startswith(self._texts[i]) for i in token_ids)
+        if is_chain:
+            return last
+        pairs = enumerate(zip(first, last, strict=False))  # the shorter one first, if it begins the other
+        return first[: next((at for at, (a, b) in pairs if a != b), len(first))]
 
 
 @final
@@ -220,17 +267,26 @@ class _Cursor:
     def __init__(self, grammar: CompiledGrammar) -> None:
         from xgrammar import GrammarMatcher
 
+        self._grammar = grammar
         self._matcher: GrammarMatcher = GrammarMatcher(grammar)
-        self._num_known = 0
         self._path: list[int] = []  # drafted tokens it has taken
+        self.num_known = 0
+        self.is_given_up = False
 
-    def know(self, answer: list[int]) -> None:
-        """Takes the known tokens it has not seen yet, from the beginning of the drafts."""
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Gives the answer up if what is done inside takes too long; then it may only end."""
+        begin = time.thread_time()  # not the wall's: a machine that stands still is no fault of the grammar
+        yield
+        self.is_given_up |= time.thread_time() - begin > MAX_STEP_S
+
+    def know(self, token_ids: list[int]) -> None:
+        """Takes further known tokens, from the beginning of the drafts."""
         self.go(())
-        for token_id in answer[self._num_known :]:
+        for token_id in token_ids if not self.is_given_up else ():
             taken = self._matcher.accept_token(token_id)
             assert taken, "only tokens that the grammar allows are ever chosen"
-        self._num_known = len(answer)
+        self.num_known += len(token_ids)
 
     def go(self, path: Sequence[int]) -> bool:
         """Walks to the end of a drafted path; False if the grammar forbids it, and then as far as it may."""
@@ -246,27 +302,64 @@ class _Cursor:
             self._path.append(token_id)
         return True
 
-    def forced_text(self, path: Sequence[int]) -> str:
-        """The text that must follow a path that is allowed."""
-        self.go(path)
-        return "" if self._matcher.is_terminated() else self._matcher.find_jump_forward_string()
+    @property
+    def texts(self) -> list[bytes]:
+        """The bytes of each token of the vocabulary."""
+        texts: list[bytes] = self._grammar.tokenizer_info.decoded_vocab
+        return texts
 
-    def may_end(self, path: Sequence[int]) -> bool:
-        """Whether the answer may end after a path that is allowed."""
+    def forced(self, path: Sequence[int], vocabulary: _Vocabulary, limit: int) -> tuple[bytes, list[int]]:
+        """What must follow a path that is allowed: bytes, and the token that then ends the answer if it must.
+
+        The matcher's own search for it has no limit, and there are grammars that force text for ever.
+
+        Args:
+            path: Drafted tokens.
+            vocabulary: Whose tokens they are.
+            limit: About how many tokens are of use.
+        """
         self.go(path)
-        return self._matcher.is_completed() and not self._matcher.is_terminated()
+        text, end, num_pieces = b"", [], 0
+        bits = _new_bits(1, len(vocabulary))
+        while num_pieces < limit and not self._matcher.is_terminated():
+            self._matcher.fill_next_token_bitmask(bits)
+            choices = np.flatnonzero(_unpacked(bits, len(vocabulary)))
+            if may_end := set(self._matcher.stop_token_ids).intersection(choices.tolist()):
+                end = [*may_end] if len(choices) == 1 else []
+                break
+            piece = vocabulary.common(choices) if len(choices) else b""
+            if not piece:
+                break
+            self._matcher.accept_string(piece)
+            text += piece
+            num_pieces += 1
+        if num_pieces:
+            self._matcher.rollback(num_pieces)
+        return text, end
 
     def fill(self, path: Sequence[int], bits: torch.Tensor, row: int) -> None:
-        """Writes what may follow a path that is allowed into a row of [rows, words] int32."""
+        """Writes what may follow a path that is allowed into a row of a mask that allows everything."""
         self.go(path)
-        bits[row] = -1  # after the end anything: it is never looked at
         if self._matcher.is_terminated():
-            return
-        self._matcher.fill_next_token_bitmask(bits, row)
-        if not bits[row].any():  # a dead end
+            return  # after the end anything: it is never looked at
+        if self.is_given_up:
+            bits[row] = 0
+        else:
+            self._matcher.fill_next_token_bitmask(bits, row)
+        if not bits[row].any():
             words = bits[row].numpy().view(np.uint32)
             for token_id in self._matcher.stop_token_ids:
                 words[token_id // _WORD_BITS] |= np.uint32(1 << token_id % _WORD_BITS)
+
+
+def _new_bits(num_rows: int, vocab_size: int) -> torch.Tensor:
+    """Masks that allow everything: [rows, words] int32."""
+    return torch.full((num_rows, -(-vocab_size // _WORD_BITS)), -1, dtype=torch.int32)
+
+
+def _unpacked(bits: torch.Tensor, vocab_size: int) -> np.ndarray:
+    """Masks of [rows, words] int32 as [rows, vocab] of 0 and 1."""
+    return np.unpackbits(bits.numpy().view(np.uint8), axis=1, count=vocab_size, bitorder="little")
 
 
 def _tokenizer_info(
