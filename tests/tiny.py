@@ -225,7 +225,7 @@ class FakeModel:
                 assert found == _digest(tokens[: index + 1]), f"slot {index} of {entry.sequence.id} is wrong"
         return TargetOutput(torch.empty(0, VOCAB_SIZE))
 
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         return Verdict(tuple(self._decide(entry) for entry in batch.entries))
 
     def commit(self, batch: Batch, verdict: Verdict) -> None:

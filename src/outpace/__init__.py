@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     )
     from outpace.llm import LLM, CompletionResult, RequestResult
     from outpace.request import DraftStep, FinishReason, Output, Speculation, TokenLogprob
-    from outpace.sampling import SamplingParams
+    from outpace.sampling import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ __all__ = [  # noqa: RUF022 (in plain alphabetical order)
     "ServerConfig",
     "ShuttingDownError",
     "Speculation",
+    "StructuredOutputsParams",
     "TokenLogprob",
     "UnsupportedModelError",
 ]
@@ -62,6 +63,7 @@ _MODULES = {
     "SamplingParams": "sampling",
     "ServerConfig": "config",
     "Speculation": "request",
+    "StructuredOutputsParams": "sampling",
     "TokenLogprob": "request",
 }
 

@@ -175,6 +175,8 @@ class AsyncLLM:
             ShuttingDownError: No new work is accepted (likewise).
             EngineDeadError: The engine ended on an unexpected error.
         """
+        if sampling.structured_outputs is not None:
+            await asyncio.to_thread(self._admission.prepare, sampling.structured_outputs)
         stream = self._submit(prompt_ids, sampling, request_id, priority, speculation)
         try:
             while (output := await stream.get()) is not None:

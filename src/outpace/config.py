@@ -270,6 +270,10 @@ class ServerConfig:
     api_key: str | None = setting(None, "If given, clients must send it as a bearer token")
     served_model_name: str | None = setting(None, "Name of the model in the API, if not its own")
     chat_template: str | None = setting(None, "File with a Jinja chat template, if not the tokenizer's own")
+    enable_auto_tool_choice: bool = setting(
+        False, "Let the model choose whether to call a tool: tool_choice auto, which is a request's default"
+    )
+    tool_call_parser: str = setting("hermes", "How the model writes tool calls: hermes, llama3_json")
     shutdown_timeout: int = setting(30, "Seconds that running requests get to finish after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "What is logged")
     metrics_compat: Literal["none", "vllm"] = setting(

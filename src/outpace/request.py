@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,13 +13,17 @@ from outpace.errors import InvalidRequestError
 from outpace.sampling import SamplingParams
 from outpace.sampling import TokenLogprob as TokenLogprob
 
+if TYPE_CHECKING:
+    from xgrammar import CompiledGrammar
+
 
 class FinishReason(enum.StrEnum):
-    """Why an answer ended; `stop` and `length` carry the OpenAI names."""
+    """Why an answer ended; `stop` and `length` carry the OpenAI names. `error`: its grammar leads nowhere."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class Request:
         max_tokens: Most tokens the answer may have, the context limit counted in.
         eos_token_ids: Tokens that end the answer unless `sampling.ignore_eos`.
         bad_words_ids: Token sequences never to be completed (`sampling.bad_words`, tokenised).
+        grammar: What the answer must match (`sampling.structured_outputs`, compiled), or None.
         index: Which of the client's n answers this is.
         priority: Lower runs first; 0 for all under the `fcfs` scheduling policy.
         arrival: Seconds on the monotonic clock when the request was accepted.
@@ -96,6 +101,7 @@ class Request:
     max_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: CompiledGrammar | None = None
     index: int = 0
     priority: int = 0
     arrival: float = 0.0
@@ -166,7 +172,7 @@ class Output:
         token_ids: New tokens.
         logprobs: One per new token, if asked for.
         finish_reason: Why the answer ended, or None while it goes on.
-        stop_reason: The stop string or stop token that ended it, if one did.
+        stop_reason: The stop string or stop token that ended it, if one did; the reason for an `error`.
         num_prompt_tokens: Length of the prompt.
         num_cached_tokens: How many of those came from the prefix cache.
         draft_steps: All drafts of the answer, once it has ended.

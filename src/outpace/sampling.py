@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,59 @@ if TYPE_CHECKING:
 
 MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-5  # anything below is greedy: dividing by it would overflow
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutputsParams:
+    """What every answer must look like: exactly one of these, with vLLM's names.
+
+    Attributes:
+        json: A JSON schema, as an object or as its text. An object has no properties but those that are
+            named, unless `additionalProperties` says so or none is named.
+        regex: A regular expression for the whole answer.
+        choice: The texts to choose from.
+        grammar: A grammar in GBNF, llama.cpp's notation, whose first rule is called `root`.
+        json_object: Any JSON object.
+        structural_tag: Text with constrained parts, in the JSON that xgrammar calls a structural tag.
+        disable_any_whitespace: For `json`: only `", "` and `": "`, no other space between tokens. Less is
+            left to choose then, and what is not left to choose is drafted for free.
+    """
+
+    json: str | dict[str, Any] | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks that exactly one is given.
+
+        Raises:
+            InvalidRequestError: None or several are.
+        """
+        given = self.given
+        if len(given) != 1:
+            names = ", ".join(_STRUCTURES)
+            reason = f"got {' and '.join(given)}" if given else "got none"
+            raise InvalidRequestError(
+                f"structured_outputs needs exactly one of {names}: {reason}", "structured_outputs"
+            )
+        if self.disable_any_whitespace and self.json is None:
+            raise InvalidRequestError(
+                f"disable_any_whitespace goes with json, not with {given[0]}", "structured_outputs"
+            )
+        if self.choice is not None:
+            _require(len(self.choice) > 0, "structured_outputs.choice", [], "a non-empty list")
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the constraints that are given."""
+        return [name for name in _STRUCTURES if getattr(self, name) not in (None, False)]
+
+
+_STRUCTURES = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +103,8 @@ class SamplingParams:
         allowed_token_ids: If given, only these tokens are ever chosen.
         logprobs: If given, return the chosen token's log-probability and this many most probable ones.
         skip_special_tokens: Whether special tokens are left out of the text.
+        structured_outputs: What the answer must look like. It ends with an end-of-sequence token where it is
+            complete; bad words, allowed tokens and minimum length give way where they would leave nothing.
     """
 
     n: int = 1
@@ -72,6 +127,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """Checks every range.
@@ -103,6 +159,9 @@ class SamplingParams:
             _require(len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "a non-empty list")
         if self.logprobs is not None:
             _require(0 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"in [0, {MAX_LOGPROBS}]")
+        if self.structured_outputs is not None:
+            limit = "false with structured outputs: the answer ends where it is complete"
+            _require(not self.ignore_eos, "ignore_eos", self.ignore_eos, limit)
 
     @property
     def is_greedy(self) -> bool:
@@ -194,10 +253,11 @@ def target_logits(
 ) -> torch.Tensor:
     """The one function from the model's logits to those of the target distribution, for every path.
 
-    In this order: repetition penalty (prompt and answer), frequency and presence penalty (answer), bias,
-    allowed tokens, bad words, minimum length; then for rows that are not greedy temperature, top-k,
-    top-p and min-p. Drafted ancestors count as part of the answer. Bad words and minimum length give way
-    where they would leave nothing to choose. A row's result has the same bits whatever rows are beside it.
+    In this order: grammar, repetition penalty (prompt and answer), frequency and presence penalty
+    (answer), bias, allowed tokens, bad words, minimum length; then for rows that are not greedy
+    temperature, top-k, top-p and min-p. Drafted ancestors count as part of the answer. Allowed tokens, bad
+    words and minimum length give way where they would leave nothing to choose; a grammar leaves something.
+    A row's result has the same bits whatever rows are beside it.
 
     Args:
         logits: [rows, vocab] float32 or bfloat16; not modified.
@@ -363,7 +423,10 @@ def _latest(row: SampleRow, num: int) -> list[int]:
 
 
 def _keep_only_(logits: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Sets all but the given tokens of a row to -inf, unless nothing would be left to choose."""
     values = logits[tokens]
+    if values.max() == -math.inf:
+        return
     logits.fill_(-math.inf)
     logits[tokens] = values
 

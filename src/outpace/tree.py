@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -68,6 +68,34 @@ class DraftTree:
         confidence = None if self.confidence is None else self.confidence[:num_nodes]
         probs = None if self.probs is None else self.probs[:num_nodes]
         return DraftTree(self.parents[:num_nodes], self.token_ids[:num_nodes], confidence, probs)
+
+    def keep(self, nodes: Sequence[int]) -> DraftTree:
+        """The given nodes, in the given order, each after its parent. They count as picked: without `probs`."""
+        if len(nodes) == len(self) and all(node == place for place, node in enumerate(nodes)):
+            return self
+        places = {-1: -1} | {node: place for place, node in enumerate(nodes)}
+        confidence = None if self.confidence is None else tuple(self.confidence[node] for node in nodes)
+        return DraftTree(
+            tuple(places[self.parents[node]] for node in nodes),
+            tuple(self.token_ids[node] for node in nodes),
+            confidence,
+        )
+
+    def best_first(self) -> DraftTree:
+        """The same nodes, the most probable first, if the drafter knows; equal ones keep their order."""
+        if self.confidence is None:
+            return self
+        probs: list[float] = []
+        for parent, confidence in zip(self.parents, self.confidence, strict=True):
+            probs.append(confidence * (probs[parent] if parent >= 0 else 1.0))
+        return self.keep(sorted(range(len(self)), key=lambda node: -probs[node]))
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """For each node the drafted tokens up to it, its own last."""
+        paths: list[tuple[int, ...]] = []
+        for parent, token_id in zip(self.parents, self.token_ids, strict=True):
+            paths.append((*(paths[parent] if parent >= 0 else ()), token_id))
+        return paths
 
     def is_chain(self) -> bool:
         """Whether every node's parent is the node before it."""

@@ -119,6 +119,66 @@ def test_logprobs_belong_to_the_text_and_are_the_same_when_streamed(client: open
     assert streamed == entries
 
 
+COUNTRY = {
+    "type": "object",
+    "properties": {
+        "capital": {"type": "string", "maxLength": 20},
+        "continent": {"enum": ["Africa", "America", "Asia", "Europe", "Oceania"]},
+        "is_island": {"type": "boolean"},
+    },
+    "required": ["capital", "continent", "is_island"],
+}
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_an_answer_matches_the_schema_asked_for(client: openai.OpenAI, sampling: dict[str, Any]) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "country", "schema": COUNTRY, "strict": True}}
+    compact = {"structured_outputs": {"json": COUNTRY, "disable_any_whitespace": True}}
+    for fields in ({"response_format": form}, {"extra_body": compact}):
+        choice = ask(client, "Describe Japan as JSON.", max_tokens=100, **fields, **sampling).choices[0]
+        country = json.loads(choice.message.content)
+        assert list(country) == COUNTRY["required"]
+        assert country["continent"] in COUNTRY["properties"]["continent"]["enum"]  # type: ignore[index]
+        assert type(country["is_island"]) is bool
+        assert choice.finish_reason == "stop"
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "whole"}}}
+    with pytest.raises(openai.BadRequestError, match='Unsupported type "whole"') as error:
+        ask(client, "Hello", response_format=form)
+    assert error.value.param == "response_format"
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_tool_that_must_be_called_is_called(client: openai.OpenAI, sampling: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "describe", "parameters": COUNTRY}}
+    other = {"type": "function", "function": {"name": "now"}}
+    options: dict[str, Any] = {
+        "tools": [tool, other],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 120,
+        **sampling,
+    }
+    choice = ask(client, "Describe Japan.", **options).choices[0]
+    (call,) = choice.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert list(arguments) == (COUNTRY["required"] if call.function.name == "describe" else [])
+    assert (choice.message.content, choice.finish_reason) == (None, "tool_calls")
+    deltas = [
+        delta
+        for chunk in ask(client, "Describe Japan.", stream=True, **options)
+        for delta in chunk.choices[0].delta.tool_calls or ()
+    ]
+    assert deltas[0].function.name == call.function.name
+    assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
+    result = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    turns = [*user("Describe Japan."), choice.message.model_dump(), result]
+    again = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=8, **sampling)
+    assert again.choices[0].message.content
+
+
 def test_a_repeated_prompt_comes_from_the_cache_and_usage_says_so(client: openai.OpenAI) -> None:
     text = "Please repeat after me: " + "a cat sat on the mat and a dog lay on the log; " * 4
     first, again = (ask(client, text, max_tokens=4, **GREEDY) for _ in range(2))

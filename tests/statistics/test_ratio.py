@@ -288,7 +288,7 @@ class Variant(Verifier):
     dice: Noise = Noise.ACCEPTANCE
     recovery: Noise = Noise.RECOVERY
 
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         rows = rows_to_sample(batch)
         p = torch.softmax(target_logits(target.logits, self.history(rows)).double(), dim=-1)
         numbers = uniforms(self.noise(rows), 6, self.dice).tolist()

@@ -208,7 +208,7 @@ class Variant(Verifier):
     ) -> None:
         self.path, self.history, self.noise = path, history, noise
 
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         rows = rows_to_sample(batch)
         chosen = choose(target_logits(target.logits, self.history(rows)), self.noise(rows))
         return Verdict(tuple(self.decide(entry, chosen) for entry in batch.entries))

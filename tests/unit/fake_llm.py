@@ -58,6 +58,7 @@ class FakeLLM:
     error: Exception | None = None  # raised before the first output
     late_error: Exception | None = None  # raised after the second output
     give_up: bool = False  # end with FinishReason.ABORT
+    end: tuple[FinishReason, str] | None = None  # end with this and its stop_reason
     max_model_len: int = 2048
     model_name: str = "fake"
     is_running: bool = True
@@ -124,6 +125,9 @@ class FakeLLM:
             reason = (
                 FinishReason.ABORT if self.give_up else FinishReason.LENGTH if is_cut else FinishReason.STOP
             )
+        stop_reason = None
+        if reason is not None and self.end is not None:
+            reason, stop_reason = self.end
         return Output(
             request_id=request_id,
             index=index,
@@ -131,7 +135,7 @@ class FakeLLM:
             token_ids=(ids[position],),
             logprobs=logprobs,
             finish_reason=reason,
-            stop_reason=None,
+            stop_reason=stop_reason,
             num_prompt_tokens=prompt,
             num_cached_tokens=prompt // 16 * 16,
         )

@@ -22,7 +22,7 @@ from outpace.errors import (
     ShuttingDownError,
 )
 from outpace.request import FinishReason, Output
-from outpace.sampling import SamplingParams
+from outpace.sampling import SamplingParams, StructuredOutputsParams
 from tiny import FakeModel, check_idle
 
 PROMPT = list(b"hello")
@@ -274,3 +274,23 @@ async def test_a_storm_of_cancellations_leaves_nothing_behind() -> None:
         await asyncio.gather(*(client(number) for number in range(150)))
         await until(lambda: not engine.has_work)
         assert await collect(llm, "after", SamplingParams(max_tokens=3))
+
+
+@run_async
+async def test_a_structure_is_compiled_before_the_request_and_refused_if_it_cannot_be() -> None:
+    loop_thread = threading.get_ident()
+    async with serving(FakeModel()) as (llm, engine):
+        compiled_in: list[int] = []
+        prepare = engine.admission.prepare
+
+        def noted(asked: StructuredOutputsParams) -> None:
+            compiled_in.append(threading.get_ident())
+            prepare(asked)
+
+        engine.admission.prepare = noted  # type: ignore[method-assign]
+        bad = SamplingParams(structured_outputs=StructuredOutputsParams(regex="(a"))
+        with pytest.raises(InvalidRequestError, match="regular expression"):
+            await collect(llm, "a", bad)
+        assert compiled_in
+        assert loop_thread not in compiled_in
+        assert len(await collect(llm, "a", SamplingParams(max_tokens=3))) == 3

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from outpace.errors import InvalidRequestError
-from outpace.sampling import SamplingParams
+from outpace.sampling import SamplingParams, StructuredOutputsParams
 from outpace.server.errors import explain
 from outpace.server.protocol import (
     ChatCompletionRequest,
@@ -132,26 +132,35 @@ def test_out_of_range_values_are_refused_by_the_clients_name(fields: dict[str, A
         ({"seed": 2**70}, "seed should be less than"),
         ({"nonsense": 1}, "unknown field: nonsense"),
         (
-            {"response_format": {"type": "json_object"}},
-            "response_format.type should be 'text', got 'json_object'",
+            {"response_format": {"type": "xml"}},
+            "response_format.type should be 'text', 'json_object' or 'json_schema', got 'xml'",
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema is required",
+        ),
+        ({"structured_outputs": {"json": 5}}, "structured_outputs.json should be a valid dictionary, got 5"),
+        ({"structured_outputs": {"json": "\ud800"}}, "structured_outputs.json should be Unicode text"),
+        ({"structured_outputs": {"xml": 5}}, "unknown field: structured_outputs.xml"),
         ({"store": True}, "store should be False, got True"),
         ({"service_tier": "flex"}, "service_tier should be 'auto' or 'default', got 'flex'"),
         ({"modalities": ["text", "audio"]}, "modalities[1] should be 'text', got 'audio'"),
         ({"messages": []}, "messages must not be empty"),
         ({"messages": "Hello"}, "messages should be a valid list, got 'Hello'"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content is required"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role should be"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role should be"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content should be a string or a list"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content should be Unicode text"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages[0].content[0].type should be 'text', got 'image_url'",
         ),
+        ({"tools": [{"type": "function"}]}, "tools[0].function is required"),
         (
-            {"messages": [{"role": "assistant", "content": "x", "tool_calls": []}]},
-            "messages[0].tool_calls is not supported by this server",
+            {"tools": [{"type": "function", "function": {"name": ""}}]},
+            "tools[0].function.name must not be empty",
         ),
+        ({"tool_choice": "always"}, "tool_choice should be 'none', 'auto' or 'required', got 'always'"),
+        ({"tool_choice": 5}, "tool_choice should be a valid dictionary"),
     ],
 )
 def test_wrong_types_and_unknown_fields_are_refused_in_words(fields: dict[str, Any], message: str) -> None:
@@ -162,9 +171,6 @@ def test_wrong_types_and_unknown_fields_are_refused_in_words(fields: dict[str, A
 
 
 UNSUPPORTED_IN_CHAT = {
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "auto",
-    "parallel_tool_calls": True,
     "functions": [],
     "function_call": "auto",
     "audio": {"voice": "alloy"},
@@ -174,7 +180,6 @@ UNSUPPORTED_IN_CHAT = {
     "web_search_options": {},
     "chat_template": "{{ messages }}",
     "prompt_logprobs": 1,
-    "structured_outputs": {},
     "use_beam_search": True,
     "length_penalty": 1.0,
     "truncate_prompt_tokens": 5,
@@ -191,10 +196,65 @@ def test_known_fields_that_are_not_served_are_refused_by_name(field: str) -> Non
     chat(**{field: None})
 
 
-@pytest.mark.parametrize("field", ["suffix", "response_format"])
-def test_known_fields_that_completions_do_not_serve_are_refused_by_name(field: str) -> None:
-    message = refusal(CompletionRequest, prompt="x", **{field: "x"})
-    assert message == (f"{field} is not supported by this server", field)
+def test_known_fields_that_completions_do_not_serve_are_refused_by_name() -> None:
+    message = refusal(CompletionRequest, prompt="x", suffix="x")
+    assert message == ("suffix is not supported by this server", "suffix")
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "strict": True, "description": "d", "schema": SCHEMA},
+                }
+            },
+            {"json": SCHEMA},
+        ),
+        ({"structured_outputs": {"regex": "a+"}}, {"regex": "a+"}),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": ("a", "b")}),
+        ({"structured_outputs": {"grammar": "root ::= x"}}, {"grammar": "root ::= x"}),
+        ({"structured_outputs": {"json": "{}", "regex": None}}, {"json": "{}"}),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_any_whitespace": True}},
+            {"json": SCHEMA, "disable_any_whitespace": True},
+        ),
+        ({"structured_outputs": {"json_object": True}}, {"json_object": True}),
+        ({"structured_outputs": {"structural_tag": {"a": 1}}}, {"structural_tag": {"a": 1}}),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}, {"regex": "a"}),
+    ],
+)
+def test_the_form_of_an_answer_can_be_asked_for_in_two_ways(
+    fields: dict[str, Any], asked: dict[str, Any] | None
+) -> None:
+    expected = None if asked is None else StructuredOutputsParams(**asked)
+    assert chat(**fields).sampling().structured_outputs == expected
+    assert complete(**fields).sampling().structured_outputs == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"structured_outputs": {}}, "exactly one of"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "got regex and choice"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "exclude each other",
+        ),
+    ],
+)
+def test_the_form_of_an_answer_is_asked_for_once(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequestError, match=reason) as error:
+        chat(**fields).sampling()
+    assert error.value.param == "structured_outputs"
 
 
 def test_fields_without_effect_on_the_answer_are_accepted() -> None:
@@ -287,3 +347,93 @@ def test_detokenize_takes_token_ids_only() -> None:
 def test_long_values_are_shortened_in_messages() -> None:
     text, _ = refusal(CompletionRequest, prompt="x", seed="long" * 100)
     assert len(text) < 150
+
+
+@pytest.mark.parametrize("kind", ["text", "json_object", "json_schema"])
+def test_a_schema_comes_with_its_type(kind: str) -> None:
+    given = None if kind == "json_schema" else {"name": "x", "schema": {}}
+    with pytest.raises(InvalidRequestError, match=f"the type is {kind}") as error:
+        chat(response_format={"type": kind, "json_schema": given})
+    assert error.value.param == "response_format"
+
+
+def call(arguments: str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "user"}, "messages[1].content is required"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "messages[1].content is required"),
+        ({"role": "user", "content": "x", "tool_calls": [call("{}")]}, "messages[1].tool_calls goes with"),
+        (
+            {"role": "user", "content": "x", "tool_call_id": "1"},
+            "messages[1].tool_call_id goes with",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [call("{}"), call("[1]")]},
+            "messages[1].tool_calls[1].function.arguments must be a JSON object as text, got '[1]'",
+        ),
+        ({"role": "assistant", "tool_calls": [call("{")]}, "messages[1].tool_calls[0].function.arguments"),
+    ],
+)
+def test_a_message_holds_what_its_role_may_say(message: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InvalidRequestError) as error:
+        chat(messages=[*HELLO, message])
+    assert str(error.value).startswith(reason)
+    assert error.value.param is not None
+    assert reason.startswith(error.value.param)
+
+
+def test_calls_and_their_results_reach_the_template_as_objects() -> None:
+    request = chat(
+        messages=[
+            *HELLO,
+            {"role": "assistant", "content": None, "tool_calls": [call('{"a": 1}')]},
+            {"role": "tool", "tool_call_id": "1", "content": "42"},
+        ]
+    )
+    assert [message.for_template() for message in request.messages[1:]] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "42", "tool_call_id": "1"},
+    ]
+
+
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("f", "g")]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        (None, ["f", "g"]),
+        ("auto", ["f", "g"]),
+        ("required", ["f", "g"]),
+        ("none", []),
+        ({"type": "function", "function": {"name": "g"}}, ["g"]),
+    ],
+)
+def test_the_choice_says_which_tools_are_offered(choice: Any, names: list[str]) -> None:
+    offered = chat(tools=TOOLS, tool_choice=choice).offered_tools
+    assert [tool.function.name for tool in offered] == names
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "h"}}}, "tool_choice"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ],
+)
+def test_tools_that_could_not_be_called_are_refused(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError, match=param) as error:
+        chat(**fields)
+    assert error.value.param == param
+    chat(**{**fields, "tools": TOOLS, "tool_choice": "none"})

@@ -648,7 +648,7 @@ def test_the_openapi_description_knows_the_errors_and_no_422(http: httpx.Client)
     assert "HTTPValidationError" not in json.dumps(description)
     schema = description["components"]["schemas"]["ChatCompletionRequest"]
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["tools"]["type"] == "null"
+    assert schema["properties"]["functions"]["type"] == "null"
 
 
 # --- From start to end ----------------------------------------------------------------------------------

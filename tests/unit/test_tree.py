@@ -86,3 +86,22 @@ def test_distributions_are_cut_with_their_nodes_and_one_belongs_to_each() -> Non
     assert torch.equal(cut, probs[:3])
     with pytest.raises(ValueError, match="4 distributions for 5 tokens"):
         DraftTree(BRANCHING.parents, BRANCHING.token_ids, probs=probs[:4])
+
+
+def test_kept_nodes_find_their_parents_again() -> None:
+    assert BRANCHING.keep(range(len(BRANCHING))) is BRANCHING
+    tree = DraftTree((-1, -1, 0, 1, 3), (5, 9, 7, 8, 6), (0.6, 0.3, 0.5, 0.4, 0.2))
+    assert tree.keep([1, 3, 4]) == DraftTree((-1, 0, 1), (9, 8, 6), (0.3, 0.4, 0.2))
+    assert tree.keep([1, 0, 3]) == DraftTree((-1, -1, 0), (9, 5, 8), (0.3, 0.6, 0.4))
+    assert tree.keep([]) == DraftTree((), (), ())
+
+
+def test_paths_spell_the_drafted_tokens_down_to_each_node() -> None:
+    assert DraftTree((-1, -1, 0, 1, 3), (5, 9, 7, 8, 6)).paths() == [(5,), (9,), (5, 7), (9, 8), (9, 8, 6)]
+
+
+def test_best_first_goes_by_the_probability_of_the_whole_path() -> None:
+    tree = DraftTree((-1, -1, 0, 1), (5, 9, 7, 8), (0.3, 0.6, 1.0, 0.9))
+    assert tree.best_first() == DraftTree((-1, 0, -1, 2), (9, 8, 5, 7), (0.6, 0.9, 0.3, 1.0))
+    unknown = DraftTree((-1, 0), (5, 6))
+    assert unknown.best_first() is unknown

@@ -13,7 +13,8 @@ from outpace.config import EngineConfig, flag
 from outpace.errors import InvalidRequestError
 from outpace.models.config import ModelConfig
 from outpace.request import Request, Speculation
-from outpace.sampling import SamplingParams
+from outpace.sampling import SamplingParams, StructuredOutputsParams
+from outpace.spec.grammar import Grammars
 
 _SEED_BITS = 63
 
@@ -32,6 +33,7 @@ class Admission:
         # tokens accepted by chance, and what follows them, must not end a benchmark's answers
         is_synthetic = config.speculative.is_synthetic
         self._eos_token_ids = frozenset(() if is_synthetic else model.eos_token_ids)
+        self._grammars = Grammars(tokenizer, model.vocab_size, self._eos_token_ids)
         self._max_model_len = max_model_len
         self._max_n = config.max_num_seqs + config.max_num_queued_reqs
         self._has_priorities = config.scheduling_policy == "priority"
@@ -72,6 +74,8 @@ class Admission:
         self._check_speculation(speculation)
         max_tokens = self._max_tokens(len(prompt_ids), sampling)
         bad_words_ids = tuple(self._bad_words_ids(sampling.bad_words))
+        asked = sampling.structured_outputs
+        grammar = None if asked is None else self._grammars.compile(asked)
         seed = self._random.getrandbits(_SEED_BITS) if sampling.seed is None else sampling.seed
         arrival = time.monotonic()
         return [
@@ -83,6 +87,7 @@ class Admission:
                 max_tokens=max_tokens,
                 eos_token_ids=self._eos_token_ids,
                 bad_words_ids=bad_words_ids,
+                grammar=grammar,
                 index=index,
                 priority=priority,
                 arrival=arrival,
@@ -90,6 +95,14 @@ class Admission:
             )
             for index in range(sampling.n)
         ]
+
+    def prepare(self, asked: StructuredOutputsParams) -> None:
+        """Compiles what `requests` will need: the one slow part of it, and safe in any thread.
+
+        Raises:
+            InvalidRequestError: It is malformed, or asks for what cannot be enforced.
+        """
+        self._grammars.compile(asked)
 
     def _check_prompt(self, prompt_ids: Sequence[int]) -> None:
         if not prompt_ids:

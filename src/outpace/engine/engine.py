@@ -24,6 +24,7 @@ from outpace.policy.base import BatchView, check_policy, load_policy
 from outpace.request import Output, Request
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
+from outpace.spec.grammar import GrammarStates
 from outpace.spec.proposer import DraftContext, check_methods, load_proposer
 from outpace.spec.verifier import Verifier, load_verifier
 from outpace.tree import DraftTree
@@ -54,6 +55,7 @@ class Engine:
         proposer: What is drafted.
         kv: Its cache.
         runner: Its model over that cache.
+        grammars: Where constrained answers stand in their grammars.
         verifier: Which tokens come out.
     """
 
@@ -78,6 +80,7 @@ class Engine:
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
         self.policy = load_policy(config.policy, config.speculative)
         self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv))
+        self.grammars = GrammarStates(tokenizer, model.vocab_size)
         self.runner, self.verifier = runner, verifier
         speculative = config.speculative
         max_depth = speculative.num_speculative_tokens if speculative.methods else 0
@@ -135,7 +138,7 @@ class Engine:
         """
         output = self.scheduler.abort(request_id)
         if output is not None:
-            self.proposer.release(request_id)
+            self._release(request_id)
             self.metrics.abort(request_id)
         return output
 
@@ -149,22 +152,27 @@ class Engine:
         view = plan.view()
         limits = self.policy.limits(view)
         lap("plan")
-        trees = self._trim(view, self.proposer.propose(plan.decoding, limits))
+        trees = self.proposer.propose(plan.decoding, limits)
+        trees = self._trim(view, self.grammars.fit(plan.decoding, limits, trees))
         lap("propose")
         batch = self.kv.place(plan.scheduled, trees)
         target = self.runner.forward(batch)
         lap("forward")
-        verdict = self.verifier.verify(batch, target)
+        verdict = self.verifier.verify(batch, target, self.grammars.allowed(batch))
         self.kv.commit(batch, verdict)
         lap("verify")
         self.proposer.observe(batch, target, verdict)
         self.policy.observe(self.metrics.record(view, batch, verdict))
-        outputs = self.scheduler.advance(plan, verdict)
+        outputs = self.grammars.judge(self.scheduler.advance(plan, verdict))
         self.metrics.finish_step(plan.decoding, outputs)
         for output in outputs:
             if output.finish_reason is not None:
-                self.proposer.release(output.request_id)
+                self._release(output.request_id)
         return outputs
+
+    def _release(self, request_id: str) -> None:
+        self.proposer.release(request_id)
+        self.grammars.release(request_id)
 
     def _trim(self, view: BatchView, trees: list[DraftTree]) -> list[DraftTree]:
         """Cuts trees to what the policy keeps, and never lets one reach beyond its answer's end."""

@@ -294,8 +294,9 @@ def _ending(entry: _Entry, token_id: int) -> _Ending | None:
     """Adds the last token's text; says whether and why it ends the answer."""
     sequence, request = entry.sequence, entry.sequence.request
     sampling = request.sampling
-    may_stop = sequence.num_output > sampling.min_tokens
     is_eos = token_id in request.eos_token_ids and not sampling.ignore_eos
+    # In a grammar the end is only chosen before the minimum length if there is nothing else to choose.
+    may_stop = sequence.num_output > sampling.min_tokens or (is_eos and request.grammar is not None)
     if may_stop and (is_eos or token_id in sampling.stop_token_ids):
         if sampling.include_stop_str_in_output:
             entry.text.push(token_id, may_stop=False)

@@ -78,6 +78,7 @@ def encode_chat(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """Token ids of a conversation, written by a chat template.
 
@@ -90,6 +91,7 @@ def encode_chat(
         add_generation_prompt: Whether the assistant's turn is opened.
         continue_final_message: Whether the last message's turn is left open instead.
         template_kwargs: Further variables of the template.
+        tools: What the model may call, as the OpenAI API describes it; a template may take no notice.
 
     Raises:
         InvalidRequestError: There is no template, or it refuses these messages or variables.
@@ -108,6 +110,7 @@ def encode_chat(
         text = tokenizer.apply_chat_template(
             messages,
             chat_template=chat_template,
+            tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

@@ -33,14 +33,17 @@ from outpace.server.protocol import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    FunctionCall,
     PromptTokensDetails,
     RequestMetrics,
     StreamOptions,
+    ToolCall,
     TopLogprob,
     Usage,
     in_client_names,
 )
 from outpace.server.tokens import Tokens
+from outpace.server.tools import CallDelta, Parsed, Tools
 
 LEAST_LOGPROB = -9999.0  # the OpenAI API's stand-in for minus infinity, which JSON cannot write
 
@@ -61,6 +64,7 @@ class Job:
         echoes: For each prompt the text its answers begin with.
         client_names: From the engine's names of fields to the client's, where they differ.
         draft_report: How much an only answer says of its drafts; None: nothing.
+        tools: What the answers may call.
         id: Of the answer.
         created: Unix time in seconds.
         synthetic: Whether drafts are accepted by chance; the answer then says so.
@@ -73,6 +77,7 @@ class Job:
     echoes: tuple[str, ...] = ("",)
     client_names: Mapping[str, str] = field(default_factory=dict)
     draft_report: DraftReport | None = None
+    tools: Tools | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     synthetic: bool = False
@@ -168,13 +173,22 @@ def _finish(output: Output) -> Literal["stop", "length"]:
     """Why a finished output's answer ended, as clients know it.
 
     Raises:
+        InvalidRequestError: Its grammar leads nowhere.
         ShuttingDownError: The engine gave it up: what there is of it is not an answer.
     """
     if output.finish_reason is FinishReason.STOP:
         return "stop"
     if output.finish_reason is FinishReason.LENGTH:
         return "length"
+    if output.finish_reason is FinishReason.ERROR:
+        raise InvalidRequestError(str(output.stop_reason))
     raise ShuttingDownError("the server stopped before the answer was complete")
+
+
+def _finish_chat(output: Output, has_calls: bool) -> Literal["stop", "length", "tool_calls"]:
+    """The same for the chat endpoint, where calls that are complete are a reason of their own."""
+    finish = _finish(output)
+    return "tool_calls" if has_calls and finish == "stop" else finish
 
 
 # --- Whole answers --------------------------------------------------------------------------------------
@@ -206,21 +220,40 @@ async def whole(job: Job, events: AsyncGenerator[tuple[int, Output]]) -> ChatCom
     parts["metrics"] = tally.metrics(job)
     parts["synthetic"] = job.synthetic
     if job.kind == "chat":
-        choices = [_chat_choice(job.tokens, index, answer) for index, answer in enumerate(answers)]
+        choices = [_chat_choice(job, index, answer) for index, answer in enumerate(answers)]
         return ChatCompletion(choices=choices, **parts)
     texts = [_text_choice(job.tokens, index, answer) for index, answer in enumerate(answers)]
     return Completion(choices=texts, **parts)
 
 
-def _chat_choice(tokens: Tokens, index: int, answer: _Answer) -> ChatChoice:
+def _chat_choice(job: Job, index: int, answer: _Answer) -> ChatChoice:
     assert answer.last is not None
+    content, calls = "".join(answer.texts), []
+    if job.tools is not None:
+        reader = job.tools.reader()
+        parts = [reader.push(content), reader.finish()]
+        content, calls = "".join(part.content for part in parts), _joined(parts)
     return ChatChoice(
         index=index,
-        message=AnswerMessage(content="".join(answer.texts)),
-        logprobs=None if answer.last.logprobs is None else chat_logprobs(tokens, answer.logprobs),
-        finish_reason=_finish(answer.last),
+        message=AnswerMessage(content=content or (None if calls else ""), tool_calls=calls or None),
+        logprobs=None if answer.last.logprobs is None else chat_logprobs(job.tokens, answer.logprobs),
+        finish_reason=_finish_chat(answer.last, bool(calls)),
         stop_reason=answer.last.stop_reason,
     )
+
+
+def _joined(parts: Iterable[Parsed]) -> list[ToolCall]:
+    """The calls that the parts of an answer hold."""
+    calls: list[ToolCall] = []
+    for delta in (call for part in parts for call in part.calls):
+        if delta.name is not None:
+            function = FunctionCall(name=delta.name, arguments=delta.arguments)
+            calls.append(ToolCall(id=delta.id or "", function=function))
+        else:
+            function = calls[delta.index].function
+            whole = function.model_copy(update={"arguments": function.arguments + delta.arguments})
+            calls[delta.index] = calls[delta.index].model_copy(update={"function": whole})
+    return calls
 
 
 def _text_choice(tokens: Tokens, index: int, answer: _Answer) -> CompletionChoice:
@@ -298,6 +331,8 @@ class Chunks:
         self._nothing = '"delta":{}' if chat else '"text":""'
         self._heads = [f'{self._start}{{"index":{i},{self._text}' for i in range(len(self._offsets))]
         self._is_plain = not options.continuous_usage_stats
+        self._readers = [] if job.tools is None else [job.tools.reader() for _ in self._offsets]
+        self._with_calls: set[int] = set()
         usage = ',"usage":null' if options.include_usage else ""
         self._plain_tail = f'{self._after_text},"logprobs":null,"finish_reason":null}}]{usage}}}\n\n'
 
@@ -313,6 +348,8 @@ class Chunks:
         """The events of one output; none if it has nothing to show yet."""
         self._tally.add(prompt, output)
         index = prompt * self._job.num_answers + output.index
+        if self._readers:
+            return self._of_tools(index, output)
         if output.logprobs is None and self._is_plain:
             text = output.text
             event = (self._heads[index] + _quote(text) + self._plain_tail).encode() if text else b""
@@ -326,6 +363,24 @@ class Chunks:
             return event
         end = f'"finish_reason":"{_finish(output)}","stop_reason":{json.dumps(output.stop_reason)}'
         return event + self._event(index, self._nothing, end=end)
+
+    def _of_tools(self, index: int, output: Output) -> bytes:
+        """The events of an output that may hold calls, or a part of one."""
+        reader, is_last = self._readers[index], output.finish_reason is not None
+        parts = [reader.push(output.text), *([reader.finish()] if is_last else [])]
+        content, calls = "".join(part.content for part in parts), [c for part in parts for c in part.calls]
+        deltas = [f'"delta":{{"tool_calls":[{_call_delta(call)}]}}' for call in calls]
+        if content or (output.logprobs and not deltas):
+            deltas.insert(0, self._text + _quote(content) + self._after_text)
+        logprobs = [self._logprobs(index, output), *["null"] * len(deltas)]
+        events = [self._event(index, *pair) for pair in zip(deltas, logprobs, strict=False)]
+        if calls:
+            self._with_calls.add(index)
+        if is_last:
+            finish = _finish_chat(output, index in self._with_calls)
+            end = f'"finish_reason":"{finish}","stop_reason":{json.dumps(output.stop_reason)}'
+            events.append(self._event(index, self._nothing, end=end))
+        return b"".join(events)
 
     def closing(self) -> bytes:
         """Events after the last output."""
@@ -355,6 +410,15 @@ class Chunks:
         result = text_logprobs(self._job.tokens, output.logprobs, self._offsets[index])
         self._offsets[index] += sum(len(token) for token in result.tokens)
         return result.model_dump_json()
+
+
+def _call_delta(call: CallDelta) -> str:
+    """What became known of a call, as the OpenAI API streams it."""
+    function = {"arguments": call.arguments}
+    if call.name is None:
+        return json.dumps({"index": call.index, "function": function})
+    start = {"index": call.index, "id": call.id, "type": "function"}
+    return json.dumps({**start, "function": {"name": call.name, **function}})
 
 
 class EventStream(StreamingResponse):

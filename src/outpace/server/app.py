@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from outpace import __version__
 from outpace.config import ServerConfig
-from outpace.errors import ConfigError, NotFoundError, ShuttingDownError
+from outpace.errors import ConfigError, InvalidRequestError, NotFoundError, ShuttingDownError
 from outpace.sampling import SamplingParams
 from outpace.server import errors
 from outpace.server.answers import Chunks, EventStream, Job, merge, whole
@@ -37,6 +37,7 @@ from outpace.server.protocol import (
     VersionResponse,
 )
 from outpace.server.tokens import Tokens, check_template
+from outpace.server.tools import Tools, load_tool_format
 from outpace.server.vllm_metrics import with_vllm_names
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ class Api:
         self._llm = llm
         self._model = config.served_model_name or llm.model_name
         self._started = int(time.time())
-        self._tokens = Tokens(llm.tokenizer, read_chat_template(config))
+        self._tool_format = load_tool_format(config.tool_call_parser)
+        self._has_auto_tools = config.enable_auto_tool_choice
+        self._tokens = Tokens(llm.tokenizer, read_chat_template(config), self._tool_format)
         level = config.per_request_spec_decode_metrics
         num_spec_tokens = llm.speculative.num_speculative_tokens
         self._draft_report = None if level == "none" else DraftReport(num_spec_tokens, level == "detailed")
@@ -121,13 +124,16 @@ class Api:
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation."""
         self._check_model(body.model)
-        sampling = body.sampling()
+        sampling, tools = body.sampling(), self._tools(body)
+        if tools is not None:
+            sampling = replace(sampling, structured_outputs=tools.structure())
         prompt = await self._tokens.encode_chat(
             body.messages,
             body.add_generation_prompt,
             body.continue_final_message,
             body.add_special_tokens,
             body.chat_template_kwargs,
+            [tool.model_dump(exclude_none=True) for tool in body.offered_tools] or None,
         )
         job = Job(
             "chat",
@@ -136,6 +142,7 @@ class Api:
             self._tokens,
             client_names=body.client_names,
             draft_report=self._draft_report,
+            tools=tools,
             synthetic=self._llm.speculative.is_synthetic,
         )
         return await self._answer(job, [prompt], [sampling], body, request)
@@ -153,6 +160,7 @@ class Api:
             sampling.n,
             self._tokens,
             tuple(echoes),
+            client_names=body.client_names,
             draft_report=self._draft_report,
             synthetic=self._llm.speculative.is_synthetic,
         )
@@ -231,6 +239,27 @@ class Api:
             return EventStream(Chunks(job, body.stream_options or StreamOptions()), outputs)
         async with while_connected(request.receive):
             return _json(await whole(job, outputs))
+
+    def _tools(self, body: ChatCompletionRequest) -> Tools | None:
+        """The tools that a request offers, if it does."""
+        if not body.offered_tools:
+            return None
+        must_call = body.tool_choice not in (None, "auto")
+        if not must_call and not self._has_auto_tools:
+            raise InvalidRequestError(
+                "tool_choice auto, the default where there are tools, needs a server that is started with "
+                "--enable-auto-tool-choice and the --tool-call-parser of its model; or give required, none "
+                "or the name of a function",
+                "tool_choice",
+            )
+        functions = [tool.function for tool in body.offered_tools]
+        return Tools(
+            self._tool_format,
+            {function.name: function.parameters for function in functions},
+            strict=frozenset(function.name for function in functions if function.strict),
+            must_call=must_call,
+            many=body.parallel_tool_calls is not False and isinstance(body.tool_choice, str | None),
+        )
 
     def _fitted(
         self, sampling: SamplingParams, body: CompletionRequest, prompt_ids: list[int]

@@ -9,6 +9,7 @@ is accepted. Ranges are checked by `SamplingParams`, the one place that knows th
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -17,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 from outpace.errors import InvalidRequestError
 from outpace.request import Speculation
-from outpace.sampling import SamplingParams
+from outpace.sampling import SamplingParams, StructuredOutputsParams
 
 MAX_N = 128  # the OpenAI API's own limit
 MAX_ANSWERS = 2048  # prompts × n of one request: each is a task and a place in the queue
@@ -64,6 +65,10 @@ Prompt = Annotated[
         _shape, "prompt_type", "Input should be a string, a list of strings, token ids or lists of them"
     ),
 ]
+JsonText = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[dict[str, Any], Tag("<other>")],
+    Discriminator(_shape, "json_text_type", "Input should be a JSON object or its text"),
+]
 Unsupported = Annotated[None, Field(description="Not supported: only null is accepted.")]
 
 
@@ -90,6 +95,65 @@ class SpeculationOptions(RequestModel):
     method: Text | None = Field(None, description="A draft method that the server runs, or none")
 
 
+class StructuredOutputs(RequestModel):
+    """What the answer must look like: exactly one of these, as in vLLM."""
+
+    schema_: JsonText | None = Field(None, alias="json", description="A JSON schema")
+    regex: Text | None = None
+    choice: list[Text] | None = Field(None, description="The texts to choose from")
+    grammar: Text | None = Field(None, description="A grammar in GBNF; its first rule is called root")
+    json_object: bool | None = Field(None, description="Any JSON object")
+    structural_tag: JsonText | None = Field(None, description="A structural tag of xgrammar")
+    disable_any_whitespace: bool = Field(False, description='With json: ", " and ": ", and no other space')
+
+    def for_sampling(self) -> StructuredOutputsParams:
+        """The same for the engine.
+
+        Raises:
+            InvalidRequestError: It is not exactly one constraint.
+        """
+        return StructuredOutputsParams(
+            json=self.schema_,
+            regex=self.regex,
+            choice=None if self.choice is None else tuple(self.choice),
+            grammar=self.grammar,
+            json_object=self.json_object,
+            structural_tag=self.structural_tag,
+            disable_any_whitespace=self.disable_any_whitespace,
+        )
+
+
+class JsonSchema(RequestModel):
+    """A JSON schema by name. It is always enforced."""
+
+    name: Text
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: Text | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(RequestModel):
+    """How the answer is constrained, in the words of the OpenAI API."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="Only with type json_schema")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise InvalidRequestError(
+                f"response_format.json_schema belongs to the type json_schema; the type is {self.type}",
+                "response_format",
+            )
+        return self
+
+    def for_sampling(self) -> StructuredOutputsParams | None:
+        """The same for the engine; None for any text."""
+        if self.json_schema is not None:
+            return StructuredOutputsParams(json=self.json_schema.schema_)
+        return StructuredOutputsParams(json_object=True) if self.type == "json_object" else None
+
+
 class GenerationRequest(RequestModel):
     """What completions and chat completions have in common."""
 
@@ -112,6 +176,8 @@ class GenerationRequest(RequestModel):
     bad_words: list[Text] | None = None
     allowed_token_ids: list[TokenId] | None = None
     skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = Field(None, description="Not with response_format")
     priority: Int = Field(0, description="Lower runs first under --scheduling-policy priority")
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true")
@@ -125,7 +191,6 @@ class GenerationRequest(RequestModel):
     service_tier: Literal["auto", "default"] | None = None
 
     prompt_logprobs: Unsupported = None
-    structured_outputs: Unsupported = None
     use_beam_search: Unsupported = None
     length_penalty: Unsupported = None
     truncate_prompt_tokens: Unsupported = None
@@ -134,7 +199,23 @@ class GenerationRequest(RequestModel):
     @property
     def client_names(self) -> dict[str, str]:
         """From the engine's names of fields to those that the client wrote, where they differ."""
-        return {}
+        return {} if self.response_format is None else {"structured_outputs": "response_format"}
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the answer must look like, however that was said.
+
+        Raises:
+            InvalidRequestError: It was said twice, or it is not exactly one constraint.
+        """
+        formatted = None if self.response_format is None else self.response_format.for_sampling()
+        if self.structured_outputs is None:
+            return formatted
+        if formatted is not None:
+            raise InvalidRequestError(
+                "response_format and structured_outputs exclude each other: give one", "structured_outputs"
+            )
+        return self.structured_outputs.for_sampling()
 
     def wanted_speculation(self) -> Speculation | None:
         """What is asked of the drafts.
@@ -166,7 +247,6 @@ class CompletionRequest(GenerationRequest):
     best_of: Int | None = Field(None, description="Only equal to n: answers are not ranked")
 
     suffix: Unsupported = None
-    response_format: Unsupported = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionRequest:
@@ -206,39 +286,130 @@ Content = Annotated[
 ]
 
 
+class FunctionCall(RequestModel):
+    """What a call asks for."""
+
+    name: Text
+    arguments: Text = Field(description="A JSON object, as text")
+
+
+class ToolCall(RequestModel):
+    """A call that the model made."""
+
+    id: Text
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(RequestModel):
     """One turn of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="developer means system")
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description="developer means system"
+    )
+    content: Content | None = Field(None, description="May be left out only beside tool_calls")
     name: Text | None = Field(None, description="Handed to the chat template")
+    tool_calls: list[ToolCall] | None = Field(None, description="Only of the assistant")
+    tool_call_id: Text | None = Field(None, description="Only of a tool: the call that this answers")
 
     # Null in what a client sends back of an earlier answer.
     refusal: Unsupported = None
+    annotations: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
-    tool_calls: Unsupported = None
-    tool_call_id: Unsupported = None
 
-    def for_template(self) -> dict[str, str]:
-        """The message as chat templates expect it: its text in one string."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        message = {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: its text in one string, arguments as objects."""
+        parts = [self.content] if isinstance(self.content, str) else [p.text for p in self.content or ()]
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": "".join(parts)}
         if self.name is not None:
             message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": json.loads(call.function.arguments),
+                    },
+                }
+                for call in self.tool_calls
+            ]
         return message
 
 
-class ResponseFormat(RequestModel):
-    """How the answer is constrained: not at all."""
+def _check_messages(messages: list[ChatMessage]) -> list[ChatMessage]:
+    for number, message in enumerate(messages):
+        place = f"messages[{number}]"
+        if message.content is None and not message.tool_calls:
+            raise InvalidRequestError(f"{place}.content is required", f"{place}.content")
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(message, field) and message.role != role:
+                reason = f"{place}.{field} goes with the role {role}, not with {message.role}"
+                raise InvalidRequestError(reason, f"{place}.{field}")
+        for index, call in enumerate(message.tool_calls or ()):
+            if not _is_object(call.function.arguments):
+                at = f"{place}.tool_calls[{index}].function.arguments"
+                value = ascii(call.function.arguments[:80])
+                raise InvalidRequestError(f"{at} must be a JSON object as text, got {value}", at)
+    return messages
 
-    type: Literal["text"]
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1), AfterValidator(_check_messages)]
+
+
+class Function(RequestModel):
+    """What a tool does and what it takes."""
+
+    name: Annotated[Text, Field(min_length=1)]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; without one, no arguments")
+    strict: bool | None = Field(
+        None, description="Calls always match the schema, also under tool_choice auto"
+    )
+
+
+class Tool(RequestModel):
+    """Something the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(RequestModel):
+    """A function by its name."""
+
+    name: Text
+
+
+class NamedTool(RequestModel):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("<text>")] | Annotated[NamedTool, Tag("<other>")],
+    Discriminator(_shape, "tool_choice_type", "Input should be a string or an object"),
+]
 
 
 class ChatCompletionRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Messages
     max_tokens: Int | None = None
     max_completion_tokens: Int | None = Field(None, description="The newer name of max_tokens")
     logprobs: bool | None = None
@@ -248,12 +419,13 @@ class ChatCompletionRequest(GenerationRequest):
     add_special_tokens: bool = Field(False, description="Add the tokenizer's own to what the template writes")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template")
 
-    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = Field(None, description="auto if there are tools, else none")
+    parallel_tool_calls: bool | None = Field(
+        None, description="Whether there may be several calls; default true"
+    )
 
-    tools: Unsupported = None
-    tool_choice: Unsupported = None
-    parallel_tool_calls: Unsupported = None
     functions: Unsupported = None
     function_call: Unsupported = None
     audio: Unsupported = None
@@ -269,7 +441,19 @@ class ChatCompletionRequest(GenerationRequest):
     def client_names(self) -> dict[str, str]:
         """See GenerationRequest."""
         limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        return {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+        names = {"prompt": "messages", "logprobs": "top_logprobs", "max_tokens": limit}
+        if self.offered_tools:
+            names["structured_outputs"] = "tools"
+        return {**super().client_names, **names}
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model may call, or must; none of them under tool_choice none."""
+        if self.tool_choice == "none" or not self.tools:
+            return []
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatCompletionRequest:
@@ -282,7 +466,21 @@ class ChatCompletionRequest(GenerationRequest):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequestError("top_logprobs is only allowed with logprobs: true", "top_logprobs")
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise InvalidRequestError("tools must have different names", "tools")
+        if self.tool_choice not in (None, "none", "auto") and not self.offered_tools:
+            what = "required" if self.tool_choice == "required" else "a function that is not among tools"
+            raise InvalidRequestError(f"tool_choice is {what}: there is no such tool to call", "tool_choice")
+        if self.offered_tools and self.structure is not None:
+            field = "response_format" if self.structured_outputs is None else "structured_outputs"
+            raise InvalidRequestError(
+                f"{field} leaves no way to call a tool: leave it out, or give tool_choice none", field
+            )
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters.
@@ -299,7 +497,7 @@ class TokenizeRequest(RequestModel):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = Field(None, description="Default: for a prompt, not for messages")
     add_generation_prompt: bool | None = Field(None, description="Default: unless continue_final_message")
     continue_final_message: bool = False
@@ -347,7 +545,7 @@ def _sampling(request: GenerationRequest, max_tokens: int | None, logprobs: int 
         logprobs: Its `logprobs`.
     """
     asked: dict[str, Any] = {name: getattr(request, name) for name in _SAME_IN_SAMPLING}
-    asked |= {"max_tokens": max_tokens, "logprobs": logprobs}
+    asked |= {"max_tokens": max_tokens, "logprobs": logprobs, "structured_outputs": request.structure}
     asked["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
     asked = {key: tuple(value) if isinstance(value, list) else value for key, value in asked.items()}
     asked["logit_bias"] = {_token_id(key): bias for key, bias in (request.logit_bias or {}).items()}
@@ -428,8 +626,9 @@ class AnswerMessage(BaseModel):
     """The model's turn."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None = Field(description="Null if there is nothing but calls")
     refusal: None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -438,7 +637,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None = Field(description="The stop string or token that ended it, if one did")
 
 

@@ -13,9 +13,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from outpace.errors import ConfigError, InvalidRequestError
 from outpace.models.tokenizer import encode, encode_chat
 from outpace.server.protocol import ChatMessage
+from outpace.server.tools import ToolFormat, in_words
 
 # Tokenising this much takes about a millisecond: longer texts go to a thread, so that streams do not stutter.
 MAX_CHARS_ON_LOOP = 4096
+
+_GREETING = [{"role": "user", "content": "Hello"}]
+_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "Does f.", "parameters": {"type": "object", "properties": {}}},
+}
 
 
 class Tokens:
@@ -24,19 +31,23 @@ class Tokens:
     Args:
         tokenizer: A fast transformers tokenizer.
         chat_template: Replaces the tokenizer's own template, if given.
+        tool_format: How calls are written where the template knows nothing of tools.
 
     Raises:
         ConfigError: The template has a syntax error.
     """
 
-    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, chat_template: str | None = None, tool_format: ToolFormat | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = chat_template
+        self._tool_format = tool_format
         self._is_byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
         self._added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items()}
         self._size = len(tokenizer)
         self.of = lru_cache(maxsize=2**16)(self._of)
-        self._try_template()
+        self._knows_tools = self._try_template()
 
     async def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of each text."""
@@ -55,6 +66,7 @@ class Tokens:
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         template_kwargs: dict[str, Any] | None = None,
+        tools: list[dict[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, written by the chat template.
 
@@ -65,6 +77,7 @@ class Tokens:
             continue_final_message: Leave the last message open instead.
             add_special_tokens: Whether the tokenizer adds its own tokens to what the template wrote.
             template_kwargs: Further variables of the template.
+            tools: What the model may call; a template that knows no tools has them in the system message.
 
         Raises:
             InvalidRequestError: There is no template, or it refuses these messages.
@@ -75,6 +88,8 @@ class Tokens:
             )
         opens_turn = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         conversation = [message.for_template() for message in messages]
+        if not self._knows_tools and self._tool_format is not None:
+            conversation, tools = in_words(conversation, tools or [], self._tool_format), None
         lay_out = partial(
             encode_chat,
             self._tokenizer,
@@ -84,6 +99,7 @@ class Tokens:
             add_generation_prompt=opens_turn,
             continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
+            tools=tools,
         )
         if sum(len(message["content"]) for message in conversation) <= MAX_CHARS_ON_LOOP:
             return lay_out()
@@ -110,13 +126,19 @@ class Tokens:
         """Each token as the vocabulary writes it."""
         return [str(token) for token in self._tokenizer.convert_ids_to_tokens(token_ids)]
 
-    def _try_template(self) -> None:
-        """Compiles the template, for the first request's sake and to find a broken one before any."""
+    def _try_template(self) -> bool:
+        """Compiles the template, for the first request's sake and to find a broken one before any.
+
+        Returns:
+            Whether it takes notice of tools.
+        """
+        write = partial(encode_chat, self._tokenizer, _GREETING, chat_template=self._template)
         try:
-            encode_chat(self._tokenizer, [{"role": "user", "content": "Hello"}], chat_template=self._template)
+            return write() != write(tools=[_TOOL])
         except InvalidRequestError as error:
             if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
                 raise _broken_template(error.__cause__) from None
+            return False
 
     def _of(self, token_id: int) -> tuple[str, list[int]]:
         """Text and bytes of a single token; a token may be part of a character only."""

@@ -19,12 +19,13 @@ class Verifier(ABC):
     """Decides which drafts to accept."""
 
     @abstractmethod
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         """Accepts a path of each tree and adds one token from the target.
 
         Args:
             batch: What was computed.
             target: Its logits; not modified.
+            allowed: [samples, vocab] bool, False where a grammar forbids a token; None allows all.
 
         Returns:
             One decision per entry, with at least one token where the entry samples, else None.
@@ -43,10 +44,10 @@ class MatchVerifier(Verifier):
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         """See Verifier."""
         rows = rows_to_sample(batch)
-        wanted = target_logits(target.logits, rows, kernels=self._kernels)
+        wanted = target_logits(target.logits, rows, allowed, kernels=self._kernels)
         chosen = choose(wanted, rows, kernels=self._kernels)
         return Verdict(tuple(_decide(entry, chosen, target.logits) for entry in batch.entries))
 
@@ -63,10 +64,10 @@ class RatioVerifier(Verifier):
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         """See Verifier."""
         rows = rows_to_sample(batch)
-        wanted = target_logits(target.logits, rows, kernels=self._kernels)
+        wanted = target_logits(target.logits, rows, allowed, kernels=self._kernels)
         largest = max((len(entry.tree) for entry in batch.entries), default=0)
         numbers = uniforms(rows, largest, Noise.ACCEPTANCE).tolist()
         decisions: list[Decision | None] = []
@@ -104,12 +105,11 @@ class SyntheticVerifier(Verifier):
         self._kernels = kernels
         self._rates = rates
 
-    def verify(self, batch: Batch, target: TargetOutput) -> Verdict:
+    def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         """See Verifier."""
         rows = rows_to_sample(batch)
-        chosen = choose(
-            target_logits(target.logits, rows, kernels=self._kernels), rows, kernels=self._kernels
-        )
+        wanted = target_logits(target.logits, rows, allowed, kernels=self._kernels)
+        chosen = choose(wanted, rows, kernels=self._kernels)
         numbers = uniforms(rows, 1, Noise.SYNTHETIC).squeeze(1).tolist()
         decisions: list[Decision | None] = []
         for entry in batch.entries:
