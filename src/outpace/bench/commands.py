@@ -6,6 +6,8 @@ import argparse
 import json
 import math
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -334,7 +336,7 @@ def _add_sweep(commands: Any) -> None:
     )
     loads.add_argument("--trace", type=Path, metavar="FILE", help="open loop: a trace's arrivals")
     loads.add_argument(
-        "--trace-speed", type=_list_of(_POSITIVE), default=(1.0,), metavar="X,...", help="times as fast"
+        "--trace-speed", type=_list_of(_POSITIVE), metavar="X,...", help="times as fast (default: 1)"
     )
     loads.add_argument(
         "--num-prompts",
@@ -353,16 +355,107 @@ def _add_sweep(commands: Any) -> None:
     out = parser.add_argument_group("Results")
     out.add_argument("--json", type=Path, required=True, metavar="FILE", help="saved after every run")
     out.add_argument("--resume", action="store_true", help="go on with FILE: do only the runs it lacks")
-    out.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG plots here at the end")
+    out.add_argument(
+        "--plots", action=argparse.BooleanOptionalAction, default=True, help="draw PNG plots beside FILE"
+    )
     out.add_argument("--log-dir", type=Path, metavar="DIR", help="servers' logs (default: beside FILE)")
     out.add_argument("--start-timeout", type=_POSITIVE, default=300.0, metavar="SECONDS", help="default: 300")
     _add_queries(parser)
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from outpace.bench import sweep
+    from outpace.bench import plots, sweep
 
-    return sweep.main(args)
+    if args.plots:
+        plots.require_matplotlib()
+    log_dir = args.log_dir or args.json.with_suffix(".logs")
+    plan = _plan(args, log_dir)
+    result = sweep.run(plan, args.json, log_dir, args.start_timeout, args.resume)
+    sweep.print_points(result)
+    if args.plots:
+        for path in plots.draw(result, args.json.parent, args.json.stem, {}):
+            print(path)
+    failed = sum("error" in cell for cell in result["cells"])
+    print(json.dumps({name: value for name, value in result.items() if name != "cells"} | {"failed": failed}))
+    if failed:
+        raise BenchError(f"{failed} of {len(result['cells'])} runs failed; --resume does them again")
+    return 0
+
+
+def _plan(args: argparse.Namespace, log_dir: Path) -> Any:
+    from outpace.bench import report, sweep
+
+    configurations = _configurations(args, log_dir)
+    kinds: tuple[tuple[Any, tuple[float, ...]], ...] = (
+        ("concurrency", args.concurrency),
+        ("rate", args.request_rates),
+        ("trace", (args.trace_speed or (1.0,)) if args.trace else ()),
+    )
+    if args.trace_speed and not args.trace:
+        raise ConfigError("--trace-speed goes with --trace")
+    if args.duration and not (args.request_rates or args.trace):
+        raise ConfigError("--duration goes with --request-rates or --trace")
+    if args.burstiness and not args.request_rates:
+        raise ConfigError("--burstiness goes with --request-rates")
+    return sweep.Plan(
+        configurations=tuple(configurations),
+        points=tuple(dict.fromkeys(sweep.Point(kind, value) for kind, values in kinds for value in values)),
+        repetitions=args.repetitions,
+        baseline=args.baseline or (configurations[0].label if configurations else ""),
+        conversations=_conversations(args),
+        endpoint_options=_endpoint_options(args),
+        model=args.model,
+        output_len=args.output_len,
+        num_prompts=args.num_prompts,
+        num_warmups=args.num_warmups,
+        duration_s=args.duration,
+        burstiness=args.burstiness or 1.0,
+        trace=args.trace,
+        goals=report.parse_goals(args.goodput),
+        timeout_s=args.timeout,
+        seed=args.seed,
+    )
+
+
+def _configurations(args: argparse.Namespace, log_dir: Path) -> list[Any]:
+    """In the order of --policies, --server, --command, --base-url."""
+    from outpace.bench.client import root_url
+    from outpace.bench.sweep import Configuration
+
+    own = [(policy, _policy_flags(policy)) for policy in (args.policies or "").split(",") if policy]
+    own += [(label, shlex.split(words)) for label, words in map(_labelled, args.server)]
+    if (args.serve_args or args.step_log) and not own:
+        raise ConfigError("--serve-args and --step-log go with --server or --policies")
+    configurations = []
+    for label, words in own:
+        command = [sys.executable, "-m", "outpace", "serve", *shlex.split(args.serve_args), *words]
+        step_log = log_dir / f"{label.replace('/', '_')}.steps.jsonl" if args.step_log else None
+        command += ["--port", "{port}", *(("--step-log", str(step_log)) if step_log else ())]
+        configurations.append(Configuration(label, tuple(command), is_own=True, step_log=step_log))
+    for label, line in map(_labelled, args.commands):
+        if "{port}" not in line:
+            raise ConfigError(f"--command {label!r} must say where the port goes: {{port}}")
+        configurations.append(Configuration(label, tuple(shlex.split(line))))
+    for text in args.base_urls:
+        label, equals, url = text.partition("=")
+        if not label or not equals:
+            raise ConfigError(f"--base-url takes LABEL=URL, got {text!r}")
+        configurations.append(Configuration(label, base_url=root_url(url)))
+    return configurations
+
+
+def _policy_flags(policy: str) -> list[str]:
+    """`fixed:3` names a policy and its draft length."""
+    name, _, length = policy.partition(":")
+    return ["--spec-policy", name, *(("--spec-tokens", length) if length else ())]
+
+
+def _labelled(text: str) -> tuple[str, str]:
+    """Splits `LABEL: WORDS` at the first colon before a space, since a label may be `fixed:3`."""
+    label, colon, words = (text + " ").partition(": ")
+    if not colon or not label.strip():
+        raise ConfigError(f"a label and a colon must come first, as 'off: --spec-policy off'; got {text!r}")
+    return label.strip(), words.strip()
 
 
 # --- bench plot -----------------------------------------------------------------------------------------
@@ -383,12 +476,9 @@ def _add_plot(commands: Any) -> None:
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from outpace.bench import plots
+    from outpace.bench import plots, report
 
-    try:
-        result = json.loads(args.result.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the result {args.result}: {error}") from None
+    result = report.read_json(args.result)
     pairs = [text.partition("=") for text in args.step_logs]
     if wrong := [label for label, equals, _ in pairs if not equals]:
         raise ConfigError(f"--step-log takes LABEL=FILE, got {wrong[0]!r}")

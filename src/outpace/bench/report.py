@@ -142,7 +142,7 @@ class Drafts:
     per_position: Mapping[int, float]
 
 
-def read_drafts(base_url: str, api_key: str | None) -> Drafts | None:
+def read_drafts(base_url: str, api_key: str | None = None) -> Drafts | None:
     """The server's counters now, or None if it shows none."""
     try:
         return parse_drafts(client.get(base_url, "/metrics", api_key).decode(errors="replace"))
@@ -299,6 +299,21 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
         draft.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A result that was written.
+
+    Raises:
+        ConfigError: It cannot be read, or is no JSON object.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the result {path}: {error}") from None
+    if not isinstance(result, dict):
+        raise ConfigError(f"cannot read the result {path}: it is no JSON object")
+    return result
 
 
 # --- Where a result is from -----------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,8 @@ START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 POLL_S = 0.2
 LOG_TAIL_BYTES = 3000
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # of prctl, Linux
 
 
 class ServerError(OutpaceError):
@@ -74,6 +78,7 @@ class Server:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
                 )
             except OSError as error:
                 raise ServerError(f"cannot run {words[0]}: {error.strerror or error}") from None
@@ -131,6 +136,11 @@ class Server:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
+
+
+def _die_with_parent() -> None:
+    """Has the kernel kill the child if we are killed: a frozen server would otherwise stay for ever."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_port() -> int:
