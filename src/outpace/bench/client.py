@@ -220,7 +220,6 @@ def run(
     """
     requests = [endpoint.request(query) for query in queries]
     sender = _Sender(endpoint, timeout_s, on_answer)
-    gc.collect()
     gc.disable()
     try:
         asyncio.run(sender.send_all(requests, load))

@@ -104,25 +104,25 @@ class Server:
 
     def freeze(self) -> None:
         """Takes the processor away from the whole group."""
-        self._signal(signal.SIGSTOP)
+        self.signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Gives it back."""
-        self._signal(signal.SIGCONT)
+        self.signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """Ends it politely, and by force if that takes too long."""
         if self._process is None:
             return
         self.thaw()
-        self._signal(signal.SIGTERM)
+        self.signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_TIMEOUT_S)
         self.kill()
 
     def kill(self) -> None:
         """Ends the whole group by force; frozen processes die too."""
-        self._signal(signal.SIGKILL)
+        self.signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
 
@@ -132,7 +132,8 @@ class Server:
             return self.log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
         return ""
 
-    def _signal(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the whole group, if it is there."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)

@@ -209,13 +209,14 @@ def run(plan: Plan, out: Path, log_dir: Path, start_timeout_s: float, resume: bo
     cells = [c for c in cells if "error" not in c]
     todo = [cell for cell in plan.cells() if cell.key not in done]
     log_dir.mkdir(parents=True, exist_ok=True)
+    origin = report.provenance(plan.seed)
     with _servers(plan, log_dir, start_timeout_s, todo) as servers:
         for number, cell in enumerate(todo):
             cells.append(_record(plan, cell, servers, start_timeout_s))
-            report.write_json(out, _result(plan, cells))
+            report.write_json(out, summarise(plan, cells, origin))
             left = _minutes_left(cells, todo[number + 1 :])
             _say(f"[{number + 1}/{len(todo)}] {_line(cells[-1])}; {left}")
-    result = _result(plan, cells)
+    result = summarise(plan, cells, origin)
     report.write_json(out, result)
     return result
 
@@ -332,11 +333,18 @@ def _minutes_left(done: Sequence[Mapping[str, Any]], todo: Sequence[Cell]) -> st
 # --- Results --------------------------------------------------------------------------------------------
 
 
-def _result(plan: Plan, cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(plan: Plan, cells: Sequence[Mapping[str, Any]], origin: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole result: medians, spreads and ratios at each load, and all runs as they were.
+
+    Args:
+        plan: What was to be measured.
+        cells: The runs so far.
+        origin: Of `report.provenance`.
+    """
     points = [_point(plan, point, cells) for point in plan.points]
     return {
         "kind": "sweep",
-        **report.provenance(plan.seed),
+        **origin,
         "plan": plan.describe(),
         "repetitions": plan.repetitions,
         "points": points,
@@ -435,10 +443,10 @@ def print_points(result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     baseline = result["plan"]["baseline"]
-    table = Table(title="medians (range of repetitions)")
+    table = Table(title="medians of the repetitions (with their range); latencies in ms")
     table.add_column("load")
     table.add_column("configuration")
-    for name in ("tokens/s", "TTFT ms", "TPOT ms", "E2E ms", "E2E p99"):
+    for name in ("tokens/s", "TTFT p50", "TPOT p50", "E2E mean", "E2E p99"):
         table.add_column(name, justify="right")
     for name in (baseline, BEST_FIXED, BEST_OTHER):
         table.add_column(f"× {name}", justify="right")
@@ -468,7 +476,7 @@ def _row(baseline: str, kind: str, numbers: Mapping[str, Any]) -> Iterator[str]:
         return f"{middle} ({low} to {high})" if with_range else middle
 
     yield shown(numbers.get("output_throughput"), 1, True)
-    for name in ("ttft_ms_mean", "tpot_ms_mean", "e2e_ms_mean", "e2e_ms_p99"):
+    for name in ("ttft_ms_p50", "tpot_ms_p50", "e2e_ms_mean", "e2e_ms_p99"):
         yield shown(numbers.get(name), 1, False)
     what = "throughput" if kind == "concurrency" else "latency"
     for name in (baseline, BEST_FIXED, BEST_OTHER):
