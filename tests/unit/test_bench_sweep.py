@@ -42,10 +42,11 @@ def test_a_sweep_measures_compares_saves_and_draws(
 ) -> None:
     out = tmp_path / "new" / "result.json"
     servers = ["--command", f"off: {FAKE}", "--command", f"other: {FAKE}", "--baseline", "off"]
-    loads = ["--concurrency", "1,2", "--request-rates", "100"]
+    loads = ["--concurrency", "1,2", "--request-rates", "100", "--goodput", "ttft:5000"]
     assert bench(out, *servers, *loads, "--repetitions", "2") == 0
     printed = capsys.readouterr()
     assert "min left" in printed.err
+    assert "note: 18 prompts are sent to each configuration, 8 differ" in printed.err
     result = json.loads(out.read_text())
     order = [(c["repetition"], c["load"], c["configuration"]) for c in result["cells"]]
     assert order[:2] == [(0, "c=1", "off"), (0, "c=1", "other")]
@@ -56,6 +57,7 @@ def test_a_sweep_measures_compares_saves_and_draws(
     assert point["off"]["ratios"]["off"]["throughput"]["median"] == 1
     assert point["other"]["ratios"]["off"]["latency"]["n"] == 2
     assert result["overall"]["num_loads"] == 2
+    assert result["points"][2]["configurations"]["off"]["goodput"]["n"] == 2
     assert last_line(printed.out)["points"] == result["points"]
     drawn = sorted(path.name for path in out.parent.glob("*.png"))
     assert drawn == ["result-latency.png", "result-throughput.png"]
@@ -71,7 +73,7 @@ def test_a_sweep_measures_compares_saves_and_draws(
     assert len(more["cells"]) == 18
     assert "[1/6]" in capsys.readouterr().err
     assert bench(out, *servers, "--concurrency", "4", "--repetitions", "2", "--resume") == 2
-    assert "another sweep (it differs in loads)" in capsys.readouterr().err
+    assert "another sweep (it differs in loads, goals_ms)" in capsys.readouterr().err
 
 
 def test_a_server_that_dies_costs_its_run_is_reported_and_started_again(

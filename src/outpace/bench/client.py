@@ -19,16 +19,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from outpace.bench.workload import Closed, Load, Open, Phased, Query
 from outpace.errors import ConfigError
 
 DEFAULT_TIMEOUT_S = 600.0
 PROBE_TIMEOUT_S = 10.0
+_OPENER = build_opener(ProxyHandler({}))  # the run itself takes no proxy either
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 # Where servers put what an answer says; each kind takes tokens.
 _TEXTS = ("content", "text", "reasoning_content", "reasoning", "tool_calls")
+_CHUNKED = re.compile(rb"^transfer-encoding:\s*chunked", re.IGNORECASE | re.MULTILINE)
 _CHUNK_SIZE = re.compile(rb"(?:\r\n)?([0-9a-fA-F]+)[^\r\n]*\r\n")
 
 Pieces = list[tuple[float, bytes]]
@@ -178,7 +180,7 @@ def get(base_url: str, path: str, api_key: str | None = None) -> bytes:
     """
     url = root_url(base_url) + path
     try:
-        with urlopen(Request(url, headers=_headers(api_key)), timeout=PROBE_TIMEOUT_S) as reply:
+        with _OPENER.open(Request(url, headers=_headers(api_key)), timeout=PROBE_TIMEOUT_S) as reply:
             return bytes(reply.read())
     except HTTPError as error:
         with error:
@@ -357,16 +359,16 @@ def _answer(exchange: _Exchange, start_s: float) -> Answer:
         error = error or str(reason)
     end = stream.last_s if error is None else exchange.closed_s
     chunks = stream.chunks_s or [end]  # an answer may be without text, as when its one token ends it
-    usage = stream.usage
+    count = stream.usage.get("completion_tokens")
     return Answer(
         index=exchange.index,
         due_s=exchange.due_s - start_s,
         sent_s=exchange.sent_s - start_s,
         chunks_s=tuple(when - start_s for when in chunks) if error is None else (),
         end_s=end - start_s,
-        prompt_tokens=usage.get("prompt_tokens"),
-        output_tokens=usage.get("completion_tokens", len(stream.chunks_s)),
-        has_usage="completion_tokens" in usage,
+        prompt_tokens=stream.usage.get("prompt_tokens"),
+        output_tokens=len(stream.chunks_s) if count is None else count,
+        has_usage=count is not None,
         error=error,
     )
 
@@ -377,7 +379,7 @@ class _Stream:
     def __init__(self) -> None:
         self.chunks_s: list[float] = []
         self.last_s = 0.0
-        self.usage: dict[str, int] = {}
+        self.usage: dict[str, int | None] = {}
         self.is_complete = False
 
     def read(self, pieces: Pieces) -> None:
@@ -398,7 +400,8 @@ class _Stream:
     def _read_event(self, event: Any) -> None:
         if event.get("error"):
             raise _AnswerError(_message(event))
-        self.usage = event.get("usage") or self.usage
+        if isinstance(usage := event.get("usage"), dict):
+            self.usage = usage
         for choice in event.get("choices") or ():
             delta = choice.get("delta") or choice
             if any(delta.get(name) for name in _TEXTS):
@@ -420,7 +423,7 @@ def _body(pieces: Pieces) -> Iterator[tuple[float, bytes]]:
             head, _, rest = bytes(buffer).partition(b"\r\n\r\n")
             if head.split(b" ", 2)[1:2] != [b"200"]:
                 raise _AnswerError(_refusal(pieces))
-            is_chunked, buffer = b"transfer-encoding: chunked" in head.lower(), bytearray(rest)
+            is_chunked, buffer = bool(_CHUNKED.search(head)), bytearray(rest)
         while is_chunked:
             if left:
                 part = bytes(buffer[:left])

@@ -410,6 +410,7 @@ def _plan(args: argparse.Namespace, log_dir: Path) -> Any:
         num_warmups=args.num_warmups,
         duration_s=args.duration,
         burstiness=args.burstiness or 1.0,
+        dataset=args.dataset,
         trace=args.trace,
         goals=report.parse_goals(args.goodput),
         timeout_s=args.timeout,

@@ -128,13 +128,19 @@ def _throughput_figure(result: Mapping[str, Any], points: Sequence[Mapping[str, 
 
 
 def _latency_figure(result: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Any:
-    figure, panels = _figure(2, _title(result))
+    has_goals = bool(result["plan"]["goals_ms"])
+    figure, panels = _figure(3 if has_goals else 2, _title(result))
     what = "request rate, requests/s" if points[0]["kind"] == "rate" else "times as fast as the trace"
-    for axes, part in zip(panels, ("mean", "p99"), strict=True):
+    for axes, part in zip(panels, ("mean", "p99"), strict=False):
         _lines(axes, points, lambda numbers, part=part: numbers.get(f"{LATENCIES[-1]}_{part}"))
         axes.set_xlabel(what)
         axes.set_ylabel(f"{part} end-to-end latency, ms")
         axes.set_yscale("log")
+    if has_goals:
+        _lines(panels[2], points, lambda numbers: numbers.get("goodput"))
+        goals = ", ".join(f"{name} {limit:g} ms" for name, limit in result["plan"]["goals_ms"].items())
+        panels[2].set_xlabel(what)
+        panels[2].set_ylabel(f"goodput, requests/s ({goals})")
     return figure
 
 

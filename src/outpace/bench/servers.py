@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,8 +20,14 @@ START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
 POLL_S = 0.2
 LOG_TAIL_BYTES = 3000
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1  # of prctl, Linux
+# On Linux the kernel kills a server whose benchmark was killed; a frozen one would otherwise stay for ever.
+# 1 is PR_SET_PDEATHSIG, 9 is SIGKILL, and the setting outlives exec. The parent may be gone already.
+_DIE_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class ServerError(OutpaceError):
@@ -70,18 +76,16 @@ class Server:
         """
         self.port = _free_port()
         words = [word.replace("{port}", str(self.port)) for word in self.command]
+        if shutil.which(words[0]) is None:
+            raise ServerError(f"cannot run {words[0]}: there is no such program")
         with self.log.open("ab") as log:
-            try:
-                self._process = subprocess.Popen(
-                    words,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=_die_with_parent if sys.platform == "linux" else None,
-                )
-            except OSError as error:
-                raise ServerError(f"cannot run {words[0]}: {error.strerror or error}") from None
+            self._process = subprocess.Popen(
+                [*_wrapper(), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + timeout_s
         try:
             while not self._is_well():
@@ -139,9 +143,10 @@ class Server:
                 os.killpg(self._process.pid, number)
 
 
-def _die_with_parent() -> None:
-    """Has the kernel kill the child if we are killed: a frozen server would otherwise stay for ever."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _wrapper() -> list[str]:
+    if sys.platform != "linux":
+        return []
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
 
 
 def _free_port() -> int:

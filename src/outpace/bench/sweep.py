@@ -96,6 +96,7 @@ class Plan:
     num_warmups: int = 4
     duration_s: float | None = None
     burstiness: float = 1.0
+    dataset: Path | None = None
     trace: Path | None = None
     goals: tuple[report.Goal, ...] = ()
     timeout_s: float = client.DEFAULT_TIMEOUT_S
@@ -142,6 +143,11 @@ class Plan:
         number = self.num_prompts or max(MIN_PROMPTS, PROMPTS_PER_CLIENT * clients)
         return Closed(clients), [length] * number
 
+    @property
+    def num_queries(self) -> int:
+        """Of each configuration in all repetitions, warm-ups included."""
+        return self.repetitions * sum(len(self.load(p, 0)[1]) + self.num_warmups for p in self.points)
+
     def work(self, point: Point, repetition: int) -> tuple[Load, list[Query], list[Query]]:
         """The load of a run, its queries, and those sent before it to warm up."""
         sizes = {p: len(self.load(p, repetition)[1]) + self.num_warmups for p in self.points}
@@ -167,6 +173,7 @@ class Plan:
             ],
             "loads": [{"label": p.label, "kind": p.kind, "value": p.value} for p in self.points],
             "baseline": self.baseline,
+            "dataset": str(self.dataset) if self.dataset else None,
             "num_conversations": len(self.conversations),
             "endpoint": self.endpoint_options,
             "model": self.model,
@@ -209,6 +216,9 @@ def run(plan: Plan, out: Path, log_dir: Path, start_timeout_s: float, resume: bo
     cells = [c for c in cells if "error" not in c]
     todo = [cell for cell in plan.cells() if cell.key not in done]
     log_dir.mkdir(parents=True, exist_ok=True)
+    if plan.num_queries > len(plan.conversations):
+        different = len(plan.conversations)
+        _say(f"note: {plan.num_queries} prompts are sent to each configuration, {different} differ")
     origin = report.provenance(plan.seed)
     with _servers(plan, log_dir, start_timeout_s, todo) as servers:
         for number, cell in enumerate(todo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import itertools
 import json
@@ -205,7 +206,8 @@ def poisson(rate: float, number: int, seed: int, burstiness: float = 1.0) -> Ope
     return Open(tuple(itertools.accumulate(gaps)))
 
 
-def read_trace(path: Path, speed: float = 1.0, duration_s: float | None = None) -> list[Arrival]:
+@functools.lru_cache
+def read_trace(path: Path, speed: float = 1.0, duration_s: float | None = None) -> tuple[Arrival, ...]:
     """The arrivals of a trace, from its first on.
 
     Args:
@@ -218,7 +220,7 @@ def read_trace(path: Path, speed: float = 1.0, duration_s: float | None = None) 
     """
     try:
         with _open_text(path) as file:
-            arrivals = list(_arrivals(file, path, speed, math.inf if duration_s is None else duration_s))
+            arrivals = tuple(_arrivals(file, path, speed, math.inf if duration_s is None else duration_s))
     except (OSError, EOFError, UnicodeError) as error:
         raise ConfigError(f"cannot read the trace {path}: {error}") from None
     if not arrivals:
