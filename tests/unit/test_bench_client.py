@@ -68,6 +68,7 @@ def test_without_usage_chunks_are_counted_and_the_summary_says_so(server: tuple[
     assert run.answers[0].output_tokens == len(TEXTS)
     summary = report.summarise(run, (), None)
     assert summary["tokens_are"] == "chunks"
+    assert summary["client_cpu_share"] > 0
     assert summary["prompt_tokens"] is None
     both = report.summarise(send(server[1], "uncounted", "hi"), (), None)
     assert both["tokens_are"].startswith("partly")
@@ -198,7 +199,8 @@ def test_a_run_without_any_answer_fails_and_says_why(
     assert bench(server[1], "--request-rate", "inf", "--num-prompts", "2", "--dataset", str(dataset)) == 1
     printed = capsys.readouterr()
     assert "FAILED 2 times: HTTP 429" in printed.out
-    assert json.loads(printed.out.splitlines()[-1])["num_failed"] == 2
+    result = json.loads(printed.out.splitlines()[-1])
+    assert (result["num_failed"], result["settings"]["request_rate"]) == (2, "inf")
     assert "no request was answered" in printed.err
 
 
@@ -218,6 +220,7 @@ def test_a_trace_gives_arrivals_and_lengths_of_answers(
     [
         (["--max-concurrency", "0"], "must be an integer of at least 1, got '0'"),
         (["--request-rate", "nan"], "must be a number above 0, got 'nan'"),
+        (["--max-concurrency", "1", "--timeout", "inf"], "must be a number above 0, got 'inf'"),
         (["--max-concurrency", "1", "--extra-body", "[]"], "must be a JSON object, got '[]'"),
         (["--max-concurrency", "1", "--request-rate", "2"], "not allowed with argument"),
         ([], "one of the arguments --max-concurrency --request-rate --trace --phases is required"),

@@ -141,11 +141,13 @@ class Run:
     Attributes:
         began: Wall-clock time of the start.
         duration_s: From the start to the last answer's end.
+        client_cpu_s: Processor time that the client itself took meanwhile.
     """
 
     answers: tuple[Answer, ...]
     began: float
     duration_s: float
+    client_cpu_s: float = 0.0
 
 
 # --- Asking once ----------------------------------------------------------------------------------------
@@ -223,12 +225,14 @@ def run(
     requests = [endpoint.request(query) for query in queries]
     sender = _Sender(endpoint, timeout_s, on_answer)
     gc.disable()
+    cpu_s = time.process_time()
     try:
         asyncio.run(sender.send_all(requests, load))
     finally:
+        cpu_s = time.process_time() - cpu_s
         gc.enable()
     answers = tuple(_answer(exchange, sender.start_s) for exchange in sender.exchanges)
-    return Run(answers, sender.began, max((answer.end_s for answer in answers), default=0.0))
+    return Run(answers, sender.began, max((answer.end_s for answer in answers), default=0.0), cpu_s)
 
 
 @dataclass

@@ -45,7 +45,7 @@ def _number(kind: type[int] | type[float], least: float, is_above: bool = False)
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (value > least if is_above else value >= least):
+        if not (value > least if is_above else value >= least) or math.isinf(value):
             what = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(
                 f"must be {what} {'above' if is_above else 'of at least'} {least:g}, got {text!r}"
@@ -57,6 +57,10 @@ def _number(kind: type[int] | type[float], least: float, is_above: bool = False)
 
 _COUNT = _number(int, 1)
 _POSITIVE = _number(float, 0, is_above=True)
+
+
+def _rate(text: str) -> Any:
+    return math.inf if text == "inf" else _POSITIVE(text)
 
 
 def _list_of(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
@@ -135,7 +139,7 @@ def _add_serve(commands: Any) -> None:
     load = parser.add_mutually_exclusive_group(required=True)
     load.add_argument("--max-concurrency", type=_COUNT, metavar="N", help="closed loop: N clients")
     load.add_argument(
-        "--request-rate", type=_POSITIVE, metavar="R", help="open loop: R requests/s on average, or inf"
+        "--request-rate", type=_rate, metavar="R", help="open loop: R requests/s on average, or inf"
     )
     load.add_argument("--trace", type=Path, metavar="FILE", help="open loop: a trace's arrivals")
     load.add_argument("--phases", metavar="N:S,...", help="closed loop whose clients change: 4:60s,32:60s")
@@ -279,7 +283,7 @@ def _shown_settings(args: argparse.Namespace) -> dict[str, Any]:
     hidden = ("run", "api_key", "command", "bench_command", "version")
     plain = (bool, int, float, str, list, tuple, dict, type(None))
     return {
-        name: value if isinstance(value, plain) else str(value)
+        name: value if isinstance(value, plain) and value != math.inf else str(value)
         for name, value in vars(args).items()
         if name not in hidden
     }

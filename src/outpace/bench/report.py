@@ -225,6 +225,7 @@ def summarise(run: Run, goals: Sequence[Goal], drafts: dict[str, Any] | None) ->
         "itl_ms": distribution([gap * 1e3 for a in good for gap in a.itl_s]),
         "e2e_ms": distribution([a.e2e_s * 1e3 for a in good]),
         "sent_late_ms": max((a.sent_s - a.due_s) * 1e3 for a in run.answers) if run.answers else 0.0,
+        "client_cpu_share": run.client_cpu_s / seconds,
         "speculation": drafts,
     }
     if goals:
