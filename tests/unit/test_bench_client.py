@@ -229,6 +229,7 @@ def test_a_trace_gives_arrivals_and_lengths_of_answers(
         (["--max-concurrency", "1", "--burstiness", "2"], "--burstiness goes with --request-rate"),
         (["--max-concurrency", "1", "--goodput", "speed:5"], "--goodput takes each of ttft, tpot, e2el"),
         (["--max-concurrency", "1", "--dataset", "/no/such"], "cannot read the dataset /no/such"),
+        (["--request-rate", "inf", "--duration", "5"], "a rate of inf needs --num-prompts"),
         (["--phases", "4:60s,x"], "a phase is CLIENTS:SECONDS, as 4:60s, both above 0; got 'x'"),
     ],
 )
@@ -326,6 +327,8 @@ def test_gaps_have_the_rates_mean_and_the_burstiness_variance(burstiness: float)
     assert mean == pytest.approx(1 / rate, abs=5 * (1 / rate) / (burstiness * number) ** 0.5)
     assert variance == pytest.approx(1 / rate**2 / burstiness, rel=0.1)
     assert workload.poisson(rate, 3, seed=0) == workload.poisson(rate, 3, seed=0)
+    within = workload.poisson(rate, None, 0, burstiness, duration_s=100)
+    assert within.arrivals_s == tuple(t for t in arrivals if t <= 100)
     assert workload.poisson(float("inf"), 3, seed=0).arrivals_s == (0.0, 0.0, 0.0)
 
 

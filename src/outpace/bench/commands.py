@@ -150,7 +150,8 @@ def _add_serve(commands: Any) -> None:
         "--num-prompts",
         type=_COUNT,
         metavar="N",
-        help=f"requests (default: {DEFAULT_NUM_PROMPTS}; of a trace all; of phases the cycle they repeat)",
+        help=f"most requests (default: {DEFAULT_NUM_PROMPTS}; with --trace or --duration all that are due; "
+        "phases repeat them)",
     )
     parser.add_argument(
         "--num-warmups",
@@ -227,10 +228,9 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[int]]:
     number = args.num_prompts or DEFAULT_NUM_PROMPTS
     load: workload.Load
     if args.request_rate:
-        load = workload.poisson(args.request_rate, number, args.seed, args.burstiness or 1.0)
-        if args.duration:
-            load = workload.Open(tuple(t for t in load.arrivals_s if t <= args.duration))
-            number = len(load.arrivals_s)
+        most = args.num_prompts if args.duration else number
+        load = workload.poisson(args.request_rate, most, args.seed, args.burstiness or 1.0, args.duration)
+        number = len(load.arrivals_s)
     elif args.phases:
         load = workload.parse_phases(args.phases)
     else:

@@ -8,7 +8,6 @@ that a server remembers of an answer helps it with the next.
 
 from __future__ import annotations
 
-import math
 import shlex
 import signal
 import statistics
@@ -135,24 +134,23 @@ class Plan:
             lengths = [self.output_len or arrival.output_tokens for arrival in arrivals]
             return Open(tuple(arrival.time_s for arrival in arrivals)), lengths
         if point.kind == "rate":
-            seconds = self.duration_s or DEFAULT_RATE_DURATION_S
-            number = self.num_prompts or max(1, math.ceil(point.value * seconds))
-            arrivals_at = workload.poisson(point.value, number, self.seed + repetition, self.burstiness)
-            return arrivals_at, [length] * number
+            seconds = self.duration_s or (None if self.num_prompts else DEFAULT_RATE_DURATION_S)
+            seed = self.seed + repetition
+            arriving = workload.poisson(point.value, self.num_prompts, seed, self.burstiness, seconds)
+            return arriving, [length] * len(arriving.arrivals_s)
         clients = int(point.value)
         number = self.num_prompts or max(MIN_PROMPTS, PROMPTS_PER_CLIENT * clients)
         return Closed(clients), [length] * number
 
-    @property
-    def num_queries(self) -> int:
-        """Of each configuration in all repetitions, warm-ups included."""
-        return self.repetitions * sum(len(self.load(p, 0)[1]) + self.num_warmups for p in self.points)
+    def num_queries(self, repetition: int, points: Sequence[Point]) -> int:
+        """How many queries a repetition sends to each configuration at these points, warm-ups included."""
+        return sum(len(self.load(point, repetition)[1]) + self.num_warmups for point in points)
 
     def work(self, point: Point, repetition: int) -> tuple[Load, list[Query], list[Query]]:
         """The load of a run, its queries, and those sent before it to warm up."""
-        sizes = {p: len(self.load(p, repetition)[1]) + self.num_warmups for p in self.points}
         before = self.points[: self.points.index(point)]
-        skip = repetition * sum(sizes.values()) + sum(sizes[p] for p in before)
+        skip = sum(self.num_queries(earlier, self.points) for earlier in range(repetition))
+        skip += self.num_queries(repetition, before)
         load, lengths = self.load(point, repetition)
         warm = [self.output_len or DEFAULT_OUTPUT_LEN] * self.num_warmups
         queries = workload.make_queries(self.conversations, lengths + warm, self.seed, skip)
@@ -216,9 +214,9 @@ def run(plan: Plan, out: Path, log_dir: Path, start_timeout_s: float, resume: bo
     cells = [c for c in cells if "error" not in c]
     todo = [cell for cell in plan.cells() if cell.key not in done]
     log_dir.mkdir(parents=True, exist_ok=True)
-    if plan.num_queries > len(plan.conversations):
-        different = len(plan.conversations)
-        _say(f"note: {plan.num_queries} prompts are sent to each configuration, {different} differ")
+    number = sum(plan.num_queries(repetition, plan.points) for repetition in range(plan.repetitions))
+    if number > len(plan.conversations):
+        _say(f"note: each configuration is sent {number} prompts, {len(plan.conversations)} differ")
     origin = report.provenance(plan.seed)
     with _servers(plan, log_dir, start_timeout_s, todo) as servers:
         for number, cell in enumerate(todo):

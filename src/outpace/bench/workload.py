@@ -191,19 +191,31 @@ def make_queries(
 # --- Arrivals -------------------------------------------------------------------------------------------
 
 
-def poisson(rate: float, number: int, seed: int, burstiness: float = 1.0) -> Open:
+def poisson(
+    rate: float, number: int | None, seed: int, burstiness: float = 1.0, duration_s: float | None = None
+) -> Open:
     """Arrivals with gamma-distributed gaps, as vLLM has them.
 
     Args:
         rate: Queries per second on average; inf sends all at once.
-        number: How many arrivals.
+        number: Most arrivals; None sets no limit.
         seed: Of the gaps.
         burstiness: Shape of the gaps: 1 is a Poisson process, less is burstier, more is steadier.
+        duration_s: Keep what is due within so many seconds; None keeps all.
+
+    Raises:
+        ConfigError: There would be no end to the arrivals.
     """
+    if number is None and (duration_s is None or math.isinf(rate)):
+        raise ConfigError(
+            f"a rate of {rate:g} needs --num-prompts" + ("" if duration_s else " or --duration")
+        )
     rng = random.Random(seed)
     scale = 1 / (rate * burstiness) if math.isfinite(rate) else 0.0
-    gaps = (rng.gammavariate(burstiness, 1) * scale for _ in range(number))
-    return Open(tuple(itertools.accumulate(gaps)))
+    gaps = (rng.gammavariate(burstiness, 1) * scale for _ in itertools.count())
+    arrivals = itertools.islice(itertools.accumulate(gaps), number)
+    last = math.inf if duration_s is None else duration_s
+    return Open(tuple(itertools.takewhile(lambda time_s: time_s <= last, arrivals)))
 
 
 @functools.lru_cache
