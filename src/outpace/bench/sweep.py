@@ -207,37 +207,35 @@ def run(plan: Plan, out: Path, log_dir: Path, start_timeout_s: float, resume: bo
         ConfigError: The file is there and not to be gone on with, or is of another plan.
         ServerError: A server did not start. One that dies later costs its run, and is started again.
     """
-    cells = _previous(plan, out) if resume else []
-    if not resume and out.exists():
+    if out.exists() and not resume:
         raise ConfigError(f"{out} exists; go on with it by --resume, or name another file")
-    done = {(c["repetition"], c["load"], c["configuration"]) for c in cells if "error" not in c}
-    cells = [c for c in cells if "error" not in c]
+    cells = _previous(plan, out) if out.exists() else []
+    done = {(cell["repetition"], cell["load"], cell["configuration"]) for cell in cells}
     todo = [cell for cell in plan.cells() if cell.key not in done]
     log_dir.mkdir(parents=True, exist_ok=True)
-    number = sum(plan.num_queries(repetition, plan.points) for repetition in range(plan.repetitions))
-    if number > len(plan.conversations):
-        _say(f"note: each configuration is sent {number} prompts, {len(plan.conversations)} differ")
+    num_queries = sum(plan.num_queries(repetition, plan.points) for repetition in range(plan.repetitions))
+    if num_queries > len(plan.conversations):
+        _say(f"note: each configuration is sent {num_queries} prompts, {len(plan.conversations)} differ")
     origin = report.provenance(plan.seed)
     with _servers(plan, log_dir, start_timeout_s, todo) as servers:
-        for number, cell in enumerate(todo):
-            cells.append(_record(plan, cell, servers, start_timeout_s))
+        for number, cell in enumerate(todo, 1):
+            record = _record(plan, cell, servers, start_timeout_s)
+            cells.append({**record, "commit": origin["commit"]})  # after --resume it may be another one
             report.write_json(out, summarise(plan, cells, origin))
-            left = _minutes_left(cells, todo[number + 1 :])
-            _say(f"[{number + 1}/{len(todo)}] {_line(cells[-1])}; {left}")
+            _say(f"[{number}/{len(todo)}] {_line(record)}; {_minutes_left(cells, todo[number:])}")
     result = summarise(plan, cells, origin)
     report.write_json(out, result)
     return result
 
 
 def _previous(plan: Plan, out: Path) -> list[dict[str, Any]]:
-    if not out.exists():
-        return []
+    """The runs of an earlier result that did not fail."""
     result = report.read_json(out)
     theirs, ours = result.get("plan"), plan.describe()
     if theirs != ours:
         which = [key for key in ours if not isinstance(theirs, dict) or theirs.get(key) != ours[key]]
         raise ConfigError(f"{out} is the result of another sweep (it differs in {', '.join(which)})")
-    return list(result["cells"])
+    return [cell for cell in result["cells"] if "error" not in cell]
 
 
 @contextmanager
