@@ -151,7 +151,7 @@ def _add_serve(commands: Any) -> None:
         type=_COUNT,
         metavar="N",
         help=f"most requests (default: {DEFAULT_NUM_PROMPTS}; with --trace or --duration all that are due; "
-        "phases repeat them)",
+        "--phases repeats them, by default the whole dataset)",
     )
     parser.add_argument(
         "--num-warmups",
@@ -174,7 +174,7 @@ def _serve(args: argparse.Namespace) -> int:
     model = args.model or client.first_model(args.base_url, api_key)
     endpoint = client.Endpoint(args.base_url, model, api_key=api_key, **_endpoint_options(args))
     conversations = _conversations(args)
-    load, lengths = _load(args)
+    load, lengths = _load(args, len(conversations))
     queries = workload.make_queries(conversations, lengths, args.seed)
     if args.num_warmups:
         _warm_up(args, endpoint, conversations, len(queries), load)
@@ -216,7 +216,7 @@ def _conversations(args: argparse.Namespace) -> list[Any]:
     return workload.read_dataset(args.dataset) if args.dataset else workload.built_in_prompts()
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, list[int]]:
+def _load(args: argparse.Namespace, num_conversations: int) -> tuple[Any, list[int]]:
     """When to send, and the length of each answer."""
     from outpace.bench import workload
 
@@ -233,6 +233,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, list[int]]:
         number = len(load.arrivals_s)
     elif args.phases:
         load = workload.parse_phases(args.phases)
+        number = args.num_prompts or num_conversations
     else:
         load = workload.Closed(args.max_concurrency)
     return load, [args.output_len or DEFAULT_OUTPUT_LEN] * number
