@@ -215,14 +215,13 @@ def test_a_trace_gives_arrivals_and_lengths_of_answers(
     capsys.readouterr()
 
 
-def test_phases_repeat_the_whole_dataset(
+def test_phases_take_the_whole_dataset(
     server: tuple[FakeServer, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench(server[1], "--phases", "8:0.3s,1:0.1s", "--output-len", "2") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [phase["concurrency"] for phase in result["phases"]] == [8, 1]
     assert len({body["messages"][-1]["content"] for body in server[0].bodies}) == len(workload.PROMPTS)
-    assert len(server[0].bodies) > len(workload.PROMPTS)
 
 
 @pytest.mark.parametrize(
