@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 MODEL  ?=
 ARGS   ?=
+POLICIES ?= off,fixed:3
 
 .PHONY: install serve test check bench clean
 
@@ -27,8 +28,9 @@ check: install  ## format, lint, types, import rule
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/unit/test_imports.py
 
-bench: install  ## tokens per second over HTTP at concurrency 1 to 32
-	$(BIN)/python benchmarks/serving.py $(ARGS)
+bench: install  ## POLICIES against each other over HTTP, some minutes; table, JSON and plots in results/
+	$(BIN)/outpace bench sweep --policies $(POLICIES) --serve-args '$(MODEL) --spec-method prompt_lookup' \
+	  --concurrency 1,4,16 --repetitions 3 --ignore-eos --json results/$(shell date +%Y%m%d-%H%M%S).json $(ARGS)
 
 clean:
 	rm -rf .venv

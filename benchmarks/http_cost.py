@@ -17,16 +17,17 @@ import multiprocessing
 import statistics
 import sys
 import time
-from argparse import Namespace
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import lossless
-import serving
 from prometheus_client import CollectorRegistry
 
+from outpace.bench import client, report
+from outpace.bench.servers import Server
+from outpace.bench.workload import PROMPTS, Closed, built_in_prompts, make_queries
 from outpace.config import ServerConfig
 from outpace.request import FinishReason, Output
 from outpace.sampling import SamplingParams
@@ -64,18 +65,27 @@ def serve_paced(port: int, step_s: float) -> None:
     asyncio.run(_serve(llm, ServerConfig(port=port), bind("127.0.0.1", port)))
 
 
+def ask_all(base_url: str, model: str, streams: int, tokens: int) -> float:
+    """Median time per token of as many answers as streams, all at once, in seconds."""
+    endpoint = client.Endpoint(base_url, model, ignore_eos=True)
+    queries = make_queries(built_in_prompts(), [tokens] * streams, seed=0)
+    run = client.run(endpoint, queries, Closed(streams))
+    summary = report.summarise(run, (), None)
+    if summary["num_failed"]:
+        sys.exit(f"requests failed: {summary['errors']}")
+    return float(summary["tpot_ms"]["p50"]) / 1e3
+
+
 def load(port: int, model: str, streams: int, tokens: int) -> None:
     """A client of so many streams, over and over."""
-    server: Any = SimpleNamespace(name="server", port=port, model=model)
-    args = Namespace(output_len=tokens, temperature=0.0)
     while True:
-        asyncio.run(serving.closed_loop(server, serving.PROMPTS * (streams // 8), streams, args))
+        ask_all(f"http://127.0.0.1:{port}", model, streams, tokens)
 
 
 def decode_step_s(loaded: lossless.Loaded, streams: int, tokens: int) -> float:
     """Median time of a step in which all streams decode."""
     engine = loaded.build()
-    ids = [lossless.chat_ids(loaded.engine, text) for text in serving.PROMPTS]
+    ids = [lossless.chat_ids(loaded.engine, text) for text in PROMPTS]
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     for i in range(streams):
         engine.add(engine.admission.requests(str(i), ids[i % len(ids)], params))
@@ -98,11 +108,10 @@ def main() -> None:
     loaded = lossless.Loaded.default()
     decode_step_s(loaded, args.streams, args.output_len)  # warm up
     pace = decode_step_s(loaded, args.streams, args.output_len)
-    own = f"{Path(sys.executable).parent / 'outpace'} serve --port {{port}}"
-    served = serving.start("served", own, "", Path("/tmp"))
-    answer = Namespace(output_len=args.output_len, temperature=0.0)
-    prompts = serving.PROMPTS * (args.streams // 8)
-    asyncio.run(serving.closed_loop(served, prompts, args.streams, answer))
+    own = [sys.executable, "-m", "outpace", "serve", "--port", "{port}"]
+    served = Server("served", own, Path("/tmp"))
+    served.start()
+    ask_all(served.base_url, served.model, args.streams, args.output_len)
     times: dict[str, list[float]] = {"alone": [], "apart": [], "served": []}
     for repetition in range(args.repeat):
         times["alone"].append(decode_step_s(loaded, args.streams, args.output_len))
@@ -118,8 +127,7 @@ def main() -> None:
         for process in apart[::-1]:
             process.kill()
             process.join()
-        result = asyncio.run(serving.closed_loop(served, prompts, args.streams, answer))
-        times["served"].append(result["tpot_ms"] / 1e3)
+        times["served"].append(ask_all(served.base_url, served.model, args.streams, args.output_len))
         print({name: f"{series[-1] * 1e3:.1f} ms" for name, series in times.items()}, file=sys.stderr)
     served.stop()
     medians = {f"{name}_ms": statistics.median(series) * 1e3 for name, series in times.items()}

@@ -31,8 +31,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import serving
 from prometheus_client.parser import text_string_to_metric_families
+
+from outpace.bench.servers import Server
+from outpace.bench.workload import PROMPTS
 
 # A cache of 22 blocks of 16 tokens for SmolLM2 in bfloat16: the longest request, or three average ones.
 FLAGS = "--max-model-len 320 --max-num-seqs 8 --max-num-batched-tokens 64 --kv-cache-memory-bytes 8M"
@@ -44,7 +46,7 @@ PREFIXES = [
     "You are a helpful assistant. Answer briefly, in one or two sentences, and never apologise. ",
     "Here is a list of fruits: apple, pear, plum, cherry, quince, fig, date, grape, melon, lemon, lime. " * 2,
 ]
-QUESTIONS = [*serving.PROMPTS, "Hello!", "Why?", "Count from one to twenty.", "Translate 'good morning'."]
+QUESTIONS = [*PROMPTS, "Hello!", "Why?", "Count from one to twenty.", "Translate 'good morning'."]
 MOMENTS = ("half a body", "sent", "waiting", "answering")
 
 _EVENT = re.compile(rb"data: (\{.*\})\n\n")  # a complete one: what was received may end anywhere
@@ -248,7 +250,7 @@ def metrics(port: int) -> dict[str, float]:
         }
 
 
-def quiet_state(server: serving.Server) -> dict[str, float]:
+def quiet_state(server: Server) -> dict[str, float]:
     """What the server holds once nothing is under way."""
     idle = {"num_requests_running": 0.0, "num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0}
     deadline = time.monotonic() + 5
@@ -303,8 +305,9 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(args.seed)
     cases = make_cases(args.cases, rng)
-    command = f"{sys.executable} -m outpace serve --port {{port}} {args.flags}"
-    server = serving.start("soak", command, "", args.log_dir)
+    command = [sys.executable, "-m", "outpace", "serve", "--port", "{port}", *shlex.split(args.flags)]
+    server = Server("soak", command, args.log_dir)
+    server.start()
     tallies, states = [], []
     try:
         expected = asyncio.run(answer_alone(server.port, cases))

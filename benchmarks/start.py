@@ -5,27 +5,31 @@ python benchmarks/start.py
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
-import serving
+from outpace.bench import client
+from outpace.bench.servers import Server
+from outpace.bench.workload import Closed, built_in_prompts, make_queries
 
 
 def main() -> None:
-    command = f"{Path(sys.executable).parent / 'outpace'} serve --port {{port}}"
-    args = Namespace(output_len=8, temperature=0.0)
+    command = [sys.executable, "-m", "outpace", "serve", "--port", "{port}"]
+    query = make_queries(built_in_prompts(), [8], seed=0)
     seconds = []
     for _ in range(4):
         begin = time.perf_counter()
-        server = serving.start("start", command, "", Path("/tmp"))
-        asyncio.run(serving.ask(server, "Hi", args, seed=0))
+        server = Server("start", command, Path("/tmp"))
+        server.start()
+        endpoint = client.Endpoint(server.base_url, server.model, ignore_eos=True)
+        (answer,) = client.run(endpoint, query, Closed(1)).answers
         seconds.append(time.perf_counter() - begin)
         server.stop()
+        if answer.error is not None:
+            sys.exit(answer.error)
     warm = seconds[1:]  # the first may have filled the cache
     print(json.dumps({"median_s": statistics.median(warm), "lowest_s": min(warm), "highest_s": max(warm)}))
 

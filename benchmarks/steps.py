@@ -14,8 +14,8 @@ import statistics
 import time
 
 import lossless
-import serving
 
+from outpace.bench.workload import PROMPTS
 from outpace.engine.engine import Engine
 from outpace.sampling import SamplingParams
 
@@ -43,7 +43,7 @@ def main() -> None:
     loaded = lossless.Loaded.default(model=args.model)
     weights = sum(math.prod(shape) for shape in loaded.model.weight_shapes().values())
     bound = weights * loaded.decoder.dtype.itemsize / args.bandwidth / 1e9
-    ids = [lossless.chat_ids(loaded.engine, text) for text in serving.PROMPTS]
+    ids = [lossless.chat_ids(loaded.engine, text) for text in PROMPTS]
     params = SamplingParams(temperature=args.temperature, max_tokens=args.output_len, ignore_eos=True, seed=0)
     result: dict[str, object] = {"bound_ms": round(bound * 1e3, 2)}
     for number in args.sequences:

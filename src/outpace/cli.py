@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_chat(commands)
     _add_convert(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -217,6 +218,16 @@ def _convert(args: argparse.Namespace) -> int:
 
     convert(args.model, args.directory)
     return 0
+
+
+# --- bench ----------------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any) -> None:
+    from outpace.bench.commands import add_flags
+
+    help = "measure servers: one, or configurations against each other"
+    add_flags(commands.add_parser("bench", help=help, description=help + ".", allow_abbrev=False))
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:

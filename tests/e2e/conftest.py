@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import pytest
-import serving
 from lossless import Loaded
+
+from outpace.bench.servers import Server
 
 
 @pytest.fixture(scope="session")
@@ -22,21 +22,22 @@ def loaded() -> Loaded:
 @pytest.fixture(scope="session")
 def serve(
     loaded: Loaded, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., AbstractContextManager[serving.Server]]:
+) -> Callable[..., AbstractContextManager[Server]]:
     """Runs `outpace serve` with the given flags in a process of its own, which must end well on SIGTERM.
 
     It starts without network: `loaded` has filled the cache.
     """
 
     @contextlib.contextmanager
-    def running(*flags: str) -> Iterator[serving.Server]:
+    def running(*flags: str) -> Iterator[Server]:
         log_dir = tmp_path_factory.mktemp("serve")
         command = [sys.executable, "-m", "outpace", "serve", "--port", "{port}", *flags]
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("PIP_NO_INDEX", "1")
             environment.delenv("PIP_FIND_LINKS", raising=False)
             environment.setenv("HF_HUB_OFFLINE", "1")
-            server = serving.start("outpace", shlex.join(command), "", log_dir)
+            server = Server("outpace", command, log_dir)
+            server.start()
         try:
             yield server
         finally:
@@ -47,7 +48,7 @@ def serve(
 
 
 @pytest.fixture(scope="session")
-def server(serve: Callable[..., AbstractContextManager[serving.Server]]) -> Iterator[str]:
+def server(serve: Callable[..., AbstractContextManager[Server]]) -> Iterator[str]:
     """Base URL of a server that the tests share."""
     with serve("--max-num-seqs", "8") as running:
         yield f"http://127.0.0.1:{running.port}"

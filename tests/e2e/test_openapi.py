@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import Server
 
+from outpace.bench.servers import Server
 from outpace.server.protocol import ChatCompletion, Completion
 
 

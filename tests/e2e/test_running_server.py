@@ -18,7 +18,9 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from serving import PROMPTS, Server
+
+from outpace.bench.servers import Server
+from outpace.bench.workload import PROMPTS
 
 MODEL = "SmolLM2-135M-Instruct"
 # Every sampled request gives a seed: what it gets is then a function of the request.

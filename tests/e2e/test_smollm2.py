@@ -6,10 +6,10 @@ from pathlib import Path
 
 import lossless
 import pytest
-import serving
 import torch
 from lossless import Loaded
 
+from outpace.bench.workload import PROMPTS
 from outpace.models.convert import convert
 from outpace.sampling import SamplingParams
 
@@ -18,7 +18,7 @@ from outpace.sampling import SamplingParams
 def test_answers_do_not_depend_on_batch_cache_preemption_or_chunks(
     loaded: Loaded, temperature: float
 ) -> None:
-    texts = serving.PROMPTS[:6]
+    texts = PROMPTS[:6]
     prompts = [lossless.chat_ids(loaded.engine, text) for text in texts]
     params = [SamplingParams(temperature=temperature, seed=i, max_tokens=40) for i in range(len(texts))]
     result = lossless.compare(loaded, list(zip(prompts, params, strict=True)))

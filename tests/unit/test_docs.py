@@ -31,6 +31,7 @@ from tiny import tiny_engine
 
 ROOT = Path(__file__).parents[2]
 SERVER = ROOT / "docs" / "server.md"
+BENCHMARKING = ROOT / "docs" / "benchmarking.md"
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*GUIDES, *sorted((ROOT / "docs" / "adr").glob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -126,7 +127,7 @@ def test_every_architecture_is_named_in_the_readme() -> None:
     assert all(name.removesuffix("ForCausalLM") in names for name in ARCHITECTURES.values())
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", SERVER], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", SERVER, BENCHMARKING], ids=lambda page: page.name)
 def test_every_flag_that_is_mentioned_exists(page: Path) -> None:
     of_others = re.compile(r"^vllm (?:.*\\\n)*.*$", re.MULTILINE)  # another program's command
     text = of_others.sub("", page.read_text(encoding="utf-8"))
