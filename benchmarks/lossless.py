@@ -2,15 +2,17 @@
 
     python benchmarks/lossless.py --dataset prompts.jsonl.gz --num-prompts 64 --max-tokens 128
 
-Each prompt is answered alone, then under conditions that change everything but the request. Any difference
-is a bug. Prints how many tokens were compared and how many preemptions happened; exits with 1 on a
-difference.
+Each prompt is answered alone, then under conditions that change everything but the request: `batch` for the
+company it has, `drafts` for every draft method. Any difference is a bug. With --mixed the temperatures take
+turns, and with them penalties, filters and a JSON schema. Prints how many tokens were compared and how many
+preemptions happened; exits with 1 on a difference.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import itertools
 import json
 import random
 import sys
@@ -29,11 +31,28 @@ from outpace.models.tokenizer import encode_chat
 from outpace.policy.base import BatchView, SpeculationPolicy
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
-from outpace.sampling import SamplingParams
+from outpace.sampling import SamplingParams, StructuredOutputsParams
 from outpace.spec import proposer as proposers
 
 Answers = list[tuple[int, ...]]
 Case = tuple[list[int], SamplingParams]
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "answer": {"type": "string"},
+        "keywords": {"type": "array", "items": {"type": "string"}, "maxItems": 4},
+        "certain": {"type": "boolean"},
+    },
+    "required": ["answer", "keywords", "certain"],
+}
+MIXTURE: list[dict[str, Any]] = [
+    {},
+    {"presence_penalty": 0.4, "frequency_penalty": 0.3},
+    {"repetition_penalty": 1.2, "top_p": 0.9, "min_p": 0.02},
+    {"structured_outputs": StructuredOutputsParams(json=SCHEMA)},
+    {"top_k": 40, "logit_bias": {198: -2.0}, "min_tokens": 8},
+]
 
 
 @dataclass(frozen=True)
@@ -78,17 +97,24 @@ def run(engine: Engine, cases: list[Case], arrivals: Callable[[int], int]) -> An
     return [tuple(answers[f"{i}-0"]) for i in range(len(cases))]
 
 
-def conditions(loaded: Loaded, cases: list[Case]) -> Iterator[tuple[str, Answers, Engine]]:
-    """Each way to answer the cases, beginning with every one alone in an engine without a prefix cache."""
-    alone = loaded.build(enable_prefix_caching=False)
-    yield "alone", [answer for case in cases for answer in run(alone, [case], lambda i: 0)], alone
+def one_by_one(engine: Engine, cases: list[Case]) -> Answers:
+    """Answers each case when the one before it has ended."""
+    return [answer for case in cases for answer in run(engine, [case], lambda i: 0)]
 
+
+def fewest_blocks(cases: list[Case]) -> int:
+    """A cache that holds the longest case, hardly more."""
+    longest = max(len(prompt) + (params.max_tokens or 0) for prompt, params in cases)
+    return 5 * longest // (4 * BLOCK_SIZE) + 1
+
+
+def batch_conditions(loaded: Loaded, cases: list[Case]) -> Iterator[tuple[str, Answers, Engine]]:
+    """Without drafts: in company, from a cached prefix, preempted, in chunks."""
     together = loaded.build()
     yield "together, staggered", run(together, cases, lambda i: 3 * i), together
     yield "together, prefix cache hit", run(together, cases, lambda i: i // 4), together
 
-    longest = max(len(prompt) + (params.max_tokens or 0) for prompt, params in cases)
-    num_blocks = 5 * longest // (4 * BLOCK_SIZE) + 1  # holds the longest, hardly more
+    num_blocks = fewest_blocks(cases)
     small = loaded.build(num_blocks, enable_prefix_caching=False)
     yield "tiny cache", run(small, cases, lambda i: 0), small
     cached = loaded.build(num_blocks)
@@ -98,16 +124,20 @@ def conditions(loaded: Loaded, cases: list[Case]) -> Iterator[tuple[str, Answers
         chunked = loaded.build(max_num_batched_tokens=rows, max_num_seqs=min(rows, 16))
         yield f"chunks of {rows}", run(chunked, cases, lambda i: i), chunked
 
-    for method in proposers.available():
-        if method == "none":
-            continue
-        drafting: dict[str, Any] = {"spec_method": method, "spec_tokens": 8}
+
+def draft_conditions(
+    loaded: Loaded, cases: list[Case], methods: list[str]
+) -> Iterator[tuple[str, Answers, Engine]]:
+    """Each method alone, among 16, and under random limits where blocks are short."""
+    for method in methods:
+        drafting: dict[str, Any] = {"spec_method": method, "spec_tokens": 8, "spec_policy": "fixed"}
         if method == "draft_model":  # the model itself, unless another was named
             drafting["spec_model"] = loaded.draft_model
-        fixed = loaded.build(**drafting)
-        one_by_one = [answer for case in cases for answer in run(fixed, [case], lambda i: 0)]
-        yield f"{method}, alone", one_by_one, fixed
-        chaotic = loaded.build(num_blocks, **drafting)
+        alone = loaded.build(**drafting)
+        yield f"{method}, alone", one_by_one(alone, cases), alone
+        among = loaded.build(max_num_seqs=16, **drafting)
+        yield f"{method}, among 16", run(among, cases, lambda i: 0), among
+        chaotic = loaded.build(fewest_blocks(cases), **drafting)
         chaotic.policy = Chaos()
         yield f"{method}, tiny cache, random limits", run(chaotic, cases, lambda i: i), chaotic
 
@@ -134,14 +164,31 @@ def chat_ids(engine: Engine, text: str) -> list[int]:
     return encode_chat(engine.tokenizer, [{"role": "user", "content": text}])[-1536:]
 
 
-def compare(loaded: Loaded, cases: list[Case]) -> dict[str, int]:
-    """Runs every condition; returns tokens compared, differing answers, preemptions, and so on."""
+def mixed(prompts: list[list[int]], temperatures: list[float], max_tokens: int) -> list[Case]:
+    """Each prompt with the next temperature and, every time these have come round, the next of MIXTURE."""
+    return [
+        (
+            prompt,
+            SamplingParams(
+                temperature=temperatures[i % len(temperatures)],
+                seed=i,
+                max_tokens=max_tokens,
+                **MIXTURE[i // len(temperatures) % len(MIXTURE)],
+            ),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def compare(loaded: Loaded, cases: list[Case], groups: list[str], methods: list[str]) -> dict[str, int]:
+    """Runs the conditions; returns tokens compared, differing answers, preemptions, and so on."""
     totals = {"tokens": 0, "different": 0, "preemptions": 0, "prefix_hits": 0, "accepted_drafts": 0}
-    expected: Answers = []
-    for name, answers, engine in conditions(loaded, cases):
-        if not expected:
-            expected = answers
-            continue
+    expected = one_by_one(loaded.build(enable_prefix_caching=False), cases)
+    of_group = {
+        "batch": lambda: batch_conditions(loaded, cases),
+        "drafts": lambda: draft_conditions(loaded, cases, methods),
+    }
+    for name, answers, engine in itertools.chain.from_iterable(of_group[group]() for group in groups):
         different = [i for i, (a, b) in enumerate(zip(answers, expected, strict=True)) if a != b]
         totals["tokens"] += sum(map(len, expected))
         totals["different"] += len(different)
@@ -154,11 +201,13 @@ def compare(loaded: Loaded, cases: list[Case]) -> dict[str, int]:
             f"{name}: {len(different)} of {len(cases)} differ, {engine.scheduler.num_preemptions} preemptions"
             f"{drafted if drafts.num_drafts else ''}",
             file=sys.stderr,
+            flush=True,
         )
     return totals
 
 
 def main() -> None:
+    known = [name for name in proposers.available() if name not in ("none", "synthetic")]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
     parser.add_argument("--spec-model", help="the draft model; the default is the model itself")
@@ -168,23 +217,28 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--mixed", action="store_true", help="one run in which the parameters take turns")
+    parser.add_argument("--conditions", nargs="+", choices=["batch", "drafts"], default=["batch", "drafts"])
+    parser.add_argument("--methods", nargs="+", default=[*known, "suffix,prompt_lookup"])
+    parser.add_argument("--num-threads", type=int)
     args = parser.parse_args()
-    loaded = Loaded.default(args.spec_model, model=args.model)
+    loaded = Loaded.default(args.spec_model, model=args.model, num_threads=args.num_threads)
     share = args.num_prompts // len(args.dataset)
     prompts = [p for path in args.dataset for p in chat_prompts(loaded.engine, path, share)]
-    summary: dict[str, object] = {"dtype": str(loaded.decoder.dtype), "prompts": len(prompts)}
-    begin = time.perf_counter()
-    different = 0
-    for temperature in args.temperature:
-        params = [
-            SamplingParams(temperature=temperature, seed=i, max_tokens=args.max_tokens)
-            for i in range(len(prompts))
+    runs = {
+        f"temperature {temperature}": [
+            (prompt, SamplingParams(temperature=temperature, seed=i, max_tokens=args.max_tokens))
+            for i, prompt in enumerate(prompts)
         ]
-        result = compare(loaded, list(zip(prompts, params, strict=True)))
-        summary[f"temperature {temperature}"] = result
-        different += result["different"]
+        for temperature in args.temperature
+    }
+    if args.mixed:
+        runs = {"mixed": mixed(prompts, args.temperature, args.max_tokens)}
+    begin = time.perf_counter()
+    results = {name: compare(loaded, cases, args.conditions, args.methods) for name, cases in runs.items()}
+    summary = {"dtype": str(loaded.decoder.dtype), "prompts": len(prompts), **results}
     print(json.dumps({**summary, "seconds": round(time.perf_counter() - begin)}))
-    sys.exit(1 if different else 0)
+    sys.exit(1 if any(result["different"] for result in results.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class DraftTree:
         return DraftTree(self.parents[:num_nodes], self.token_ids[:num_nodes], confidence, probs)
 
     def keep(self, nodes: Sequence[int]) -> DraftTree:
-        """The given nodes, in the given order, each after its parent. They count as picked: without `probs`."""
+        """The given nodes, in the given order, each after its parent; without `probs`, so as picked."""
         if len(nodes) == len(self) and all(node == place for place, node in enumerate(nodes)):
             return self
         places = {-1: -1} | {node: place for place, node in enumerate(nodes)}

@@ -14,14 +14,10 @@ from outpace.models.convert import convert
 from outpace.sampling import SamplingParams
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_answers_do_not_depend_on_batch_cache_preemption_or_chunks(
-    loaded: Loaded, temperature: float
-) -> None:
-    texts = PROMPTS[:6]
-    prompts = [lossless.chat_ids(loaded.engine, text) for text in texts]
-    params = [SamplingParams(temperature=temperature, seed=i, max_tokens=40) for i in range(len(texts))]
-    result = lossless.compare(loaded, list(zip(prompts, params, strict=True)))
+def test_answers_do_not_depend_on_batch_cache_preemption_chunks_or_drafts(loaded: Loaded) -> None:
+    prompts = [lossless.chat_ids(loaded.engine, text) for text in PROMPTS]
+    cases = lossless.mixed([*prompts[:6], *prompts[:4]], [0.0, 0.8], max_tokens=40)
+    result = lossless.compare(loaded, cases, ["batch", "drafts"], ["prompt_lookup", "suffix,draft_model"])
     assert result["different"] == 0
     assert result["preemptions"] > 0
     assert result["prefix_hits"] > 0
