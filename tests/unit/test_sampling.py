@@ -376,6 +376,16 @@ def test_a_bad_word_is_forbidden_only_where_it_would_be_completed() -> None:
     assert forbidden(3, 4) == {12, 13}
 
 
+def test_allowed_tokens_become_a_tensor_once_per_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = row_of(SamplingParams(temperature=0, allowed_token_ids=(5, 9)))
+    converted: list[object] = []
+    convert = sampling._tensor
+    monkeypatch.setattr(sampling, "_tensor", lambda ids: (converted.append(ids), convert(ids))[1])
+    for _ in range(2):
+        assert kept(target_logits(random_logits(1), [row])[0]) == {5, 9}
+    assert (5, 9) not in converted
+
+
 def test_an_answer_cannot_end_before_its_minimum_length() -> None:
     params = SamplingParams(temperature=0, min_tokens=2, stop_token_ids=(30,))
     for ignore_eos in (False, True):
