@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -380,7 +380,12 @@ def test_allowed_tokens_become_a_tensor_once_per_request(monkeypatch: pytest.Mon
     row = row_of(SamplingParams(temperature=0, allowed_token_ids=(5, 9)))
     converted: list[object] = []
     convert = sampling._tensor
-    monkeypatch.setattr(sampling, "_tensor", lambda ids: (converted.append(ids), convert(ids))[1])
+
+    def noting(token_ids: Collection[int]) -> torch.Tensor:
+        converted.append(token_ids)
+        return convert(token_ids)
+
+    monkeypatch.setattr(sampling, "_tensor", noting)
     for _ in range(2):
         assert kept(target_logits(random_logits(1), [row])[0]) == {5, 9}
     assert (5, 9) not in converted
