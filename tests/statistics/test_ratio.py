@@ -170,9 +170,7 @@ def test_by_the_ratio_rule_tokens_follow_the_target(params: SamplingParams, draf
     assert draws_rightly(RatioVerifier(KERNELS), params, draft)
 
 
-@pytest.mark.parametrize(
-    ("params", "draft"), [(PLAIN, drawn_tree), (FILTERED, picked_tree), (PENALISED, drawn_chain)]
-)
+@pytest.mark.parametrize(("params", "draft"), [(PLAIN, drawn_tree), (PENALISED, drawn_chain)])
 def test_by_the_match_rule_tokens_follow_the_target(params: SamplingParams, draft: Draft) -> None:
     assert draws_rightly(MatchVerifier(KERNELS), params, draft)
 
@@ -291,11 +289,12 @@ class Variant(Verifier):
     def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         rows = rows_to_sample(batch)
         p = torch.softmax(target_logits(target.logits, self.history(rows)).double(), dim=-1)
-        numbers = uniforms(self.noise(rows), 6, self.dice).tolist()
+        noise_rows = self.noise(rows)
+        numbers = uniforms(noise_rows, 6, self.dice).tolist()
         walks = [self.walk(entry, p, numbers) for entry in batch.entries]
         lasts = [
-            self.noise(rows)[cast(int, e.first_sample) + (w[0][-1] + 1 if w[0] else 0)]
-            for e, w in zip(batch.entries, walks, strict=True)
+            noise_rows[cast(int, entry.first_sample) + (path[-1] + 1 if path else 0)]
+            for entry, (path, _) in zip(batch.entries, walks, strict=True)
         ]
         tokens = choose(torch.stack([rest for _, rest in walks]).log().float(), lasts, noise=self.recovery)
         return Verdict(
@@ -401,6 +400,6 @@ def test_a_draft_that_was_not_drawn_as_it_says_is_found_out(draft: Draft) -> Non
     assert not draws_rightly(RatioVerifier(KERNELS), HOT, draft)
 
 
-@pytest.mark.parametrize("draft", BROKEN_DRAFTS)
+@pytest.mark.parametrize("draft", [cut_where_unlikely, best_first])
 def test_the_same_draft_is_harmless_if_it_says_nothing(draft: Draft) -> None:
     assert draws_rightly(RatioVerifier(KERNELS), HOT, lambda seq: replace(draft(seq), probs=None))

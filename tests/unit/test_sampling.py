@@ -6,7 +6,7 @@ import functools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -374,6 +374,21 @@ def test_a_bad_word_is_forbidden_only_where_it_would_be_completed() -> None:
     assert forbidden(10) == {11, 12}
     assert forbidden(10, 9) == {12}
     assert forbidden(3, 4) == {12, 13}
+
+
+def test_allowed_tokens_become_a_tensor_once_per_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = row_of(SamplingParams(temperature=0, allowed_token_ids=(5, 9)))
+    converted: list[object] = []
+    convert = sampling._tensor
+
+    def noting(token_ids: Collection[int]) -> torch.Tensor:
+        converted.append(token_ids)
+        return convert(token_ids)
+
+    monkeypatch.setattr(sampling, "_tensor", noting)
+    for _ in range(2):
+        assert kept(target_logits(random_logits(1), [row])[0]) == {5, 9}
+    assert (5, 9) not in converted
 
 
 def test_an_answer_cannot_end_before_its_minimum_length() -> None:
