@@ -252,7 +252,8 @@ class _Vocabulary:
     def common(self, token_ids: np.ndarray) -> bytes:
         """What must follow where one of these tokens must: the longest, if all others begin it."""
         ranks = self._ranks[token_ids]
-        first, last = (self._texts[self._order[rank]] for rank in (ranks.min(), ranks.max()))
+        first = self._texts[self._order[int(ranks.min())]]
+        last = self._texts[self._order[int(ranks.max())]]
         is_chain = len(ranks) <= len(last) and all(last.startswith(self._texts[i]) for i in token_ids)
         if is_chain:
             return last
