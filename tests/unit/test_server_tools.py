@@ -226,6 +226,14 @@ def test_auto_needs_a_server_that_was_started_for_it(llm: FakeLLM) -> None:
             "the parameters of the tool 'f' cannot be enforced",
         ),
         (
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"required": [[]]}}}],
+                "tool_choice": "required",
+            },
+            "tools",
+            "the parameters of the tool 'f' cannot be enforced",
+        ),
+        (
             {"messages": [*HELLO, {"role": "assistant", "content": None}]},
             "messages[1].content",
             "messages[1].content is required",

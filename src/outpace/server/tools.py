@@ -110,7 +110,7 @@ class ToolFormat(ABC):
         """
         try:
             schema = enforceable(parameters or _NO_ARGUMENTS)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             reason = f"the parameters of the tool {name!r} cannot be enforced: {error}"
             raise InvalidRequestError(reason, "tools") from None
         content = {"type": "json_schema", "json_schema": schema, "max_whitespace_cnt": _MAX_WHITESPACE}

@@ -33,7 +33,7 @@ CACHE_BYTES = 2**28  # of compiled grammars, least recently used first out
 MAX_SCHEMA_DEPTH = 64  # the compiler's time grows with its square and worse
 # CPU time of one answer in one step before it is given up: grammars that can be read in very many ways take
 # longer with every token, and everyone waits for them.
-MAX_STEP_S = 0.25
+MAX_STEP_S = 0.5
 _DEAD_END = "the grammar allows no token here: the answer cannot be completed"
 _TOO_SLOW = "the grammar can be read in too many ways to be followed any further: make it less ambiguous"
 _WORD_BITS = 32  # of xgrammar's masks
@@ -192,17 +192,21 @@ class GrammarStates:
 
     def _fit(self, sequence: Running, limit: int, tree: DraftTree) -> DraftTree:
         cursor = self._cursor(sequence)
+        if cursor.is_given_up:
+            return EMPTY_TREE
+        if self._vocabulary is None:
+            self._vocabulary = _Vocabulary(cursor.texts)
         with cursor.timed():
             tree = tree.keep([node for node, path in enumerate(tree.paths()) if cursor.go(path)])
-            return self._extended(cursor, limit, tree)
+            return self._extended(cursor, self._vocabulary, limit, tree)
 
-    def _extended(self, cursor: _Cursor, limit: int, tree: DraftTree) -> DraftTree:
+    def _extended(self, cursor: _Cursor, vocabulary: _Vocabulary, limit: int, tree: DraftTree) -> DraftTree:
         """A tree whose leaves go on with what the grammar forces there."""
         paths, inner = tree.paths(), set(tree.parents)
         parents, token_ids = [*tree.parents], [*tree.token_ids]
         for leaf in (node for node in range(-1, len(tree)) if node not in inner):
             parent = leaf
-            for token_id in self._forced(cursor, paths[leaf] if leaf >= 0 else (), limit):
+            for token_id in self._forced(cursor, vocabulary, paths[leaf] if leaf >= 0 else (), limit):
                 parents.append(parent)
                 token_ids.append(token_id)
                 parent = len(token_ids) - 1
@@ -214,11 +218,11 @@ class GrammarStates:
         confidence = None if given is None else (*given, *[1.0] * num_forced)
         return DraftTree(tuple(parents), tuple(token_ids), confidence).best_first().cut(limit)
 
-    def _forced(self, cursor: _Cursor, path: tuple[int, ...], limit: int) -> list[int]:
+    def _forced(
+        self, cursor: _Cursor, vocabulary: _Vocabulary, path: tuple[int, ...], limit: int
+    ) -> list[int]:
         """The tokens that must follow a path, at most `limit`, as the tokenizer would write them."""
-        if self._vocabulary is None:
-            self._vocabulary = _Vocabulary(cursor.texts)
-        text, end = cursor.forced(path, self._vocabulary, limit)
+        text, end = cursor.forced(path, vocabulary, limit)
         written = text.decode(errors="ignore")
         forced: list[int] = []
         for token_id in [*self._tokenizer.encode(written, add_special_tokens=False), *end][:limit]:
@@ -252,8 +256,8 @@ class _Vocabulary:
     def common(self, token_ids: np.ndarray) -> bytes:
         """What must follow where one of these tokens must: the longest, if all others begin it."""
         ranks = self._ranks[token_ids]
-        ends: list[bytes] = [self._texts[self._order[rank]] for rank in (ranks.min(), ranks.max())]
-        first, last = ends
+        first = self._texts[self._order[int(ranks.min())]]
+        last = self._texts[self._order[int(ranks.max())]]
         is_chain = len(ranks) <= len(last) and all(last.startswith(self._texts[i]) for i in token_ids)
         if is_chain:
             return last
@@ -420,10 +424,10 @@ def enforceable(schema: Any, depth: int = 0) -> Any:
         result["properties"] = {**schema.get("properties", {}), **dict.fromkeys(missing, True)}
         if "properties" not in schema:
             result.setdefault("additionalProperties", True)
-    least, most = result.pop("minLength", None), result.pop("maxLength", None)
-    if least is not None or most is not None:
+    if schema.keys() & {"minLength", "maxLength"}:
         # The compiler's own way would let control characters into the string.
-        result["pattern"] = f"^.{{{least or 0},{'' if most is None else most}}}$"
+        least, most = (_length(result.pop(name, "")) for name in ("minLength", "maxLength"))
+        result["pattern"] = f"^.{{{least or 0},{most}}}$"
     for name in result.keys() & _SUBSCHEMA:
         result[name] = enforceable(result[name], depth + 1)
     for name in result.keys() & _SUBSCHEMA_LISTS:
@@ -454,6 +458,13 @@ def _not_enforced(schema: Mapping[str, Any]) -> str | None:
     if len(shapes) > 1 and shapes != ["minLength", "maxLength"]:
         return f"{shapes[1]!r} beside {shapes[0]!r} is not supported"
     return None
+
+
+def _length(value: int | str) -> int | str:
+    """A bound of a string's length; empty if there is none."""
+    if value != "" and (type(value) is not int or value < 0):
+        raise ValueError(f"a string's length must be an integer of at least 0, got {value!r}")
+    return value
 
 
 def _listed(schema: Mapping[str, Any], name: str) -> list[Any]:
