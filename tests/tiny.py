@@ -23,6 +23,7 @@ from outpace.engine.engine import Engine, choose_num_blocks
 from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.decoder import Decoder
+from outpace.policy.cost import CostModel
 from outpace.request import Output
 from outpace.request import Sequence as Running
 from outpace.runtime.block_manager import BlockManager
@@ -77,6 +78,11 @@ def _byte_chars() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+def cost_model() -> CostModel:
+    """A machine on which a few more rows are nearly free and many are not."""
+    return CostModel([1, 8, 512], [1e-2, 1.1e-2, 0.5], per_pair=1e-7, per_sample=1e-5, host=(1e-3, 1e-5))
+
+
 def tiny_engine(
     *, dtype: Any = "float32", kernels: Any = "reference", num_blocks: int | None = None, **settings: Any
 ) -> Engine:
@@ -94,7 +100,8 @@ def tiny_engine(
     decoder = Decoder(MODEL, weights, kind, backend)
     blocks = num_blocks or choose_num_blocks(config, MODEL, kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
-    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), MatchVerifier(backend))
+    parts = (kv, ModelRunner(decoder, kv), MatchVerifier(backend))
+    return Engine(config, MODEL, byte_tokenizer(), *parts, cost_model=cost_model)
 
 
 def _random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -143,7 +150,7 @@ class FakeModel:
         self.blocks = BlockManager(num_blocks, config.enable_prefix_caching)
         self.slots: dict[int, str] = {}
         parts: Any = self
-        return Engine(config, MODEL, byte_tokenizer(), parts, parts, parts)
+        return Engine(config, MODEL, byte_tokenizer(), parts, parts, parts, cost_model)
 
     def place(self, scheduled: list[Scheduled], trees: list[DraftTree]) -> Batch:
         remaining = iter(trees)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,15 @@ class EngineConfig:
     spec_method: str | None = setting(None, "Draft method: none, prompt_lookup (ngram), suffix")
     spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
     spec_policy: str | None = setting(
-        None, "Speculation policy: off, fixed; the default is fixed where there is a draft method, else off"
+        None,
+        "Speculation policy, a name of policy/; the default is goodput where there is a draft method, else off",
     )
+    spec_profile: str | None = setting(
+        None, "JSON file with what steps cost; without it this is measured at first start and kept"
+    )
+    slo_ttft_ms: float | None = setting(None, "Policy slo: target for the time to the first token")
+    slo_tpot_ms: float | None = setting(None, "Policy slo: target for the time per token after the first")
+    step_log: str | None = setting(None, "File that gets one JSON line per step")
     speculative_config: dict[str, Any] | None = setting(  # noqa: RUF009 (a field, as all of these)
         None, "JSON object with these and the other settings of drafting, as vLLM has it"
     )
@@ -128,6 +136,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < limit:
                 raise ConfigError(f"{flag(name)} must be at least {limit}, got {value}")
+        for name in ("slo_ttft_ms", "slo_tpot_ms"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{flag(name)} must be above 0, got {value}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
@@ -163,7 +175,7 @@ class EngineConfig:
     @property
     def policy(self) -> str:
         """The name of the speculation policy."""
-        return self.spec_policy or ("off" if self.speculative.method == "none" else "fixed")
+        return self.spec_policy or ("off" if self.speculative.method == "none" else "goodput")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class Request:
         index: Which of the client's n answers this is.
         priority: Lower runs first; 0 for all under the `fcfs` scheduling policy.
         arrival: Seconds on the monotonic clock when the request was accepted.
+        client: Who asked, if the request says so.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Request:
     index: int = 0
     priority: int = 0
     arrival: float = 0.0
+    client: str = ""
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +65,7 @@ class Sequence:
         num_cached: Prompt tokens that were found in the prefix cache at first admission.
         num_preemptions: How often its blocks were taken away.
         first_scheduled: Seconds on the monotonic clock of its first step, or None.
+        first_token: The same of its first token.
     """
 
     request: Request
@@ -72,6 +75,7 @@ class Sequence:
     num_cached: int = 0
     num_preemptions: int = 0
     first_scheduled: float | None = None
+    first_token: float | None = None
 
     @classmethod
     def start(cls, request: Request) -> Sequence:

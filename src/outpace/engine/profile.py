@@ -1,0 +1,200 @@
+"""What steps cost on this machine: the real runner on a grid of shapes, once, and then from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from outpace.batch import Scheduled
+from outpace.config import EngineConfig, cache_dir
+from outpace.models.config import ModelConfig
+from outpace.policy.cost import FORMAT, CostModel, Shape
+from outpace.request import Request, Sequence
+from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.runner import ModelRunner
+from outpace.sampling import SamplingParams
+from outpace.spec.verifier import Verifier
+from outpace.tree import EMPTY_TREE, DraftTree
+
+logger = logging.getLogger(__name__)
+
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
+CONTEXT, LONG_CONTEXT = 128, 1024  # cached tokens per sequence
+_TREE_ROWS = 4  # of the sequences that stand for drafting ones
+_LEAST_REPEATS, _MOST_REPEATS, _ENOUGH_S = 3, 9, 0.1  # per shape: so often, or less once so long
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A shape to measure: `sequences` times (`known` tokens, then a chain of `drafted`) after `context`."""
+
+    sequences: int
+    known: int
+    drafted: int
+    context: int
+    samples: bool = True
+
+    @property
+    def shape(self) -> Shape:
+        """What the cost model calls it."""
+        rows = self.sequences * (self.known + self.drafted)
+        samples = self.sequences * (1 + self.drafted) if self.samples else 0
+        return Shape(rows, samples, self.sequences * self.context, rows * self.context)
+
+
+def load_or_measure(
+    config: EngineConfig, model: ModelConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
+) -> CostModel:
+    """The cost model of --spec-profile, of an earlier start with the same settings, or measured now.
+
+    Raises:
+        ConfigError: The given file is of no use.
+    """
+    if config.spec_profile is not None:
+        return CostModel.load(Path(config.spec_profile))
+    meta = _identity(config, model, cache)
+    key = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=10).hexdigest()
+    path = cache_dir() / "profiles" / f"{key}.json"
+    if path.exists():
+        logger.info("Step costs from %s", path)
+        return CostModel.load(path)
+    measured = measure(config, cache, runner, verifier, meta)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(measured.to_json(), encoding="utf-8")
+    scratch.replace(path)  # whole or not at all, also with two servers starting
+    return measured
+
+
+def measure(
+    config: EngineConfig,
+    cache: KVCache,
+    runner: ModelRunner,
+    verifier: Verifier,
+    meta: dict[str, object] | None = None,
+) -> CostModel:
+    """Times the shapes that steps may have, with a progress bar on a terminal.
+
+    Args:
+        config: Limits of a step.
+        cache: An idle cache; it is idle again afterwards.
+        runner: The model over that cache.
+        verifier: As steps use it.
+        meta: Written into the model.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    longest = min(cache.blocks.capacity, config.max_model_len or cache.blocks.capacity)
+    points = list(grid(config.max_num_seqs, config.max_num_batched_tokens, cache.blocks.capacity, longest))
+    console = Console(stderr=True)
+    seconds = []
+    begin = time.perf_counter()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for point in progress.track(points, description="Measuring what steps cost"):
+            seconds.append(_time(point, cache, runner, verifier))
+    logger.info("Measured %d step shapes in %.1f s", len(points), time.perf_counter() - begin)
+    return CostModel.fit([point.shape for point in points], seconds, meta)
+
+
+def grid(max_num_seqs: int, max_rows: int, capacity: int, longest: int) -> Iterator[Point]:
+    """Shapes that tell rows, context and sampling apart, within what the engine can run.
+
+    Args:
+        max_num_seqs: Most sequences.
+        max_rows: Most rows.
+        capacity: Tokens that the cache holds.
+        longest: Most tokens of a sequence.
+    """
+    counts = [rows for rows in ROWS if rows <= max_rows]
+    for rows in counts:
+        if rows <= max_num_seqs:
+            yield from _fitting(Point(rows, 1, 0, CONTEXT), capacity, longest)
+        if rows % _TREE_ROWS == 0 and rows // _TREE_ROWS <= max_num_seqs:
+            yield from _fitting(Point(rows // _TREE_ROWS, 1, _TREE_ROWS - 1, CONTEXT), capacity, longest)
+        if rows >= _TREE_ROWS:  # a chunk of a prompt
+            yield from _fitting(Point(1, rows, 0, 0, samples=False), capacity, longest)
+    for rows in counts[:: len(counts) // 4 or 1]:
+        yield from _fitting(Point(min(rows, max_num_seqs), 1, 0, LONG_CONTEXT), capacity, longest)
+        if rows > 1:
+            yield from _fitting(Point(1, 1, rows - 1, LONG_CONTEXT), capacity, longest)
+
+
+def _fitting(point: Point, capacity: int, longest: int) -> Iterator[Point]:
+    """The point, if the cache holds it, at a lower context if need be."""
+    rows = point.known + point.drafted
+    room = min(capacity // point.sequences, longest) // 16 * 16 - 16 - rows
+    if room >= 0:
+        yield Point(point.sequences, point.known, point.drafted, min(point.context, room), point.samples)
+
+
+def _time(point: Point, cache: KVCache, runner: ModelRunner, verifier: Verifier) -> float:
+    """Median seconds of a pass and its verification."""
+    sequences = [_sequence(number, point) for number in range(point.sequences)]
+    for sequence in sequences:
+        cache.blocks.reserve(sequence, len(sequence.token_ids))
+        sequence.num_computed = point.context
+    tree = DraftTree.chain((0,) * point.drafted) if point.drafted else EMPTY_TREE
+    scheduled = [Scheduled(sequence, point.known, point.samples) for sequence in sequences]
+    trees = [tree] * point.sequences if point.samples else []
+    times: list[float] = []
+    try:
+        for repeat in itertools.count():
+            begin = time.perf_counter()
+            batch = cache.place(scheduled, trees)
+            verifier.verify(batch, runner.forward(batch))
+            if repeat:  # the first one warms up
+                times.append(time.perf_counter() - begin)
+            long_enough = len(times) >= _LEAST_REPEATS and sum(times) >= _ENOUGH_S
+            if long_enough or len(times) == _MOST_REPEATS:
+                return statistics.median(times)
+    finally:
+        for sequence in sequences:
+            cache.blocks.free(sequence)
+    raise AssertionError("the loop above has no other end")
+
+
+def _sequence(number: int, point: Point) -> Sequence:
+    tokens = (0,) * (point.context + point.known)
+    request = Request(f"profile-{number}", tokens, SamplingParams(temperature=0), seed=0, max_tokens=1)
+    return Sequence.start(request)
+
+
+def _identity(config: EngineConfig, model: ModelConfig, cache: KVCache) -> dict[str, object]:
+    """All that a profile depends on."""
+    from outpace import __version__
+
+    return {
+        "format": FORMAT,
+        "outpace": __version__,
+        "torch": torch.__version__,
+        "model": repr(model),
+        "device": f"{cache.keys.device.type}: {_processor()}",
+        "dtype": str(cache.keys.dtype),
+        "threads": torch.get_num_threads(),
+        "kernels": config.kernels,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "cache_tokens": cache.blocks.capacity,
+    }
+
+
+def _processor() -> str:
+    """The processor's name and how many there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} x {next(names, platform.processor() or platform.machine())}"

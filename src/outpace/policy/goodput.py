@@ -1,0 +1,177 @@
+"""The draft tokens that give the most accepted tokens per second, over all sequences and nodes.
+
+Each step: n* = argmax E(n) / c(n), with E from the acceptance estimator and c from the cost model (docs/policies.md).
+Twice: before drafting, with what drafts are expected to be and what making them costs; and after, with the trees
+that came. SmartSpec (Liu et al., 2024) is the case of one length for the batch and one acceptance rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outpace.policy.acceptance import AcceptanceEstimator, Forest
+from outpace.policy.allocation import Choice, Extra, Slots, allocate
+from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
+from outpace.policy.cost import CostModel
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+PROBE_SHARE = 0.005  # of all time may go to drafts made only to learn
+PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
+_CHEAP = 0.01  # of a step: if all the nodes there may be cost no more to draft, ask for all and cut later
+
+
+class Stakes(Protocol):
+    """What tokens are worth: the hook for targets and fairness."""
+
+    def weights(self, view: BatchView) -> tuple[Floats, float]:
+        """The worth of a token per sequence, and tokens at stake for requests that do not sample yet."""
+
+    def observe(self, record: StepRecord) -> None:
+        """Learns from a finished step."""
+
+
+class Equal:
+    """Every token counts 1; those who wait count nothing."""
+
+    def weights(self, view: BatchView) -> tuple[Floats, float]:
+        """See Stakes."""
+        return np.ones(len(view.sequences)), 0.0
+
+    def observe(self, record: StepRecord) -> None:
+        """See Stakes."""
+
+
+class GoodputPolicy(SpeculationPolicy):
+    """Maximises expected accepted tokens over predicted step time.
+
+    Attributes:
+        cost: What steps cost.
+        acceptance: What drafts are worth.
+    """
+
+    def __init__(self, max_tokens: int, cost: CostModel, stakes: Stakes) -> None:
+        """Starts from a profile and from the prior of acceptance.
+
+        Args:
+            max_tokens: Most draft tokens of a sequence in a step.
+            cost: What steps cost; learns along.
+            stakes: What tokens are worth.
+        """
+        self._max_tokens = max_tokens
+        self._stakes = stakes
+        self.cost, self.acceptance = cost, AcceptanceEstimator(max_tokens)
+        self._ids: list[str] = []
+        self._limits: list[int] = []
+        self._probe: int | None = None  # index of the sequence that drafts only to learn
+        self._credit_s = 0.0  # time that probing may take
+
+    def limits(self, view: BatchView) -> list[int]:
+        """See SpeculationPolicy."""
+        sequences = view.sequences
+        self._ids = [s.id for s in sequences]
+        self._probe = None
+        most = np.minimum([s.max_draft for s in sequences], self._max_tokens).astype(np.int64)
+        present, survival = self.acceptance.before(self._ids)
+        slots = Slots(
+            gain=present * survival,
+            rows=present,
+            usable=np.arange(self._max_tokens) < most[:, None],
+            context=_contexts(view),
+        )
+        choice = self._allocate(view, slots, lambda x: self.cost.draft_s(x.sequences, x.nodes, x.depth))
+        limits = self._generous(choice, most)
+        self._add_probe(view, limits, most, present[:, :PROBE_NODES].sum(axis=1))
+        self.predicted_s = choice.seconds
+        self._limits = [int(limit) for limit in limits]
+        return self._limits
+
+    def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
+        """See SpeculationPolicy."""
+        if not any(self._limits):
+            return None
+        forest = Forest.of(drafts)
+        survival = self.acceptance.survival(self._ids, forest)
+        self.acceptance.drafted(self._ids, self._limits, forest, survival)
+        slots = Slots(survival, np.ones_like(survival), forest.present, _contexts(view))
+        spent = float(self.cost.draft_s(sum(map(bool, self._limits)), sum(self._limits), max(self._limits)))
+        choice = self._allocate(view, slots, lambda _: np.asarray(spent))
+        self.predicted_s = choice.seconds
+        if self._probe is not None:
+            choice.counts[self._probe] = max(choice.counts[self._probe], PROBE_NODES)
+        return [int(count) for count in choice.counts]
+
+    def observe(self, record: StepRecord) -> None:
+        """See SpeculationPolicy."""
+        self.cost.observe(record)
+        self._stakes.observe(record)
+        ids = [s.id for s in record.view.sequences]
+        self.acceptance.observe(ids, Forest.of(record.drafts), record.paths)
+        self._credit_s += PROBE_SHARE * record.seconds["total"]
+
+    def release(self, sequence_id: str) -> None:
+        """See SpeculationPolicy."""
+        self.acceptance.release(sequence_id)
+
+    def _allocate(self, view: BatchView, slots: Slots, draft_s: DraftSeconds) -> Choice:
+        weights, waiting = self._stakes.weights(view)
+        num_samples, host_s = len(view.sequences), self.cost.host_s(view.num_scheduled)
+
+        def seconds(extra: Extra) -> Floats:
+            rows, samples = view.num_rows + extra.rows, num_samples + extra.rows
+            target = self.cost.target_s(rows, samples, view.num_context, view.num_pairs + extra.pairs)
+            return np.asarray(target + draft_s(extra) + host_s)
+
+        weighted = Slots(weights[:, None] * slots.gain, slots.rows, slots.usable, slots.context)
+        base = float(weights.sum()) + waiting
+        return allocate(weighted, base, seconds, self.cost.per_pair_s, view.num_free_slots)
+
+    def _generous(self, choice: Choice, most: Ints) -> Ints:
+        """Lets those who draft ask for all they may, where that costs next to nothing: `trim` cuts later."""
+        all_of_it = np.where(choice.counts > 0, most, 0)
+        asked = [
+            self.cost.draft_s(int((counts > 0).sum()), int(counts.sum()), int(counts.max(initial=0)))
+            for counts in (choice.counts, all_of_it)
+        ]
+        return all_of_it if asked[1] - asked[0] <= _CHEAP * choice.seconds else choice.counts
+
+    def _add_probe(self, view: BatchView, limits: Ints, most: Ints, rows: Floats) -> None:
+        """Lets the least known of those who do not draft do so, if there is time to spare for it."""
+        idle = (limits == 0) & (most > 0)
+        if self._credit_s <= 0 or not idle.any() or view.num_free_slots <= int(limits.sum()) + PROBE_NODES:
+            return
+        probe = int(np.argmin(np.where(idle, self.acceptance.num_seen(self._ids), np.inf)))
+        known, context = view.num_rows + float(limits.sum()), view.num_context
+        samples = len(view.sequences)
+        before, after = self.cost.target_s(
+            np.array([known, known + rows[probe]]),
+            np.array([samples, samples + rows[probe]]),
+            context,
+            view.num_pairs + np.array([0.0, rows[probe] * view.sequences[probe].context_len]),
+        )
+        nodes = min(PROBE_NODES, int(most[probe]))
+        cost_s = float(after - before) + float(self.cost.draft_s(1, nodes, nodes))
+        self._credit_s = min(self._credit_s, 2 * cost_s)  # idle hours buy no burst
+        if self._credit_s >= cost_s:
+            self._credit_s -= cost_s
+            self._probe, limits[probe] = probe, nodes
+
+
+class DraftSeconds(Protocol):
+    """Seconds of drafting for each amount of extra work."""
+
+    def __call__(self, extra: Extra, /) -> Floats: ...
+
+
+def _contexts(view: BatchView) -> Floats:
+    return np.fromiter((s.context_len for s in view.sequences), np.float64, len(view.sequences))
+
+
+def create(context: PolicyContext) -> GoodputPolicy:
+    """Builds the policy; measures the machine if it is not known."""
+    return GoodputPolicy(context.speculative.num_speculative_tokens, context.cost_model(), Equal())
