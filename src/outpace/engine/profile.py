@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from outpace.batch import Scheduled
-from outpace.config import EngineConfig, cache_dir
+from outpace.config import BLOCK_SIZE, EngineConfig, cache_dir
 from outpace.models.config import ModelConfig
 from outpace.policy.cost import FORMAT, CostModel, Shape
 from outpace.request import Request, Sequence
@@ -29,10 +29,12 @@ from outpace.tree import EMPTY_TREE, DraftTree
 
 logger = logging.getLogger(__name__)
 
-ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 192, 256, 384, 512)
+DECODE_ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
+DRAFT_ROWS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of sequences with drafts
+CHUNK_ROWS = (8, 32, 128, 512)  # of a prompt
 CONTEXT, LONG_CONTEXT = 128, 1024  # cached tokens per sequence
 _TREE_ROWS = 4  # of the sequences that stand for drafting ones
-_LEAST_REPEATS, _MOST_REPEATS, _ENOUGH_S = 3, 9, 0.1  # per shape: so often, or less once so long
+_REPEATS, _LEAST_REPEATS, _ENOUGH_S = 7, 2, 0.06  # per shape: so often, or less often once so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,26 +119,24 @@ def grid(max_num_seqs: int, max_rows: int, capacity: int, longest: int) -> Itera
         capacity: Tokens that the cache holds.
         longest: Most tokens of a sequence.
     """
-    counts = [rows for rows in ROWS if rows <= max_rows]
-    for rows in counts:
-        if rows <= max_num_seqs:
-            yield from _fitting(Point(rows, 1, 0, CONTEXT), capacity, longest)
-        if rows % _TREE_ROWS == 0 and rows // _TREE_ROWS <= max_num_seqs:
-            yield from _fitting(Point(rows // _TREE_ROWS, 1, _TREE_ROWS - 1, CONTEXT), capacity, longest)
-        if rows >= _TREE_ROWS:  # a chunk of a prompt
-            yield from _fitting(Point(1, rows, 0, 0, samples=False), capacity, longest)
-    for rows in counts[:: len(counts) // 4 or 1]:
-        yield from _fitting(Point(min(rows, max_num_seqs), 1, 0, LONG_CONTEXT), capacity, longest)
-        if rows > 1:
-            yield from _fitting(Point(1, 1, rows - 1, LONG_CONTEXT), capacity, longest)
+    decode = [rows for rows in DECODE_ROWS if rows <= max_num_seqs]
+    yield from _fitting((Point(rows, 1, 0, CONTEXT) for rows in decode), capacity, longest)
+    trees = [rows // _TREE_ROWS for rows in DRAFT_ROWS if rows <= min(_TREE_ROWS * max_num_seqs, max_rows)]
+    yield from _fitting((Point(num, 1, _TREE_ROWS - 1, CONTEXT) for num in trees), capacity, longest)
+    chunks = [rows for rows in CHUNK_ROWS if rows <= max_rows]
+    yield from _fitting((Point(1, rows, 0, 0, samples=False) for rows in chunks), capacity, longest)
+    long = [rows for rows in (1, 8, 32) if rows <= max_num_seqs]
+    yield from _fitting((Point(rows, 1, 0, LONG_CONTEXT) for rows in long), capacity, longest)
+    yield from _fitting((Point(1, 1, rows - 1, LONG_CONTEXT) for rows in (2, 8, 16)), capacity, longest)
 
 
-def _fitting(point: Point, capacity: int, longest: int) -> Iterator[Point]:
-    """The point, if the cache holds it, at a lower context if need be."""
-    rows = point.known + point.drafted
-    room = min(capacity // point.sequences, longest) // 16 * 16 - 16 - rows
-    if room >= 0:
-        yield Point(point.sequences, point.known, point.drafted, min(point.context, room), point.samples)
+def _fitting(points: Iterable[Point], capacity: int, longest: int) -> Iterator[Point]:
+    """The points that the cache holds, at a lower context if need be."""
+    for point in points:
+        most = min(capacity // point.sequences // BLOCK_SIZE * BLOCK_SIZE, longest)
+        room = most - point.known - point.drafted
+        if room >= 0:
+            yield dataclasses.replace(point, context=min(point.context, room))
 
 
 def _time(point: Point, cache: KVCache, runner: ModelRunner, verifier: Verifier) -> float:
@@ -150,19 +150,15 @@ def _time(point: Point, cache: KVCache, runner: ModelRunner, verifier: Verifier)
     trees = [tree] * point.sequences if point.samples else []
     times: list[float] = []
     try:
-        for repeat in itertools.count():
+        while len(times) < _REPEATS and (len(times) < _LEAST_REPEATS or sum(times) < _ENOUGH_S):
             begin = time.perf_counter()
             batch = cache.place(scheduled, trees)
             verifier.verify(batch, runner.forward(batch))
-            if repeat:  # the first one warms up
-                times.append(time.perf_counter() - begin)
-            long_enough = len(times) >= _LEAST_REPEATS and sum(times) >= _ENOUGH_S
-            if long_enough or len(times) == _MOST_REPEATS:
-                return statistics.median(times)
+            times.append(time.perf_counter() - begin)
     finally:
         for sequence in sequences:
             cache.blocks.free(sequence)
-    raise AssertionError("the loop above has no other end")
+    return statistics.median_low(times)
 
 
 def _sequence(number: int, point: Point) -> Sequence:
