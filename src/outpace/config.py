@@ -25,6 +25,9 @@ def setting(default: Any, help: str, positional: bool = False) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 
 
+_TABLE = "num_speculative_tokens_per_batch_size"
+
+
 @dataclass(frozen=True)
 class SpeculativeConfig:
     """How drafts are made: the keys of --speculative-config, vLLM's where it has them."""
@@ -32,6 +35,9 @@ class SpeculativeConfig:
     method: str = setting("none", "Draft method, a name of spec/proposers; ngram is prompt_lookup")
     num_speculative_tokens: int = setting(
         5, "Most draft tokens for a sequence in a step (policy fixed: always)"
+    )
+    num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = setting(
+        (), "policy batch_table: [first batch size, last, draft tokens] each; without it, from the profile"
     )
     prompt_lookup_min: int = setting(2, "prompt_lookup: shortest match that gives a draft, in tokens")
     prompt_lookup_max: int = setting(5, "prompt_lookup: longest match looked for")
@@ -48,6 +54,7 @@ class SpeculativeConfig:
         """
         if self.method == "ngram":
             object.__setattr__(self, "method", "prompt_lookup")
+        object.__setattr__(self, _TABLE, _batch_table(getattr(self, _TABLE)))
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
             default: Any = field.default
@@ -69,6 +76,26 @@ class SpeculativeConfig:
         if not 0 <= self.suffix_decoding_min_token_prob <= 1:
             prob = self.suffix_decoding_min_token_prob
             raise ConfigError(f"suffix_decoding_min_token_prob must be in [0, 1], got {prob}")
+
+
+def _batch_table(rows: Any) -> tuple[tuple[int, ...], ...]:
+    """The checked table of draft tokens by batch size.
+
+    Raises:
+        ConfigError: It is no list of [first, last, tokens], or its batch sizes do not follow each other from 1 on.
+    """
+    is_table = isinstance(rows, list | tuple) and all(isinstance(row, list | tuple) for row in rows)
+    if not is_table or not all(len(row) == 3 and all(type(x) is int for x in row) for row in rows):
+        raise ConfigError(f"{_TABLE} must be a list of [first batch size, last, draft tokens], got {rows!r}")
+    expected = 1
+    for first, last, length in rows:
+        if first != expected or last < first or length < 0:
+            raise ConfigError(
+                f"{_TABLE} must cover batch sizes from 1 on without gaps, with 0 or more draft tokens: the row "
+                f"[{first}, {last}, {length}] should begin at {expected}"
+            )
+        expected = last + 1
+    return tuple(map(tuple, rows))
 
 
 @dataclass(frozen=True)

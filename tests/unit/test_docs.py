@@ -54,6 +54,8 @@ def settings_table(kind: type[Any], called: str = "flag") -> str:
 
 
 def _values(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return "list of lists"
     choices = [arg for arg in typing.get_args(hint) if arg is not type(None)] or [hint]
     names = {int: "integer", float: "number", str: "text", bool: "switch", dict[str, Any]: "JSON object"}
     return ", ".join(names.get(choice) or f"`{choice}`" for choice in choices)

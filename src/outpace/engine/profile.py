@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ DRAFT_ROWS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of sequences with drafts
 CHUNK_ROWS = (8, 32, 128, 512)  # of a prompt
 CONTEXT, LONG_CONTEXT = 128, 1024  # cached tokens per sequence
 _TREE_ROWS = 4  # of the sequences that stand for drafting ones
-_REPEATS, _LEAST_REPEATS, _ENOUGH_S = 7, 2, 0.06  # per shape: so often, or less often once so long
+_LEAST_ROUNDS, _MOST_ROUNDS, _ENOUGH_S = 2, 7, 4.0  # over all shapes; no new round once so long
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,17 @@ def measure(
     longest = min(cache.blocks.capacity, config.max_model_len or cache.blocks.capacity)
     points = list(grid(config.max_num_seqs, config.max_num_batched_tokens, cache.blocks.capacity, longest))
     console = Console(stderr=True)
-    seconds = []
+    seconds = [math.inf] * len(points)
     begin = time.perf_counter()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for point in progress.track(points, description="Measuring what steps cost"):
-            seconds.append(_time(point, cache, runner, verifier))
+        bar = progress.add_task("Measuring what steps cost", total=len(points) * _LEAST_ROUNDS)
+        for round_ in range(_MOST_ROUNDS):
+            if round_ >= _LEAST_ROUNDS and time.perf_counter() - begin > _ENOUGH_S:
+                break
+            # All shapes in turn, and the fastest of each: what else the machine did in between belongs to none.
+            for index, point in enumerate(points):
+                seconds[index] = min(seconds[index], _time(point, cache, runner, verifier))
+                progress.advance(bar)
     logger.info("Measured %d step shapes in %.1f s", len(points), time.perf_counter() - begin)
     return CostModel.fit([point.shape for point in points], seconds, meta)
 
@@ -140,7 +146,7 @@ def _fitting(points: Iterable[Point], capacity: int, longest: int) -> Iterator[P
 
 
 def _time(point: Point, cache: KVCache, runner: ModelRunner, verifier: Verifier) -> float:
-    """Median seconds of a pass and its verification."""
+    """Seconds of a pass and its verification."""
     sequences = [_sequence(number, point) for number in range(point.sequences)]
     for sequence in sequences:
         cache.blocks.reserve(sequence, len(sequence.token_ids))
@@ -148,17 +154,13 @@ def _time(point: Point, cache: KVCache, runner: ModelRunner, verifier: Verifier)
     tree = DraftTree.chain((0,) * point.drafted) if point.drafted else EMPTY_TREE
     scheduled = [Scheduled(sequence, point.known, point.samples) for sequence in sequences]
     trees = [tree] * point.sequences if point.samples else []
-    times: list[float] = []
-    try:
-        while len(times) < _REPEATS and (len(times) < _LEAST_REPEATS or sum(times) < _ENOUGH_S):
-            begin = time.perf_counter()
-            batch = cache.place(scheduled, trees)
-            verifier.verify(batch, runner.forward(batch))
-            times.append(time.perf_counter() - begin)
-    finally:
-        for sequence in sequences:
-            cache.blocks.free(sequence)
-    return statistics.median_low(times)
+    begin = time.perf_counter()
+    batch = cache.place(scheduled, trees)
+    verifier.verify(batch, runner.forward(batch))
+    seconds = time.perf_counter() - begin
+    for sequence in sequences:
+        cache.blocks.free(sequence)
+    return seconds
 
 
 def _sequence(number: int, point: Point) -> Sequence:

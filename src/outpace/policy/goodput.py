@@ -23,7 +23,8 @@ Ints = NDArray[np.int64]
 
 PROBE_SHARE = 0.005  # of all time may go to drafts made only to learn
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
-_CHEAP = 0.01  # of a step: if all the nodes there may be cost no more to draft, ask for all and cut later
+FREE = 0.005  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
+_CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes they may
 
 
 class Stakes(Protocol):
@@ -99,7 +100,7 @@ class GoodputPolicy(SpeculationPolicy):
         survival = self.acceptance.survival(self._ids, forest)
         self.acceptance.drafted(self._ids, self._limits, forest, survival)
         slots = Slots(survival, np.ones_like(survival), forest.present, _contexts(view))
-        spent = float(self.cost.draft_s(sum(map(bool, self._limits)), sum(self._limits), max(self._limits)))
+        spent = self._draft_s(np.array(self._limits))
         choice = self._allocate(view, slots, lambda _: np.asarray(spent))
         self.predicted_s = choice.seconds
         if self._probe is not None:
@@ -132,13 +133,16 @@ class GoodputPolicy(SpeculationPolicy):
         return allocate(weighted, base, seconds, self.cost.per_pair_s, view.num_free_slots)
 
     def _generous(self, choice: Choice, most: Ints) -> Ints:
-        """Lets those who draft ask for all they may, where that costs next to nothing: `trim` cuts later."""
-        all_of_it = np.where(choice.counts > 0, most, 0)
-        asked = [
-            self.cost.draft_s(int((counts > 0).sum()), int(counts.sum()), int(counts.max(initial=0)))
-            for counts in (choice.counts, all_of_it)
-        ]
-        return all_of_it if asked[1] - asked[0] <= _CHEAP * choice.seconds else choice.counts
+        """Asks for more than was chosen where that costs next to nothing: `trim` cuts, seeing more."""
+        if self._draft_s(most) <= FREE * choice.seconds:
+            return most
+        longer = np.where(choice.counts > 0, most, 0)
+        more_s = self._draft_s(longer) - self._draft_s(choice.counts)
+        return longer if more_s <= _CHEAP * choice.seconds else choice.counts
+
+    def _draft_s(self, limits: Ints) -> float:
+        depth = int(limits.max(initial=0))
+        return float(self.cost.draft_s(np.count_nonzero(limits), int(limits.sum()), depth))
 
     def _add_probe(self, view: BatchView, limits: Ints, most: Ints, rows: Floats) -> None:
         """Lets the least known of those who do not draft do so, if there is time to spare for it."""
