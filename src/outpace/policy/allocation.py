@@ -5,6 +5,10 @@
 over all (sequence, node) slots, each sequence taking a prefix of its own. Where attention makes a row of a long
 sequence dearer than one of a short sequence, slots are ranked by gain less what their context costs at the
 going rate of tokens per second (Dinkelbach's method for ratios): rank, choose, and rank again at the new rate.
+
+Where a step also computes prompts, the ratio is that of the step without them, λ, and n maximises E(n) - λ·c(n) with
+them. Their rows are paid in any case; counted into the ratio they would make tokens look dear, and the next steps,
+which can have the same tokens without waiting for a prompt, would be robbed.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _MOST_ROUNDS = 4  # the rate converges in two or three
+_CONVERGED = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +58,22 @@ class Extra:
 
     rows: Floats
     pairs: Floats
-    sequences: Ints
-    nodes: Ints
-    depth: Ints
+    sequences: Floats
+    nodes: Floats
+    depth: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Durations of the step with each amount of extra work; non-decreasing.
+
+    Attributes:
+        decoding: As if it held nothing but decoding sequences, one known row each.
+        whole: With the prompts that it also computes; None without such.
+    """
+
+    decoding: Callable[[Extra], Floats]
+    whole: Callable[[Extra], Floats] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,54 +91,76 @@ class Choice:
     seconds: float
 
 
-def allocate(
-    slots: Slots, base: float, seconds: Callable[[Extra], Floats], pair_s: float, max_rows: float
-) -> Choice:
+def allocate(slots: Slots, base: float, costs: Costs, pair_s: float, max_rows: float) -> Choice:
     """Chooses the prefixes with the highest rate.
 
     Args:
         slots: What there is to choose from.
         base: Expected tokens, weighted, without any draft.
-        seconds: Duration of the step with each amount of extra work; non-decreasing.
+        costs: What each amount of extra work costs.
         pair_s: Seconds per row and cached token.
         max_rows: Most rows that drafts may take.
     """
     num_sequences, width = slots.gain.shape
-    per_row = np.minimum.accumulate(slots.gain / slots.rows, axis=1).ravel()
-    context = np.repeat(slots.context, width)
-    usable = np.flatnonzero(slots.usable)
-    gain, rows = slots.gain.ravel(), slots.rows.ravel()
-    best_order, best, seconds_of, rate = usable[:0], 0, 0.0, -1.0
+    ranked = _Ranked.by(0.0, slots, pair_s)
+    best, rate = 0, -1.0
     for _ in range(_MOST_ROUNDS):
-        key = per_row[usable] - max(rate, 0.0) * pair_s * context[usable]
-        order = usable[np.argsort(-key, kind="stable")]  # equal keys: a sequence's earlier nodes first
-        extra = _accumulate(order, width, rows, context)
-        expected = base + np.append(0.0, np.cumsum(gain[order]))
-        duration = seconds(extra)
-        rates = np.where(extra.rows <= max_rows, expected / duration, -1.0)
-        chosen = int(np.argmax(rates))
-        if rates[chosen] <= rate:
+        expected = base + ranked.gains
+        rates = np.where(ranked.extra.rows <= max_rows, expected / costs.decoding(ranked.extra), -1.0)
+        best = int(np.argmax(rates))
+        if pair_s == 0.0 or rates[best] <= rate * (1 + _CONVERGED):
             break
-        best_order, best, rate = order, chosen, float(rates[chosen])
-        seconds_of = float(duration[chosen])
-        if pair_s == 0.0 or chosen == 0:
-            break
-    counts = np.bincount(best_order[:best] // width, minlength=num_sequences) if width else None
-    return Choice(np.zeros(num_sequences, np.int64) if counts is None else counts, rate, seconds_of)
+        rate = float(rates[best])
+        ranked = _Ranked.by(rate, slots, pair_s)
+    rate = max(rate, float(rates[best]))
+    if costs.whole is None:
+        seconds = float(costs.decoding(ranked.extra)[best])
+    else:  # prompts in the same step: their rows are paid anyway, a token is worth what it costs without them
+        duration = costs.whole(ranked.extra)
+        value = np.where(ranked.extra.rows <= max_rows, base + ranked.gains - rate * duration, -np.inf)
+        best = int(np.argmax(value))
+        seconds = float(duration[best])
+    counts = np.bincount(ranked.order[:best] // max(width, 1), minlength=num_sequences)
+    return Choice(counts, rate, seconds)
 
 
-def _accumulate(order: Ints, width: int, rows: Floats, context: Floats) -> Extra:
-    """The work of the first 0, 1, 2, … slots of an order."""
-    taken = rows[order]
-    place = order % max(width, 1)
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """Slots, best first.
 
-    def sums(values: NDArray[np.generic]) -> NDArray[np.generic]:
-        return np.append(np.zeros(1, values.dtype), np.cumsum(values))
+    Attributes:
+        order: Their flat indices.
+        gains: Sum of the gains of the first 0, 1, 2, … of them.
+        extra: And their work.
+    """
 
-    return Extra(
-        rows=np.asarray(sums(taken), np.float64),
-        pairs=np.asarray(sums(taken * context[order]), np.float64),
-        sequences=np.asarray(sums((place == 0).astype(np.int64)), np.int64),
-        nodes=np.arange(len(order) + 1),
-        depth=np.append(0, np.maximum.accumulate(place + 1)),
-    )
+    order: Ints
+    gains: Floats
+    extra: Extra
+
+    @classmethod
+    def by(cls, rate: float, slots: Slots, pair_s: float) -> _Ranked:
+        """Ranks by gain per row less what a row's context costs at a rate of tokens per second."""
+        width = slots.gain.shape[1]
+        per_row = np.minimum.accumulate(slots.gain / slots.rows, axis=1)
+        key = per_row - rate * pair_s * slots.context[:, None]
+        usable = np.flatnonzero(slots.usable)
+        # stable: with equal keys a sequence's earlier nodes come first
+        order = usable[np.argsort(-key.ravel()[usable], kind="stable")]
+        rows = slots.rows.ravel()[order]
+        place = order % max(width, 1)
+        extra = Extra(
+            rows=_sums(rows),
+            pairs=_sums(rows * slots.context[order // max(width, 1)]),
+            sequences=_sums(place == 0),
+            nodes=np.arange(len(order) + 1, dtype=np.float64),
+            depth=np.maximum.accumulate(np.concatenate(([0.0], place + 1.0))),
+        )
+        return cls(order, _sums(slots.gain.ravel()[order]), extra)
+
+
+def _sums(values: NDArray[np.generic]) -> Floats:
+    """Sums of the first 0, 1, 2, … values."""
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values, out=sums[1:])
+    return sums

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from outpace.policy.acceptance import AcceptanceEstimator, Forest
-from outpace.policy.allocation import Choice, Extra, Slots, allocate
+from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
 from outpace.policy.cost import CostModel
 
@@ -121,16 +121,23 @@ class GoodputPolicy(SpeculationPolicy):
 
     def _allocate(self, view: BatchView, slots: Slots, draft_s: DraftSeconds) -> Choice:
         weights, waiting = self._stakes.weights(view)
-        num_samples, host_s = len(view.sequences), self.cost.host_s(view.num_scheduled)
+        num_samples = len(view.sequences)
+        context = float(slots.context.sum())
 
-        def seconds(extra: Extra) -> Floats:
+        def decoding(extra: Extra) -> Floats:
+            rows = num_samples + extra.rows
+            target = self.cost.target_s(rows, rows, context, context + extra.pairs)
+            return np.asarray(target + draft_s(extra) + self.cost.host_s(num_samples))
+
+        def whole(extra: Extra) -> Floats:
             rows, samples = view.num_rows + extra.rows, num_samples + extra.rows
             target = self.cost.target_s(rows, samples, view.num_context, view.num_pairs + extra.pairs)
-            return np.asarray(target + draft_s(extra) + host_s)
+            return np.asarray(target + draft_s(extra) + self.cost.host_s(view.num_scheduled))
 
+        costs = Costs(decoding, whole if view.num_rows > num_samples else None)
         weighted = Slots(weights[:, None] * slots.gain, slots.rows, slots.usable, slots.context)
         base = float(weights.sum()) + waiting
-        return allocate(weighted, base, seconds, self.cost.per_pair_s, view.num_free_slots)
+        return allocate(weighted, base, costs, self.cost.per_pair_s, view.num_free_slots)
 
     def _generous(self, choice: Choice, most: Ints) -> Ints:
         """Asks for more than was chosen where that costs next to nothing: `trim` cuts, seeing more."""

@@ -85,7 +85,7 @@ class SmartSpecPolicy(SpeculationPolicy):
         return best
 
     def _seconds(self, view: BatchView, num_drafting: int, length: int) -> float:
-        rows = view.num_rows + num_drafting * length
+        rows = len(view.sequences) + num_drafting * length  # prompts in the step are not looked at
         num_asked = num_drafting if length else 0
         draft_s = 0.0 if self._proposes_first else self._cost.draft_s(num_asked, num_asked * length, length)
         return self._per_context * view.num_context + self._per_token * rows + self._fixed + float(draft_s)
