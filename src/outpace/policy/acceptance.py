@@ -5,7 +5,8 @@ A node's chance, given that its parent is accepted, is
     p = rate[method, depth, rank] · factor[request]
 
 rate: exponentially weighted, with the rate one depth above as its prior; factor: what this request accepted
-over what the rates had expected, shrunk to 1 while it is young. Where the drafter has a confidence q, a
+over what the rates had expected, shrunk to 1 by as much as chance explains the difference (empirical Bayes: how
+much requests differ beyond chance is learnt too). Where the drafter has a confidence q, a
 logistic fit refines it: logit p' = w0 + w1·logit p + w2·logit q. S, the chance that a node is on the accepted
 path, is the product of p along its path.
 
@@ -31,10 +32,12 @@ Bools = NDArray[np.bool_]
 NUM_RANKS = 4  # siblings told apart; later ones count as the last of these
 PRIOR_RATE = 0.5  # of a first child; each later sibling has half of its elder's
 PRIOR_WEIGHT = 4.0  # observations that the prior is worth
-MEMORY = 256.0  # drafts over which population averages reach back
+MEMORY = 512.0  # drafts over which population averages reach back
 IDLE_MEMORY = 4096.0  # steps after which what is not observed has mostly gone back to the prior
-REQUEST_MEMORY = 12.0  # drafts over which a request's own averages reach back
-REQUEST_WEIGHT = 2.0  # drafts that the population is worth to a request
+REQUEST_MEMORY = 16.0  # drafts over which a request's own averages reach back
+REQUEST_WEIGHT = 3.0  # drafts that the population is worth to a request
+DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the least that is assumed
+_DIFFERENCE_MEMORY = 128.0  # steps over which it is learnt
 LEAST, MOST = 1e-3, 0.995  # bounds of a chance
 _CALIBRATION_RIDGE = 20.0  # observations before confidences count for much
 _START = np.array([0.0, 1.0, 0.0])  # calibration that leaves p as it is
@@ -134,6 +137,7 @@ class _Averages:
         for name, shape in (
             ("hits", (size,)),
             ("expected", (size,)),
+            ("variance", (size,)),
             ("asked", (size, self.width)),
             ("present", (size, self.width)),
             ("survived", (size, self.width)),
@@ -145,6 +149,7 @@ class _Averages:
 
     hits: Floats
     expected: Floats
+    variance: Floats
     asked: Floats
     present: Floats
     survived: Floats
@@ -163,7 +168,7 @@ class _Averages:
         """Forgets a key."""
         place = self._places.pop(key, None)
         if place is not None:
-            self.hits[place] = self.expected[place] = 0.0
+            self.hits[place] = self.expected[place] = self.variance[place] = 0.0
             self.asked[place] = self.present[place] = self.survived[place] = 0.0
             self._unused.append(place)
 
@@ -262,6 +267,8 @@ class AcceptanceEstimator:
         """
         self._max_nodes = max_nodes
         self._requests = _Averages(max_nodes)
+        self._surprise = DIFFERENCE[0]  # mean squares: what requests differ by beyond chance,
+        self._square = 1.0  # and what was expected of them
         self._methods: dict[str, _Method] = {}
 
     def before(self, ids: Sequence[str], method: str = "") -> tuple[Floats, Floats]:
@@ -319,13 +326,15 @@ class AcceptanceEstimator:
         expected = self._chances(ids, forest, known)
         known.fit(expected[seen], forest.confidence[seen], accepted[seen])
         num_drafts = int(forest.present[:, 0].sum())
-        base = np.where(seen, known.rates[self._cells(forest)], 0.0).sum(axis=1)
+        base = np.where(seen, known.rates[self._cells(forest)], 0.0)
         known.observe_rates(*self._seen_cells(forest, seen), accepted[seen], num_drafts)
         rows = np.flatnonzero(forest.present[:, 0])
         places = self._requests.places([ids[row] for row in rows])
         keep, own = 1 - 1 / REQUEST_MEMORY, self._requests
         own.hits[places] = keep * own.hits[places] + accepted.sum(axis=1)[rows]
-        own.expected[places] = keep * own.expected[places] + base[rows]
+        own.expected[places] = keep * own.expected[places] + base.sum(axis=1)[rows]
+        own.variance[places] = keep**2 * own.variance[places] + (base * (1 - base)).sum(axis=1)[rows]
+        self._learn_difference(places)
 
     def num_seen(self, ids: Sequence[str]) -> Floats:
         """How much is known of each sequence: drafts asked for it, recent ones counting more."""
@@ -338,6 +347,21 @@ class AcceptanceEstimator:
     def rates(self, method: str = "") -> Floats:
         """[depth, rank]: acceptance given that the parent is accepted, over all requests."""
         return self._method(method).rates.copy()
+
+    def _learn_difference(self, places: Ints) -> None:
+        """By the method of moments: E (hits - expected)² = variance by chance + difference · expected²."""
+        own = self._requests
+        beyond = (own.hits[places] - own.expected[places]) ** 2 - own.variance[places]
+        self._surprise += (float(beyond.mean()) - self._surprise) / _DIFFERENCE_MEMORY
+        self._square += (float((own.expected[places] ** 2).mean()) - self._square) / _DIFFERENCE_MEMORY
+
+    def _factors(self, places: Ints) -> Floats:
+        """[sequences]: the least squares estimate of each request's own acceptance over everyone's."""
+        own = self._requests
+        hits, expected = own.hits[places], own.expected[places]
+        signal = max(self._surprise / self._square, DIFFERENCE[1]) * expected**2
+        trust = signal / np.maximum(signal + own.variance[places], 1e-9)
+        return np.asarray(1 + trust * (hits / np.maximum(expected, 1e-9) - 1))
 
     def _method(self, name: str) -> _Method:
         if name not in self._methods:
@@ -352,8 +376,6 @@ class AcceptanceEstimator:
         return depths[seen], ranks[seen]
 
     def _chances(self, ids: Sequence[str], forest: Forest, known: _Method) -> Floats:
-        """rate · factor, [trees, nodes]."""
+        """Rate · factor, [trees, nodes]."""
         places = self._requests.places(ids)
-        own = self._requests
-        factor = (own.hits[places] + REQUEST_WEIGHT) / (own.expected[places] + REQUEST_WEIGHT)
-        return np.clip(known.rates[self._cells(forest)] * factor[:, None], LEAST, MOST)
+        return np.clip(known.rates[self._cells(forest)] * self._factors(places)[:, None], LEAST, MOST)

@@ -30,7 +30,7 @@ FORMAT = 1  # of the JSON
 Floats = NDArray[np.float64]
 
 _FAR = 2**24  # rows; beyond the last measured count the table goes on with its last slope
-_LEVEL_RATE, _LOCAL_RATE = 0.1, 0.05  # of corrections: all row counts alike, and those nearby
+_LEVEL_RATE, _LOCAL_RATE = 0.1, 0.01  # of corrections: all row counts alike, and those nearby
 _LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
 _LINEAR_RATE = 0.1  # of the draft's and the host's coefficients
 _OUTLIER = 3.0  # errors beyond so many times the usual one count as that much
@@ -297,9 +297,7 @@ class CostModel:
         solution = nonnegative_least_squares(design * weights[:, None] / unit, np.ones(len(shapes))) / unit
         table = np.cumsum(solution[: len(knots)])
         context, pair, sample = map(float, solution[len(knots) :])
-        return cls(
-            knots, table.tolist(), per_context=context, per_pair=pair, per_sample=sample, meta=meta
-        )
+        return cls(knots, table.tolist(), per_context=context, per_pair=pair, per_sample=sample, meta=meta)
 
 
 def shape_of(record: StepRecord) -> Shape:
