@@ -99,7 +99,7 @@ def conditions(loaded: Loaded, cases: list[Case]) -> Iterator[tuple[str, Answers
     for method in proposers.available():
         if method == "none":
             continue
-        fixed = loaded.build(spec_method=method, spec_tokens=8)
+        fixed = loaded.build(spec_method=method, spec_policy="fixed", spec_tokens=8)
         one_by_one = [answer for case in cases for answer in run(fixed, [case], lambda i: 0)]
         yield f"{method}, alone", one_by_one, fixed
         chaotic = loaded.build(num_blocks, spec_method=method, spec_tokens=8)

@@ -155,6 +155,7 @@ class AsyncLLM:
         *,
         request_id: str,
         priority: int = 0,
+        client: str = "",
     ) -> AsyncGenerator[Output]:
         """Yields what each step adds to each of the n answers, until all have ended.
 
@@ -166,6 +167,7 @@ class AsyncLLM:
             sampling: How to choose and when to stop.
             request_id: Unique among unfinished requests.
             priority: Lower runs first; not 0 only under the `priority` scheduling policy.
+            client: Who asked; the policy `fair` shares between clients.
 
         Raises:
             InvalidRequestError: The request cannot be served as asked (before anything is yielded).
@@ -173,7 +175,7 @@ class AsyncLLM:
             ShuttingDownError: No new work is accepted (likewise).
             EngineDeadError: The engine ended on an unexpected error.
         """
-        stream = self._submit(prompt_ids, sampling, request_id, priority)
+        stream = self._submit(prompt_ids, sampling, request_id, priority, client)
         try:
             while (output := await stream.get()) is not None:
                 yield output
@@ -205,7 +207,12 @@ class AsyncLLM:
             await asyncio.sleep(0.001)
 
     def _submit(
-        self, prompt_ids: Sequence[int], sampling: SamplingParams, request_id: str, priority: int
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        request_id: str,
+        priority: int,
+        client: str,
     ) -> _Stream:
         self._loop = asyncio.get_running_loop()  # before the check: see _run
         if self._death is not None:
@@ -214,7 +221,7 @@ class AsyncLLM:
             raise ShuttingDownError("the server is shutting down and accepts no new requests")
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id} is in use", "request_id")
-        requests = self._admission.requests(request_id, prompt_ids, sampling, priority)
+        requests = self._admission.requests(request_id, prompt_ids, sampling, priority, client)
         stream = self._streams[request_id] = _Stream(requests)
         self._drained.clear()
         self._inbox.put(_Command(add=requests))

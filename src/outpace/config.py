@@ -82,7 +82,7 @@ def _batch_table(rows: Any) -> tuple[tuple[int, ...], ...]:
     """The checked table of draft tokens by batch size.
 
     Raises:
-        ConfigError: It is no list of [first, last, tokens], or its batch sizes do not follow each other from 1 on.
+        ConfigError: It is no list of [first, last, tokens], or its batch sizes are not 1, 2, 3, …
     """
     is_table = isinstance(rows, list | tuple) and all(isinstance(row, list | tuple) for row in rows)
     if not is_table or not all(len(row) == 3 and all(type(x) is int for x in row) for row in rows):
@@ -91,8 +91,8 @@ def _batch_table(rows: Any) -> tuple[tuple[int, ...], ...]:
     for first, last, length in rows:
         if first != expected or last < first or length < 0:
             raise ConfigError(
-                f"{_TABLE} must cover batch sizes from 1 on without gaps, with 0 or more draft tokens: the row "
-                f"[{first}, {last}, {length}] should begin at {expected}"
+                f"{_TABLE} must cover batch sizes from 1 on without gaps, with 0 or more draft tokens; "
+                f"[{first}, {last}, {length}] should begin at {expected}, and end no earlier"
             )
         expected = last + 1
     return tuple(map(tuple, rows))
@@ -134,7 +134,7 @@ class EngineConfig:
     spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
     spec_policy: str | None = setting(
         None,
-        "Speculation policy, a name of policy/; the default is goodput where there is a draft method, else off",
+        "Speculation policy, a name of policy/; the default is goodput if there is a draft method, else off",
     )
     spec_profile: str | None = setting(
         None, "JSON file with what steps cost; without it this is measured at first start and kept"

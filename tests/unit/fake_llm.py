@@ -71,9 +71,16 @@ class FakeLLM:
         Counter("fake_things", "Things", registry=self.metrics.registry)
 
     async def generate(
-        self, prompt_ids: list[int], sampling: SamplingParams, *, request_id: str, priority: int = 0
+        self,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        client: str = "",
     ) -> AsyncGenerator[Output]:
-        self.calls.append(SimpleNamespace(prompt_ids=prompt_ids, sampling=sampling, priority=priority))
+        call = SimpleNamespace(prompt_ids=prompt_ids, sampling=sampling, priority=priority, client=client)
+        self.calls.append(call)
         if self.error is not None:
             raise self.error
         if not prompt_ids:

@@ -36,7 +36,12 @@ class Admission:
         self._random = random.Random(config.seed)
 
     def requests(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingParams, priority: int = 0
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        priority: int = 0,
+        client: str = "",
     ) -> list[Request]:
         """The engine requests of one client request: one for each of its n answers.
 
@@ -45,6 +50,7 @@ class Admission:
             prompt_ids: The prompt.
             sampling: How to choose and when to stop.
             priority: Lower runs first; not 0 only under the `priority` scheduling policy.
+            client: Who asked, if known.
 
         Raises:
             InvalidRequestError: It cannot be served as asked; `param` names the field.
@@ -75,6 +81,7 @@ class Admission:
                 index=index,
                 priority=priority,
                 arrival=arrival,
+                client=client,
             )
             for index in range(sampling.n)
         ]

@@ -96,7 +96,7 @@ class Drafts:
 class Metrics(Collector):
     """The engine's clock and counters.
 
-    Within a step call `start_step`, `lap` after each phase, `record` for the policy, and at the end `finish_step`.
+    Within a step call `start_step`, `lap` after each phase, `record`, and at the end `finish_step`.
 
     Attributes:
         drafts: What became of the drafts so far.

@@ -65,13 +65,25 @@ def load_or_measure(
     """
     if config.spec_profile is not None:
         return CostModel.load(Path(config.spec_profile))
-    meta = _identity(config, model, cache)
-    key = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=10).hexdigest()
-    path = cache_dir() / "profiles" / f"{key}.json"
+    path = profile_path(config, model, cache)
     if path.exists():
         logger.info("Step costs from %s", path)
         return CostModel.load(path)
-    measured = measure(config, cache, runner, verifier, meta)
+    return measure_and_keep(config, model, cache, runner, verifier)
+
+
+def profile_path(config: EngineConfig, model: ModelConfig, cache: KVCache) -> Path:
+    """Where the profile of these settings is kept."""
+    meta = json.dumps(_identity(config, model, cache), sort_keys=True)
+    return cache_dir() / "profiles" / f"{hashlib.blake2b(meta.encode(), digest_size=10).hexdigest()}.json"
+
+
+def measure_and_keep(
+    config: EngineConfig, model: ModelConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
+) -> CostModel:
+    """Measures, and keeps the result for later starts."""
+    path = profile_path(config, model, cache)
+    measured = measure(config, cache, runner, verifier, _identity(config, model, cache))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}")
     scratch.write_text(measured.to_json(), encoding="utf-8")
@@ -108,7 +120,7 @@ def measure(
         for round_ in range(_MOST_ROUNDS):
             if round_ >= _LEAST_ROUNDS and time.perf_counter() - begin > _ENOUGH_S:
                 break
-            # All shapes in turn, and the fastest of each: what else the machine did in between belongs to none.
+            # All shapes in turn, and the fastest of each: what else the machine did belongs to none.
             for index, point in enumerate(points):
                 seconds[index] = min(seconds[index], _time(point, cache, runner, verifier))
                 progress.advance(bar)

@@ -5,13 +5,14 @@ A node's chance, given that its parent is accepted, is
     p = rate[method, depth, rank] · factor[request]
 
 rate: exponentially weighted, with the rate one depth above as its prior; factor: what this request accepted
-over what the rates had expected, shrunk to 1 by as much as chance explains the difference (empirical Bayes: how
-much requests differ beyond chance is learnt too). Where the drafter has a confidence q, a
-logistic fit refines it: logit p' = w0 + w1·logit p + w2·logit q. S, the chance that a node is on the accepted
-path, is the product of p along its path.
+over what the rates had expected, shrunk to 1 by as much as chance explains the difference (empirical Bayes:
+how much requests differ beyond chance is learnt too). Where the drafter has a confidence q, a logistic fit
+refines it: logit p' = w0 + w1·logit p + w2·logit q. S, the chance that a node is on the accepted path, is
+the product of p along its path.
 
-Before drafts exist two curves per request stand for them: the chance that a draft has an i-th node, and the mean
-S of i-th nodes that there were. They average what was drafted, verified or not, so that cutting does not bias them.
+Before drafts exist two curves per request stand for them: the chance that a draft has an i-th node, and the
+mean S of i-th nodes that there were. They average what was drafted, verified or not, so that cutting does
+not bias them.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Forest:
         """The product of chances from the root to each node; 0 where there is no node."""
         product = np.where(self.present, chances, 0.0)
         if self.is_chain:
-            return np.cumprod(product, axis=1)
+            return np.asarray(np.cumprod(product, axis=1), np.float64)
         trees = np.arange(len(product))
         for column in range(1, product.shape[1]):
             parent = self.parents[:, column]
@@ -275,8 +276,8 @@ class AcceptanceEstimator:
         """What drafts will be, as far as can be said before they exist.
 
         Returns:
-            [sequences, nodes] each: the chance that a draft has such a node, and the mean survival of such nodes,
-            non-increasing along a row.
+            [sequences, nodes] each: the chance that a draft has such a node, and the mean survival of such
+            nodes, non-increasing along a row.
         """
         places = self._requests.places(ids)
         present, survived = self._method(method).curves()
@@ -297,8 +298,8 @@ class AcceptanceEstimator:
     ) -> None:
         """Learns what was drafted of what was asked, whatever is verified of it."""
         limit = np.asarray(limits)
-        rows = np.flatnonzero(limit)
-        if not len(rows):
+        rows: list[int] = np.flatnonzero(limit).tolist()
+        if not rows:
             return
         index = np.arange(self._max_nodes)
         asked = (index < limit[rows, None]).astype(np.float64)
@@ -328,7 +329,7 @@ class AcceptanceEstimator:
         num_drafts = int(forest.present[:, 0].sum())
         base = np.where(seen, known.rates[self._cells(forest)], 0.0)
         known.observe_rates(*self._seen_cells(forest, seen), accepted[seen], num_drafts)
-        rows = np.flatnonzero(forest.present[:, 0])
+        rows: list[int] = np.flatnonzero(forest.present[:, 0]).tolist()
         places = self._requests.places([ids[row] for row in rows])
         keep, own = 1 - 1 / REQUEST_MEMORY, self._requests
         own.hits[places] = keep * own.hits[places] + accepted.sum(axis=1)[rows]
@@ -378,4 +379,6 @@ class AcceptanceEstimator:
     def _chances(self, ids: Sequence[str], forest: Forest, known: _Method) -> Floats:
         """Rate · factor, [trees, nodes]."""
         places = self._requests.places(ids)
-        return np.clip(known.rates[self._cells(forest)] * self._factors(places)[:, None], LEAST, MOST)
+        rates: Floats = known.rates[self._cells(forest)]
+        chances: Floats = np.clip(rates * self._factors(places)[:, None], LEAST, MOST)
+        return chances

@@ -2,13 +2,14 @@
 
     maximise  E(n) / c(n),   E(n) = base + the sum of the n best gains,   c(n) = seconds of the step with them
 
-over all (sequence, node) slots, each sequence taking a prefix of its own. Where attention makes a row of a long
-sequence dearer than one of a short sequence, slots are ranked by gain less what their context costs at the
-going rate of tokens per second (Dinkelbach's method for ratios): rank, choose, and rank again at the new rate.
+over all (sequence, node) slots, each sequence taking a prefix of its own. Where attention makes a row of a
+long sequence dearer than one of a short sequence, slots are ranked by gain less what their context costs at
+the going rate of tokens per second (Dinkelbach's method for ratios): rank, choose, and rank again at the
+new rate.
 
-Where a step also computes prompts, the ratio is that of the step without them, λ, and n maximises E(n) - λ·c(n) with
-them. Their rows are paid in any case; counted into the ratio they would make tokens look dear, and the next steps,
-which can have the same tokens without waiting for a prompt, would be robbed.
+Where a step also computes prompts, the ratio is that of the step without them, λ, and n maximises E(n) -
+λ·c(n) with them. Their rows are paid in any case; counted into the ratio they would make tokens look dear,
+and the next steps, which can have the same tokens without waiting for a prompt, would be robbed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Slots:
 
     Attributes:
         gain: [sequences, nodes], expected tokens won by each node, weighted.
-        rows: [sequences, nodes], expected rows paid for each node, above 0: 1 for nodes that exist, the chance
-            that there is such a node before.
+        rows: [sequences, nodes], expected rows paid for each node, above 0: 1 where there is one, before
+            that the chance that there will be.
         usable: [sequences, nodes], False where a limit forbids the node; a prefix of each row.
         context: [sequences], cached tokens that each of its rows attends to.
     """

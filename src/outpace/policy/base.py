@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from outpace import registry
@@ -161,8 +161,8 @@ class PolicyContext:
             it needs to know.
     """
 
-    speculative: SpeculativeConfig = SpeculativeConfig()
-    engine: EngineConfig = EngineConfig()
+    speculative: SpeculativeConfig = field(default_factory=SpeculativeConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     cost_model: Callable[[], CostModel] = no_cost_model
 
 

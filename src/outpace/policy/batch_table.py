@@ -1,9 +1,10 @@
 """The length as a function of the batch size alone, from a table made in advance.
 
-Su et al., "The Synergy of Speculative Decoding and Batching in Serving Large Language Models", 2023: profile batch
-sizes in powers of two, keep the length with the least time per token for each, and look the batch up (the entry at or
-below it). Their accepted length c·s^γ has the constants they report; step times come from the cost model.
-`num_speculative_tokens_per_batch_size` of --speculative-config, as vLLM has it, declares the table instead.
+Su et al., "The Synergy of Speculative Decoding and Batching in Serving Large Language Models", 2023:
+profile batch sizes in powers of two, keep the length with the least time per token for each, and look the
+batch up (the entry at or below it). Their accepted length c·s^γ has the constants they report; step times
+come from the cost model. `num_speculative_tokens_per_batch_size` of --speculative-config, as vLLM has it,
+declares the table instead.
 """
 
 from __future__ import annotations

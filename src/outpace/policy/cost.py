@@ -7,7 +7,8 @@ A step is predicted as the sum of three parts, each learnt from the phases it is
     host        fixed + per sequence                                everything else
 
 `table` is piecewise linear between measured row counts, so a staircase stays one where both of its edges
-were measured. All slopes are non-negative and the corrected table is made monotone: more work never costs less.
+were measured. All slopes are non-negative and the corrected table is made monotone: more work never costs
+less.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Shape:
 
 
 class Robust:
-    """Clips errors to a few times their usual size, which follows them: a spike counts little, a change soon."""
+    """Clips errors to a few times their usual size: a spike counts little, a lasting change soon enough."""
 
     def __init__(self) -> None:
         self._spread: float | None = None
@@ -70,7 +71,7 @@ class Robust:
 
 
 class LinearCost:
-    """Seconds linear in a few features with non-negative coefficients, learnt by normalised least mean squares.
+    """Seconds linear in a few features, coefficients at least 0, learnt by normalised least mean squares.
 
     An error moves the coefficients by the least change that would mend a part of it, so features that always
     come together share it.
@@ -155,7 +156,7 @@ class CostModel:
             + per_pair * np.asarray(pairs)
             + per_sample * np.asarray(samples)
         )
-        return np.asarray(np.interp(rows, self._rows, self._table) + linear)
+        return np.asarray(np.interp(np.asarray(rows, np.float64), self._rows, self._table) + linear)
 
     def draft_s(self, sequences: ArrayLike, nodes: ArrayLike, depth: ArrayLike) -> Floats:
         """Seconds of drafting for so many sequences, nodes in all and the deepest limit; 0 for none."""
@@ -194,7 +195,7 @@ class CostModel:
         self._host.observe(host, 1.0, view.num_scheduled)
 
     def errors(self) -> tuple[float, float]:
-        """Median and 90th percentile of |predicted - measured| / measured over the latest steps; 0 before any."""
+        """Median and 90th percentile of |predicted - measured| / measured, latest steps; 0 before any."""
         if not self._errors:
             return 0.0, 0.0
         median, p90 = np.quantile(list(self._errors), (0.5, 0.9))
@@ -298,6 +299,72 @@ class CostModel:
         table = np.cumsum(solution[: len(knots)])
         context, pair, sample = map(float, solution[len(knots) :])
         return cls(knots, table.tolist(), per_context=context, per_pair=pair, per_sample=sample, meta=meta)
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """A machine and a model known by their data sheets only.
+
+    Attributes:
+        params: Weights that every row meets.
+        weight_bytes: Bytes of one of them.
+        bandwidth: Bytes per second that memory gives, over all devices.
+        flops: Operations per second, likewise.
+        kv_bytes: Bytes of the cache per token.
+        pair_flops: Operations of attention per row and cached token.
+        fixed_s: Seconds per step whatever its size: launches, communication.
+        efficiency: Share of bandwidth and operations that is reached.
+        max_rows: Largest row count of the table.
+    """
+
+    params: float
+    bandwidth: float
+    flops: float
+    weight_bytes: float = 2.0
+    kv_bytes: float = 0.0
+    pair_flops: float = 0.0
+    fixed_s: float = 0.0
+    efficiency: float = 1.0
+    max_rows: int = 8192
+
+    @classmethod
+    def from_json(cls, text: str) -> Roofline:
+        """Reads an object with these keys.
+
+        Raises:
+            ConfigError: It is none, or a number is out of range.
+        """
+        try:
+            roofline = cls(**json.loads(text))
+            numbers = [getattr(roofline, name) for name in cls.__slots__]
+            is_valid = all(math.isfinite(x) and x >= 0 for x in numbers) and min(numbers[:3]) > 0
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"a roofline is a JSON object with {', '.join(cls.__slots__)}: {error}"
+            ) from None
+        if not is_valid or not 0 < roofline.efficiency <= 1 or roofline.max_rows < 2:
+            raise ConfigError(f"a roofline needs numbers above 0 and an efficiency up to 1, got {text}")
+        return roofline
+
+    def cost_model(self) -> CostModel:
+        """Time to read the weights or to multiply by them, whichever is longer, and what comes on top."""
+        bandwidth, flops = self.bandwidth * self.efficiency, self.flops * self.efficiency
+        read_s = self.params * self.weight_bytes / bandwidth
+        row_s = 2 * self.params / flops
+        ridge = read_s / row_s
+        counts = {1.0, float(self.max_rows), *(2.0**e for e in range(self.max_rows.bit_length())), ridge}
+        rows = sorted(n for n in counts if 1 <= n <= self.max_rows)
+        meta = {
+            "assumption": "a roofline, not a measurement",
+            **{n: getattr(self, n) for n in self.__slots__},
+        }
+        return CostModel(
+            rows,
+            [max(read_s, n * row_s) + self.fixed_s for n in rows],
+            per_context=self.kv_bytes / bandwidth,
+            per_pair=self.pair_flops / flops,
+            meta=meta,
+        )
 
 
 def shape_of(record: StepRecord) -> Shape:

@@ -1,7 +1,8 @@
 """Goodput with proportional fairness across clients: a token is worth 1/X, X what its client gets already.
 
-Tran et al., "GoodSpeed", 2025: maximising Σ log X over clients by its gradient, step by step. A client is the `user`
-of a request; requests without one share a client. X is a moving average of the client's tokens per second.
+Tran et al., "GoodSpeed", 2025: maximising Σ log X over clients by its gradient, step by step. A client is
+the `user` of a request; requests without one share a client. X is a moving average of the client's tokens
+per second.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The draft tokens that give the most accepted tokens per second, over all sequences and nodes.
 
-Each step: n* = argmax E(n) / c(n), with E from the acceptance estimator and c from the cost model (docs/policies.md).
-Twice: before drafting, with what drafts are expected to be and what making them costs; and after, with the trees
-that came. SmartSpec (Liu et al., 2024) is the case of one length for the batch and one acceptance rate.
+Each step: n* = argmax E(n) / c(n), with E from the acceptance estimator and c from the cost model
+(docs/policies.md). Twice: before drafting, with what drafts are expected to be and what making them costs;
+and after, with the trees that came. SmartSpec (Liu et al., 2024) is the case of one length for the batch
+and one acceptance rate.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """A bandit per batch size with a price on switching speculation on.
 
-Li et al., "Nightjar: Dynamic Adaptive Speculative Decoding for Large Language Models Serving", 2025. The arms are the
-lengths 0 … max; the loss of a step is its seconds per token; its batch size is the only context. For each batch size
-time is divided in blocks of doubling length and these in bins, during which the arm is kept; a bin explores with
-probability 1/b, b the number of bins so far, and else takes
+Li et al., "Nightjar: Dynamic Adaptive Speculative Decoding for Large Language Models Serving", 2025. The
+arms are the lengths 0 … max; the loss of a step is its seconds per token; its batch size is the only
+context. For each batch size time is divided in blocks of doubling length and these in bins, during which
+the arm is kept; a bin explores with probability 1/b, b the number of bins so far, and else takes
 
     argmin over k of  mean loss(B, k) + [k > 0 and the last step had none] · C / k
 
-C, the price of rebuilding what a drafter missed while speculation was off, is learnt as the excess of the first step
-after a switch over the mean of its arm.
+C, the price of rebuilding what a drafter missed while speculation was off, is learnt as the excess of the
+first step after a switch over the mean of its arm.
 """
 
 from __future__ import annotations

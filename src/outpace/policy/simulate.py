@@ -1,8 +1,9 @@
 """Replays a workload against a cost model and any policy: deterministic, without a model or a clock.
 
-For tests of policies, and for planning machines that nobody here has. The cost model is the truth of the simulation;
-a policy gets its own copy to predict with. Whether a draft exists and how much of it is accepted is drawn from the
-seed, the request and the position in its answer alone, so that every policy meets the same luck.
+For tests of policies, and for planning machines that nobody here has. The cost model is the truth of the
+simulation; a policy gets its own copy to predict with. Whether a draft exists and how much of it is
+accepted is drawn from the seed, the request and the position in its answer alone, so that every policy
+meets the same luck.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Workload:
     Attributes:
         arrivals: The requests, in order of time.
         acceptance: How drafts fare, by time.
-        concurrency: Most requests in the system at once, the others come as these end; None: all in their time.
+        concurrency: Most requests in the system at once, the others come as these end; None: no limit.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -226,7 +227,7 @@ class Simulator:
         return self._result
 
     def _arrive(self) -> bool:
-        """Lets requests in whose time has come, moving the clock if nothing else is to do; False at the end."""
+        """Lets in whose time has come, moving the clock if nothing else is to do; False at the end."""
         arrivals, limit = self.workload.arrivals, self.workload.concurrency
         while self._num_arrived < len(arrivals):
             arrival = arrivals[self._num_arrived]
@@ -405,7 +406,7 @@ def poisson(rate: float, num_requests: int, prompt_len: int, output_len: int, se
 
 
 def read_trace(path: Path, num_requests: int, speed: float = 1.0) -> list[Arrival]:
-    """The first requests of a CSV with the columns timestamp_s, prompt_tokens and output_tokens, perhaps gzipped.
+    """The first requests of a CSV with columns timestamp_s, prompt_tokens and output_tokens, perhaps gzipped.
 
     Args:
         path: The file.

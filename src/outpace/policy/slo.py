@@ -1,12 +1,13 @@
 """Goodput that counts requests: tokens are worth more where a latency target hangs on them.
 
-DistServe's goodput (Zhong et al., 2024) is the rate of requests that meet a target for the time to the first token
-and one for the time per later token. Two weights bring that into the argmax:
+DistServe's goodput (Zhong et al., 2024) is the rate of requests that meet a target for the time to the
+first token and one for the time per later token. Two weights bring that into the argmax:
 
-- A sequence at pace ρ (its time per token over the target) weighs min(ρ, 1/ρ), at least LEAST: most on the brink, less
-  when it is ahead and has time to spare, less when it is too late.
-- Every request that waits for its first token and can still have it in time counts as a token at stake: E(n) grows by
-  their number whatever is drafted, so time costs more and steps are kept short while prompts queue.
+- A sequence at pace ρ (its time per token over the target) weighs min(ρ, 1/ρ), at least LEAST: most on the
+  brink, less when it is ahead and has time to spare, less when it is too late.
+- Every request that waits for its first token and can still have it in time counts as a token at stake:
+  E(n) grows by their number whatever is drafted, so time costs more and steps are kept short while prompts
+  queue.
 """
 
 from __future__ import annotations

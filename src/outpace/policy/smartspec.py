@@ -1,13 +1,14 @@
 """SmartSpec as published: one acceptance rate, geometric accepted length, the batch's best length by goodput.
 
-Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", 2024, with the constants
-of the authors' implementation. Every `INTERVAL` steps
+Liu et al., "Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", 2024, with
+the constants of the authors' implementation. Every `INTERVAL` steps
 
     k* = argmax over k of  B·(1 - α^(k+1)) / (1 - α)  /  T(B, k),   T = a·context + g·tokens + d
 
-with α a moving average over all requests. The scan stops at the first fall, and k = 0 has a bonus of 10 %. For lookup
-methods, whose drafts are nearly free and often missing, the longest draft is proposed first; the length to verify is
-then chosen by the same rule at every step, in which only the requests that have a draft count for more than one token.
+with α a moving average over all requests. The scan stops at the first fall, and k = 0 has a bonus of 10 %.
+For lookup methods, whose drafts are nearly free and often missing, the longest draft is proposed first; the
+length to verify is then chosen by the same rule at every step, in which only the requests that have a draft
+count for more than one token.
 """
 
 from __future__ import annotations

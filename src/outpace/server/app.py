@@ -189,7 +189,13 @@ class Api:
     ) -> Response:
         """Starts one engine request per prompt and sends what comes of them."""
         streams = [
-            self._llm.generate(ids, sampling, request_id=f"{job.public_id}-{i}", priority=body.priority)
+            self._llm.generate(
+                ids,
+                sampling,
+                request_id=f"{job.public_id}-{i}",
+                priority=body.priority,
+                client=body.user or "",
+            )
             for i, (ids, sampling) in enumerate(zip(prompts, samplings, strict=True))
         ]
         outputs = merge(job, streams)
