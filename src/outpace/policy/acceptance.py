@@ -17,9 +17,10 @@ not bias them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,20 +70,21 @@ class Forest:
         """Lays out trees; the loops below go over depth, not over nodes."""
         lengths = np.fromiter((len(draft.parents) for draft in drafts), np.int64, len(drafts))
         width = int(lengths.max(initial=0))
-        index = np.arange(width)
-        present = index < lengths[:, None]
-        parents = np.full(present.shape, -1)
+        present = np.arange(width) < lengths[:, None]
+        in_chains = np.zeros(present.shape, np.int64) + np.arange(width)
+        parents = in_chains - 1
         parents[present] = np.fromiter(chain.from_iterable(d.parents for d in drafts), np.int64)
-        is_chain = bool((parents[present] == np.broadcast_to(index - 1, present.shape)[present]).all())
-        if is_chain:
-            depths, ranks = np.broadcast_to(index, present.shape), np.zeros(present.shape, np.int64)
-        else:
-            depths, ranks = _depths(parents), _ranks(parents, present)
+        is_chain = bool((parents < in_chains).all() and (parents == in_chains - 1).all())
+        depths = in_chains if is_chain else _depths(parents)
+        ranks = np.zeros_like(parents) if is_chain else _ranks(parents, present)
         confidence = np.full(present.shape, np.nan)
-        for row, draft in enumerate(drafts):
-            if draft.confidence:
-                confidence[row, : len(draft.confidence)] = draft.confidence
+        confidence[present] = np.fromiter(chain.from_iterable(map(_confidence, drafts)), np.float64)
         return cls(present, parents, depths, ranks, confidence, is_chain)
+
+    def cut(self, lengths: Sequence[int]) -> Forest:
+        """The first nodes of each tree."""
+        present = np.arange(self.present.shape[1]) < np.asarray(lengths)[:, None]
+        return replace(self, present=present & self.present)
 
     def along_paths(self, chances: Floats) -> Floats:
         """The product of chances from the root to each node; 0 where there is no node."""
@@ -104,6 +106,10 @@ class Forest:
         trees = np.arange(len(paths))[:, None]
         reached = (self.parents < 0) | accepted[trees, np.maximum(self.parents, 0)]
         return accepted, self.present & reached
+
+
+def _confidence(draft: Draft) -> Iterable[float]:
+    return repeat(math.nan, len(draft.parents)) if draft.confidence is None else draft.confidence
 
 
 def _depths(parents: Ints) -> Ints:
@@ -268,6 +274,7 @@ class AcceptanceEstimator:
         """
         self._max_nodes = max_nodes
         self._requests = _Averages(max_nodes)
+        self._placed: tuple[Sequence[str], Ints] = ((), np.zeros(0, np.int64))
         self._surprise = DIFFERENCE[0]  # mean squares: what requests differ by beyond chance,
         self._square = 1.0  # and what was expected of them
         self._methods: dict[str, _Method] = {}
@@ -279,7 +286,7 @@ class AcceptanceEstimator:
             [sequences, nodes] each: the chance that a draft has such a node, and the mean survival of such
             nodes, non-increasing along a row.
         """
-        places = self._requests.places(ids)
+        places = self._places(ids)
         present, survived = self._method(method).curves()
         weight = self._requests.asked[places] + REQUEST_WEIGHT
         present = (self._requests.present[places] + REQUEST_WEIGHT * present) / weight
@@ -298,8 +305,8 @@ class AcceptanceEstimator:
     ) -> None:
         """Learns what was drafted of what was asked, whatever is verified of it."""
         limit = np.asarray(limits)
-        rows: list[int] = np.flatnonzero(limit).tolist()
-        if not rows:
+        rows = np.flatnonzero(limit)
+        if not len(rows):
             return
         index = np.arange(self._max_nodes)
         asked = (index < limit[rows, None]).astype(np.float64)
@@ -308,7 +315,7 @@ class AcceptanceEstimator:
         present[:, :width] = forest.present[rows, :width]
         survived[:, :width] = survival[rows, :width]
         self._method(method).observe_curves(asked, present, survived)
-        places = self._requests.places([ids[row] for row in rows])
+        places = self._places(ids)[rows]
         keep = 1 - asked / REQUEST_MEMORY
         own = self._requests
         own.asked[places] = keep * own.asked[places] + asked
@@ -329,8 +336,8 @@ class AcceptanceEstimator:
         num_drafts = int(forest.present[:, 0].sum())
         base = np.where(seen, known.rates[self._cells(forest)], 0.0)
         known.observe_rates(*self._seen_cells(forest, seen), accepted[seen], num_drafts)
-        rows: list[int] = np.flatnonzero(forest.present[:, 0]).tolist()
-        places = self._requests.places([ids[row] for row in rows])
+        rows = np.flatnonzero(forest.present[:, 0])
+        places = self._places(ids)[rows]
         keep, own = 1 - 1 / REQUEST_MEMORY, self._requests
         own.hits[places] = keep * own.hits[places] + accepted.sum(axis=1)[rows]
         own.expected[places] = keep * own.expected[places] + base.sum(axis=1)[rows]
@@ -339,15 +346,22 @@ class AcceptanceEstimator:
 
     def num_seen(self, ids: Sequence[str]) -> Floats:
         """How much is known of each sequence: drafts asked for it, recent ones counting more."""
-        return self._requests.asked[self._requests.places(ids), 0]
+        return self._requests.asked[self._places(ids), 0]
 
     def release(self, sequence_id: str) -> None:
         """Forgets a sequence."""
         self._requests.release(sequence_id)
+        self._placed = ((), np.zeros(0, np.int64))
 
     def rates(self, method: str = "") -> Floats:
         """[depth, rank]: acceptance given that the parent is accepted, over all requests."""
         return self._method(method).rates.copy()
+
+    def _places(self, ids: Sequence[str]) -> Ints:
+        """Where the sequences' sums are; the same list is asked for several times in a step."""
+        if ids is not self._placed[0]:
+            self._placed = (ids, self._requests.places(ids))
+        return self._placed[1]
 
     def _learn_difference(self, places: Ints) -> None:
         """By the method of moments: E (hits - expected)² = variance by chance + difference · expected²."""
@@ -378,7 +392,7 @@ class AcceptanceEstimator:
 
     def _chances(self, ids: Sequence[str], forest: Forest, known: _Method) -> Floats:
         """Rate · factor, [trees, nodes]."""
-        places = self._requests.places(ids)
+        places = self._places(ids)
         rates: Floats = known.rates[self._cells(forest)]
         chances: Floats = np.clip(rates * self._factors(places)[:, None], LEAST, MOST)
         return chances

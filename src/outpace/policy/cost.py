@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 _FAR = 2**24  # rows; beyond the last measured count the table goes on with its last slope
 _LEVEL_RATE, _LOCAL_RATE = 0.1, 0.01  # of corrections: all row counts alike, and those nearby
 _LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
-_LINEAR_RATE = 0.1  # of the draft's and the host's coefficients
+_LINEAR_KEEP, _LINEAR_RIDGE = 0.98, 0.01  # the draft's and the host's coefficients: memory per step
 _OUTLIER = 3.0  # errors beyond so many times the usual one count as that much
 _SPREAD_RATE = 0.1  # of what is usual
 _NUM_ERRORS = 1024  # latest steps that the error statistics cover
@@ -71,31 +71,30 @@ class Robust:
 
 
 class LinearCost:
-    """Seconds linear in a few features, coefficients at least 0, learnt by normalised least mean squares.
+    """Seconds linear in a few features, coefficients at least 0, by recursive least squares that forget.
 
-    An error moves the coefficients by the least change that would mend a part of it, so features that always
-    come together share it.
+    A ridge keeps features that always come together from drifting apart: they share an error.
     """
 
     def __init__(self, coefficients: Sequence[float]) -> None:
         self.coefficients: Floats = np.array(coefficients, dtype=np.float64)
         self._robust = Robust()
-        self._num_observed = 0
+        self._squares: Floats = np.zeros((len(coefficients), len(coefficients)))  # discounted Σ x·xᵀ
 
     def seconds(self, *features: ArrayLike) -> Floats:
         """Predicts; features may be arrays of one shape."""
-        total = np.asarray(0.0)
-        for coefficient, feature in zip(self.coefficients, features, strict=True):
-            total = total + coefficient * np.asarray(feature, dtype=np.float64)
-        return total
+        terms = zip(self.coefficients, features, strict=True)
+        return np.asarray(sum(coefficient * np.asarray(feature) for coefficient, feature in terms))
 
     def observe(self, seconds: float, *features: float) -> None:
         """Learns from a measurement."""
         x = np.array(features, dtype=np.float64)
         error = self._robust(seconds - float(self.coefficients @ x))
-        self._num_observed += 1
-        rate = max(_LINEAR_RATE, 1 / self._num_observed)
-        self.coefficients = np.maximum(0.0, self.coefficients + rate * error * x / max(float(x @ x), 1e-12))
+        self._squares = _LINEAR_KEEP * self._squares + np.outer(x, x)
+        ridge = _LINEAR_RIDGE * np.diag(np.diag(self._squares)) + 1e-12 * np.eye(len(x))
+        self.coefficients = np.maximum(
+            0.0, self.coefficients + np.linalg.solve(self._squares + ridge, x * error)
+        )
 
 
 class CostModel:

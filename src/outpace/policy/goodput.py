@@ -68,7 +68,9 @@ class GoodputPolicy(SpeculationPolicy):
         self._max_tokens = max_tokens
         self._stakes = stakes
         self.cost, self.acceptance = cost, AcceptanceEstimator(max_tokens)
+        self._view: BatchView | None = None  # of the step at hand, as are these:
         self._ids: list[str] = []
+        self._forest = Forest.of(())
         self._limits: list[int] = []
         self._probe: int | None = None  # index of the sequence that drafts only to learn
         self._credit_s = 0.0  # time that probing may take
@@ -76,7 +78,7 @@ class GoodputPolicy(SpeculationPolicy):
     def limits(self, view: BatchView) -> list[int]:
         """See SpeculationPolicy."""
         sequences = view.sequences
-        self._ids = [s.id for s in sequences]
+        self._view, self._ids = view, [s.id for s in sequences]
         self._probe = None
         most = np.minimum([s.max_draft for s in sequences], self._max_tokens).astype(np.int64)
         present, survival = self.acceptance.before(self._ids)
@@ -90,14 +92,16 @@ class GoodputPolicy(SpeculationPolicy):
         limits = self._generous(choice, most)
         self._add_probe(view, limits, most, present[:, :PROBE_NODES].sum(axis=1))
         self.predicted_s = choice.seconds
-        self._limits = [int(limit) for limit in limits]
+        self._limits = limits.tolist()
+        if not any(self._limits):
+            self._forest = Forest.of(())
         return self._limits
 
     def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
         """See SpeculationPolicy."""
         if not any(self._limits):
             return None
-        forest = Forest.of(drafts)
+        self._forest = forest = Forest.of(drafts)
         survival = self.acceptance.survival(self._ids, forest)
         self.acceptance.drafted(self._ids, self._limits, forest, survival)
         slots = Slots(survival, np.ones_like(survival), forest.present, _contexts(view))
@@ -106,14 +110,16 @@ class GoodputPolicy(SpeculationPolicy):
         self.predicted_s = choice.seconds
         if self._probe is not None:
             choice.counts[self._probe] = max(choice.counts[self._probe], PROBE_NODES)
-        return [int(count) for count in choice.counts]
+        counts: list[int] = choice.counts.tolist()
+        return counts
 
     def observe(self, record: StepRecord) -> None:
         """See SpeculationPolicy."""
         self.cost.observe(record)
         self._stakes.observe(record)
-        ids = [s.id for s in record.view.sequences]
-        self.acceptance.observe(ids, Forest.of(record.drafts), record.paths)
+        assert record.view is self._view, "a step is observed before the next one is planned"
+        verified = self._forest.cut(record.num_drafted) if any(self._limits) else self._forest
+        self.acceptance.observe(self._ids, verified, record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
 
     def release(self, sequence_id: str) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
-from outpace.policy.cost import CostModel, Shape
+from outpace.policy.cost import CostModel, Shape, nonnegative_least_squares
 
 INTERVAL = 20  # steps between decisions
 FIRST_RATE = 0.7  # before anything is observed
@@ -100,7 +100,7 @@ def accepted_length(rate: float, length: int) -> float:
 def latency_regression(cost: CostModel) -> tuple[float, float, float]:
     """The published linear model of a step: seconds per cached token, per batched token, and fixed.
 
-    Least squares over batch sizes, lengths and contexts such as the paper profiles.
+    Least squares of the relative error over batch sizes, lengths and contexts such as the paper profiles.
     """
     points = [
         (batch * context, batch * (length + 1), batch)
@@ -111,8 +111,9 @@ def latency_regression(cost: CostModel) -> tuple[float, float, float]:
     shapes = [Shape(rows, rows, context, context * rows / batch) for context, rows, batch in points]
     design = np.array([[context, rows, 1.0] for context, rows, _ in points])
     seconds = np.array([cost.step_s(s, batch) for s, (_, _, batch) in zip(shapes, points, strict=True)])
-    per_context, per_token, fixed = np.linalg.lstsq(design, seconds, rcond=None)[0]
-    return max(0.0, float(per_context)), max(0.0, float(per_token)), max(1e-6, float(fixed))
+    relative = design / seconds[:, None]
+    per_context, per_token, fixed = nonnegative_least_squares(relative, np.ones(len(points)))
+    return float(per_context), float(per_token), float(fixed)
 
 
 def create(context: PolicyContext) -> SmartSpecPolicy:
