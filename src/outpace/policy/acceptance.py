@@ -2,13 +2,14 @@
 
 A node's chance, given that its parent is accepted, is
 
-    p = rate[method, depth, rank] · factor[request]
+    p = rate[method, depth, rank] · factor[request, first or deeper]
 
 rate: exponentially weighted, with the rate one depth above as its prior; factor: what this request accepted
 over what the rates had expected, shrunk to 1 by as much as chance explains the difference (empirical Bayes:
-how much requests differ beyond chance is learnt too). Where the drafter has a confidence q, a logistic fit
-refines it: logit p' = w0 + w1·logit p + w2·logit q. S, the chance that a node is on the accepted path, is
-the product of p along its path.
+how much requests differ beyond chance is learnt too); first nodes and deeper ones apart, since those that
+reach deeper ones are a choice. Where the drafter has a confidence q, a logistic fit refines it: logit p' =
+w0 + w1·logit p + w2·logit q. S, the chance that a node is on the accepted path, is the product of p along
+its path.
 
 Before drafts exist two curves per request stand for them: the chance that a draft has an i-th node, and the
 mean S of i-th nodes that there were. They average what was drafted, verified or not, so that cutting does
@@ -112,6 +113,12 @@ def _confidence(draft: Draft) -> Iterable[float]:
     return repeat(math.nan, len(draft.parents)) if draft.confidence is None else draft.confidence
 
 
+def _by_level(forest: Forest, values: NDArray[np.generic]) -> Floats:
+    """[trees, 2]: sums over first nodes, and over deeper ones."""
+    first = np.where(forest.depths == 0, values, 0.0).sum(axis=1)
+    return np.stack([first, values.sum(axis=1) - first], axis=1)
+
+
 def _depths(parents: Ints) -> Ints:
     depths = np.zeros_like(parents)
     trees = np.arange(len(parents))
@@ -142,9 +149,9 @@ class _Averages:
         old = len(getattr(self, "hits", ()))
         self._unused.extend(range(size - 1, old - 1, -1))
         for name, shape in (
-            ("hits", (size,)),
-            ("expected", (size,)),
-            ("variance", (size,)),
+            ("hits", (size, 2)),
+            ("expected", (size, 2)),
+            ("variance", (size, 2)),
             ("asked", (size, self.width)),
             ("present", (size, self.width)),
             ("survived", (size, self.width)),
@@ -275,8 +282,9 @@ class AcceptanceEstimator:
         self._max_nodes = max_nodes
         self._requests = _Averages(max_nodes)
         self._placed: tuple[Sequence[str], Ints] = ((), np.zeros(0, np.int64))
-        self._surprise = DIFFERENCE[0]  # mean squares: what requests differ by beyond chance,
-        self._square = 1.0  # and what was expected of them
+        # Mean squares, for first nodes and deeper ones: what requests differ by beyond chance, and what was
+        # expected of them.
+        self._surprise, self._square = np.full(2, DIFFERENCE[0]), np.ones(2)
         self._methods: dict[str, _Method] = {}
 
     def before(self, ids: Sequence[str], method: str = "") -> tuple[Floats, Floats]:
@@ -339,9 +347,10 @@ class AcceptanceEstimator:
         rows = np.flatnonzero(forest.present[:, 0])
         places = self._places(ids)[rows]
         keep, own = 1 - 1 / REQUEST_MEMORY, self._requests
-        own.hits[places] = keep * own.hits[places] + accepted.sum(axis=1)[rows]
-        own.expected[places] = keep * own.expected[places] + base.sum(axis=1)[rows]
-        own.variance[places] = keep**2 * own.variance[places] + (base * (1 - base)).sum(axis=1)[rows]
+        own.hits[places] = keep * own.hits[places] + _by_level(forest, accepted)[rows]
+        own.expected[places] = keep * own.expected[places] + _by_level(forest, base)[rows]
+        chance = _by_level(forest, base * (1 - base))[rows]
+        own.variance[places] = keep**2 * own.variance[places] + chance
         self._learn_difference(places)
 
     def num_seen(self, ids: Sequence[str]) -> Floats:
@@ -367,14 +376,15 @@ class AcceptanceEstimator:
         """By the method of moments: E (hits - expected)² = variance by chance + difference · expected²."""
         own = self._requests
         beyond = (own.hits[places] - own.expected[places]) ** 2 - own.variance[places]
-        self._surprise += (float(beyond.mean()) - self._surprise) / _DIFFERENCE_MEMORY
-        self._square += (float((own.expected[places] ** 2).mean()) - self._square) / _DIFFERENCE_MEMORY
+        square = own.expected[places] ** 2
+        self._surprise += (beyond.mean(axis=0) - self._surprise) / _DIFFERENCE_MEMORY
+        self._square += (square.mean(axis=0) - self._square) / _DIFFERENCE_MEMORY
 
     def _factors(self, places: Ints) -> Floats:
-        """[sequences]: the least squares estimate of each request's own acceptance over everyone's."""
+        """[sequences, 2]: the least squares estimate of each request's own acceptance over everyone's."""
         own = self._requests
         hits, expected = own.hits[places], own.expected[places]
-        signal = max(self._surprise / self._square, DIFFERENCE[1]) * expected**2
+        signal = np.maximum(self._surprise / np.maximum(self._square, 1e-9), DIFFERENCE[1]) * expected**2
         trust = signal / np.maximum(signal + own.variance[places], 1e-9)
         return np.asarray(1 + trust * (hits / np.maximum(expected, 1e-9) - 1))
 
@@ -394,5 +404,6 @@ class AcceptanceEstimator:
         """Rate · factor, [trees, nodes]."""
         places = self._places(ids)
         rates: Floats = known.rates[self._cells(forest)]
-        chances: Floats = np.clip(rates * self._factors(places)[:, None], LEAST, MOST)
+        first, deeper = self._factors(places).T[:, :, None]
+        chances: Floats = np.clip(rates * np.where(forest.depths == 0, first, deeper), LEAST, MOST)
         return chances
