@@ -77,14 +77,14 @@ def test_before_anything_is_seen_it_is_the_prior() -> None:
     assert survival[0] == pytest.approx([PRIOR_RATE ** (i + 1) for i in range(DEPTH)])
 
 
-def test_rates_by_depth_are_found_within_four_hundredths() -> None:
-    # 512 drafts count: a rate of 0.8 has a standard error of 0.018 at the first depth, 0.03 at the third.
+def test_rates_by_depth_are_found_within_three_standard_errors() -> None:
+    # With 512 drafts of memory the standard error was 0.02 at each depth over eight seeds (0.03 at the fourth).
     by_depth = [0.8, 0.6, 0.9, 0.5]
     estimator = AcceptanceEstimator(DEPTH)
     teach(estimator, lambda _, depth: by_depth[depth], 800)
     rates = estimator.rates()[:, 0]
-    assert rates[:2] == pytest.approx(by_depth[:2], abs=0.04)
-    assert rates[2:] == pytest.approx(by_depth[2:], abs=0.1)
+    assert rates[:2] == pytest.approx(by_depth[:2], abs=0.06)
+    assert rates[2:] == pytest.approx(by_depth[2:], abs=0.09)
 
 
 def test_a_depth_never_reached_takes_the_rate_above_it() -> None:

@@ -353,9 +353,9 @@ class AcceptanceEstimator:
         own.variance[places] = keep**2 * own.variance[places] + chance
         self._learn_difference(places)
 
-    def num_seen(self, ids: Sequence[str]) -> Floats:
-        """How much is known of each sequence: drafts asked for it, recent ones counting more."""
-        return self._requests.asked[self._places(ids), 0]
+    def num_verified(self, ids: Sequence[str]) -> Floats:
+        """How much was verified of each sequence: expected first nodes, recent ones counting more."""
+        return self._requests.expected[self._places(ids), 0]
 
     def release(self, sequence_id: str) -> None:
         """Forgets a sequence."""

@@ -21,6 +21,7 @@ from outpace.policy.cost import CostModel
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
 
 PROBE_SHARE = 0.005  # of all time may go to drafts made only to learn
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
@@ -79,7 +80,6 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         sequences = view.sequences
         self._view, self._ids = view, [s.id for s in sequences]
-        self._probe = None
         most = np.minimum([s.max_draft for s in sequences], self._max_tokens).astype(np.int64)
         present, survival = self.acceptance.before(self._ids)
         slots = Slots(
@@ -90,7 +90,10 @@ class GoodputPolicy(SpeculationPolicy):
         )
         choice = self._allocate(view, slots, lambda x: self.cost.draft_s(x.sequences, x.nodes, x.depth))
         limits = self._generous(choice, most)
-        self._add_probe(view, limits, most, present[:, :PROBE_NODES].sum(axis=1))
+        idle = (choice.counts == 0) & (most > 0)
+        self._probe = self._choose_probe(view, idle, int(limits.sum()), present[:, :PROBE_NODES].sum(axis=1))
+        if self._probe is not None:
+            limits[self._probe] = max(limits[self._probe], min(PROBE_NODES, most[self._probe]))
         self.predicted_s = choice.seconds
         self._limits = limits.tolist()
         if not any(self._limits):
@@ -158,26 +161,28 @@ class GoodputPolicy(SpeculationPolicy):
         depth = int(limits.max(initial=0))
         return float(self.cost.draft_s(np.count_nonzero(limits), int(limits.sum()), depth))
 
-    def _add_probe(self, view: BatchView, limits: Ints, most: Ints, rows: Floats) -> None:
-        """Lets the least known of those who do not draft do so, if there is time to spare for it."""
-        idle = (limits == 0) & (most > 0)
-        if self._credit_s <= 0 or not idle.any() or view.num_free_slots <= int(limits.sum()) + PROBE_NODES:
-            return
-        probe = int(np.argmin(np.where(idle, self.acceptance.num_seen(self._ids), np.inf)))
-        known, context = view.num_rows + float(limits.sum()), view.num_context
-        samples = len(view.sequences)
-        before, after = self.cost.target_s(
-            np.array([known, known + rows[probe]]),
-            np.array([samples, samples + rows[probe]]),
-            context,
-            view.num_pairs + np.array([0.0, rows[probe] * view.sequences[probe].context_len]),
-        )
-        nodes = min(PROBE_NODES, int(most[probe]))
-        cost_s = float(after - before) + float(self.cost.draft_s(1, nodes, nodes))
+    def _choose_probe(self, view: BatchView, idle: Bools, num_asked: int, rows: Floats) -> int | None:
+        """The least known of those who verify nothing, if there is time to spare for it to do so.
+
+        Args:
+            view: The step.
+            idle: [sequences], who could draft and will verify nothing.
+            num_asked: Nodes that others may take.
+            rows: [sequences], expected rows of a probe.
+        """
+        if self._credit_s <= 0 or not idle.any() or view.num_free_slots < num_asked + PROBE_NODES:
+            return None
+        probe = int(np.argmin(np.where(idle, self.acceptance.num_verified(self._ids), np.inf)))
+        known, samples = view.num_rows + num_asked, len(view.sequences) + num_asked
+        more = np.array([0.0, rows[probe]])
+        pairs = view.num_pairs + more * view.sequences[probe].context_len
+        before, after = self.cost.target_s(known + more, samples + more, view.num_context, pairs)
+        cost_s = float(after - before) + float(self.cost.draft_s(1, PROBE_NODES, PROBE_NODES))
         self._credit_s = min(self._credit_s, 2 * cost_s)  # idle hours buy no burst
-        if self._credit_s >= cost_s:
-            self._credit_s -= cost_s
-            self._probe, limits[probe] = probe, nodes
+        if self._credit_s < cost_s:
+            return None
+        self._credit_s -= cost_s
+        return probe
 
 
 class DraftSeconds(Protocol):
