@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from outpace.config import EngineConfig, SpeculativeConfig
@@ -23,7 +25,7 @@ COSTLY_DRAFTS = CostModel([1, 1000], [0.001, 1.0], draft=(1e-4, 0, 0))
 
 def context(cost: CostModel, method: str = "prompt_lookup", **engine: float) -> PolicyContext:
     speculative = SpeculativeConfig(method=method, num_speculative_tokens=4)
-    return PolicyContext(speculative, EngineConfig(**engine), lambda: cost)  # type: ignore[arg-type]
+    return PolicyContext(speculative, EngineConfig(**engine), lambda: copy.deepcopy(cost))  # type: ignore[arg-type]
 
 
 def view(num_sequences: int, max_draft: int = 100, client: str = "") -> BatchView:

@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-PROBE_SHARE = 0.005  # of all time may go to drafts made only to learn
+PROBE_SHARE = 0.005  # of all time may be lost on drafts made only to learn
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
 FREE = 0.005  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
 _CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes they may
@@ -74,6 +74,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._forest = Forest.of(())
         self._limits: list[int] = []
         self._probe: int | None = None  # index of the sequence that drafts only to learn
+        self._rate = 1.0  # expected tokens per second of the step
         self._credit_s = 0.0  # time that probing may take
 
     def limits(self, view: BatchView) -> list[int]:
@@ -90,6 +91,7 @@ class GoodputPolicy(SpeculationPolicy):
         )
         choice = self._allocate(view, slots, lambda x: self.cost.draft_s(x.sequences, x.nodes, x.depth))
         limits = self._generous(choice, most)
+        self._rate = choice.rate
         idle = (choice.counts == 0) & (most > 0)
         self._probe = self._choose_probe(view, idle, int(limits.sum()), present[:, :PROBE_NODES].sum(axis=1))
         if self._probe is not None:
@@ -124,6 +126,8 @@ class GoodputPolicy(SpeculationPolicy):
         verified = self._forest.cut(record.num_drafted) if any(self._limits) else self._forest
         self.acceptance.observe(self._ids, verified, record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
+        if self._probe is not None:  # what it won pays for the next one: after a change for the better they follow
+            self._credit_s += len(record.paths[self._probe]) / self._rate
 
     def release(self, sequence_id: str) -> None:
         """See SpeculationPolicy."""
