@@ -21,7 +21,13 @@ SECONDS = [0.010, 0.010, 0.011, 0.012, 0.016, 0.017, 0.030, 0.055, 0.110]  # a s
 
 def model() -> CostModel:
     return CostModel(
-        ROWS, SECONDS, per_context=1e-8, per_pair=2e-7, per_sample=2e-5, draft=(1e-5, 0, 1e-4), host=(1e-3, 2e-5)
+        ROWS,
+        SECONDS,
+        per_context=1e-8,
+        per_pair=2e-7,
+        per_sample=2e-5,
+        draft=(1e-5, 0, 1e-4),
+        host=(1e-3, 2e-5),
     )
 
 

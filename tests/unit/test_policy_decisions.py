@@ -34,7 +34,11 @@ def view(num_sequences: int, max_draft: int = 100, client: str = "") -> BatchVie
 
 
 def record(
-    seen: BatchView, limits: list[int], num_accepted: int, seconds: float = 0.01, drafted: list[int] | None = None
+    seen: BatchView,
+    limits: list[int],
+    num_accepted: int,
+    seconds: float = 0.01,
+    drafted: list[int] | None = None,
 ) -> StepRecord:
     """Chains of which the first `num_accepted` nodes were accepted."""
     lengths = limits if drafted is None else drafted
@@ -175,7 +179,9 @@ def test_a_declared_table_is_looked_up_by_the_sequences_that_sample() -> None:
     assert policy.limits(view(2, max_draft=1)) == [1, 1]
 
 
-@pytest.mark.parametrize("rows", [5, [5], [[1, 4]], [[2, 4, 1]], [[1, 4, 1], [6, 8, 1]], [[1, 0, 1]], [[1, 4, -1]]])
+@pytest.mark.parametrize(
+    "rows", [5, [5], [[1, 4]], [[2, 4, 1]], [[1, 4, 1], [6, 8, 1]], [[1, 0, 1]], [[1, 4, -1]]]
+)
 def test_a_table_with_gaps_or_other_mistakes_is_refused(rows: object) -> None:
     with pytest.raises(ConfigError, match="num_speculative_tokens_per_batch_size must"):
         SpeculativeConfig(num_speculative_tokens_per_batch_size=rows)  # type: ignore[arg-type]

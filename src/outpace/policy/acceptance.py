@@ -355,7 +355,7 @@ class AcceptanceEstimator:
 
     def num_verified(self, ids: Sequence[str]) -> Floats:
         """How much was verified of each sequence: expected first nodes, recent ones counting more."""
-        return self._requests.expected[self._places(ids), 0]
+        return np.asarray(self._requests.expected[self._places(ids), 0])
 
     def release(self, sequence_id: str) -> None:
         """Forgets a sequence."""

@@ -126,7 +126,9 @@ class GoodputPolicy(SpeculationPolicy):
         verified = self._forest.cut(record.num_drafted) if any(self._limits) else self._forest
         self.acceptance.observe(self._ids, verified, record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
-        if self._probe is not None:  # what it won pays for the next one: after a change for the better they follow
+        if (
+            self._probe is not None
+        ):  # what it won pays for the next one: after a change for the better they follow
             self._credit_s += len(record.paths[self._probe]) / self._rate
 
     def release(self, sequence_id: str) -> None:
