@@ -37,6 +37,7 @@ PRIOR_RATE = 0.5  # of a first child; each later sibling has half of its elder's
 PRIOR_WEIGHT = 4.0  # observations that the prior is worth
 MEMORY = 512.0  # drafts over which population averages reach back
 IDLE_MEMORY = 4096.0  # steps after which what is not observed has mostly gone back to the prior
+_IDLE_STEPS = 32  # between such decays
 REQUEST_MEMORY = 16.0  # drafts over which a request's own averages reach back
 REQUEST_WEIGHT = 3.0  # drafts that the population is worth to a request
 DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the least that is assumed
@@ -194,6 +195,8 @@ class _Method:
         shape = (max_nodes, NUM_RANKS)
         self.trials, self.accepted = np.zeros(shape), np.zeros(shape)
         self.asked, self.present, self.survived = np.zeros((3, max_nodes))
+        self._num_idle = 0
+        self._curves: tuple[Floats, Floats] | None = None  # until something is learnt
         self.weights = _START.copy()
         self.information = np.zeros((3, 3))
         self._refresh()
@@ -204,12 +207,17 @@ class _Method:
         for depth in range(len(self.rates)):
             posterior = (self.accepted[depth] + PRIOR_WEIGHT * prior) / (self.trials[depth] + PRIOR_WEIGHT)
             self.rates[depth] = prior = posterior
+        self._curves = None
 
     def idle(self) -> None:
         """A step passed."""
-        keep = 1 - 1 / IDLE_MEMORY
+        self._num_idle += 1
+        if self._num_idle % _IDLE_STEPS:
+            return
+        keep = (1 - 1 / IDLE_MEMORY) ** _IDLE_STEPS
         for array in (self.trials, self.accepted, self.asked, self.present, self.survived):
             array *= keep
+        self._curves = None
 
     def observe_rates(self, depths: Ints, ranks: Ints, accepted: Bools, num_drafts: int) -> None:
         keep = (1 - 1 / MEMORY) ** num_drafts
@@ -226,13 +234,16 @@ class _Method:
         self.asked = keep * self.asked + asked.sum(axis=0)
         self.present = keep * self.present + present.sum(axis=0)
         self.survived = keep * self.survived + survived.sum(axis=0)
+        self._curves = None
 
     def curves(self) -> tuple[Floats, Floats]:
         """[nodes] each: the chance that a draft has an i-th node; and that times its mean S."""
-        weight = self.asked + PRIOR_WEIGHT
-        present = (self.present + PRIOR_WEIGHT) / weight
-        survived = (self.survived + PRIOR_WEIGHT * np.cumprod(self.rates[:, 0])) / weight
-        return present, survived
+        if self._curves is None:
+            weight = self.asked + PRIOR_WEIGHT
+            present = (self.present + PRIOR_WEIGHT) / weight
+            survived = (self.survived + PRIOR_WEIGHT * np.cumprod(self.rates[:, 0])) / weight
+            self._curves = present, survived
+        return self._curves
 
     def calibrate(self, chances: Floats, confidence: Floats) -> Floats:
         """Refines chances where there is a confidence; NaN leaves them."""

@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _MOST_ROUNDS = 4  # the rate converges in two or three
-_CONVERGED = 1e-4
+_CONVERGED = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,9 @@ class Choice:
     seconds: float
 
 
-def allocate(slots: Slots, base: float, costs: Costs, pair_s: float, max_rows: float) -> Choice:
+def allocate(
+    slots: Slots, base: float, costs: Costs, pair_s: float, max_rows: float, rate: float = 0.0
+) -> Choice:
     """Chooses the prefixes with the highest rate.
 
     Args:
@@ -101,27 +103,24 @@ def allocate(slots: Slots, base: float, costs: Costs, pair_s: float, max_rows: f
         costs: What each amount of extra work costs.
         pair_s: Seconds per row and cached token.
         max_rows: Most rows that drafts may take.
+        rate: A guess of the rate, to rank by at first: that of the step before.
     """
-    num_sequences, width = slots.gain.shape
-    ranked = _Ranked.by(0.0, slots, pair_s)
-    best, rate = 0, -1.0
     for _ in range(_MOST_ROUNDS):
+        ranked = _Ranked.by(rate, slots, pair_s)
         expected = base + ranked.gains
         rates = np.where(ranked.extra.rows <= max_rows, expected / costs.decoding(ranked.extra), -1.0)
         best = int(np.argmax(rates))
-        if pair_s == 0.0 or rates[best] <= rate * (1 + _CONVERGED):
+        guess, rate = rate, float(rates[best])
+        if pair_s == 0.0 or abs(rate - guess) <= _CONVERGED * rate:
             break
-        rate = float(rates[best])
-        ranked = _Ranked.by(rate, slots, pair_s)
-    rate = max(rate, float(rates[best]))
     if costs.whole is None:
-        seconds = float(costs.decoding(ranked.extra)[best])
+        seconds = float(expected[best]) / rate if rate else float(costs.decoding(ranked.extra)[best])
     else:  # prompts in the same step: their rows are paid anyway, a token is worth what it costs without them
         duration = costs.whole(ranked.extra)
-        value = np.where(ranked.extra.rows <= max_rows, base + ranked.gains - rate * duration, -np.inf)
+        value = np.where(ranked.extra.rows <= max_rows, expected - rate * duration, -np.inf)
         best = int(np.argmax(value))
         seconds = float(duration[best])
-    counts = np.bincount(ranked.order[:best] // max(width, 1), minlength=num_sequences)
+    counts = np.bincount(ranked.order[:best] // max(slots.gain.shape[1], 1), minlength=len(slots.gain))
     return Choice(counts, rate, seconds)
 
 

@@ -74,7 +74,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._forest = Forest.of(())
         self._limits: list[int] = []
         self._probe: int | None = None  # index of the sequence that drafts only to learn
-        self._rate = 1.0  # expected tokens per second of the step
+        self._rate = 0.0  # expected tokens per second of the step
         self._credit_s = 0.0  # time that probing may take
 
     def limits(self, view: BatchView) -> list[int]:
@@ -153,7 +153,7 @@ class GoodputPolicy(SpeculationPolicy):
         costs = Costs(decoding, whole if view.num_rows > num_samples else None)
         weighted = Slots(weights[:, None] * slots.gain, slots.rows, slots.usable, slots.context)
         base = float(weights.sum()) + waiting
-        return allocate(weighted, base, costs, self.cost.per_pair_s, view.num_free_slots)
+        return allocate(weighted, base, costs, self.cost.per_pair_s, view.num_free_slots, self._rate)
 
     def _generous(self, choice: Choice, most: Ints) -> Ints:
         """Asks for more than was chosen where that costs next to nothing: `trim` cuts, seeing more."""
