@@ -26,6 +26,7 @@ from outpace.engine.engine import Engine, cached_models, choose_num_blocks
 from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.decoder import Decoder
+from outpace.policy.cost import CostModel
 from outpace.request import Output
 from outpace.request import Sequence as Running
 from outpace.runtime.block_manager import BlockManager
@@ -80,10 +81,20 @@ def _byte_chars() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
+def cost_model() -> CostModel:
+    """A machine on which a few more rows are nearly free and many are not."""
+    return CostModel([1, 8, 512], [1e-2, 1.1e-2, 0.5], per_pair=1e-7, per_sample=1e-5, host=(1e-3, 1e-5))
+
+
 def tiny_engine(
     *, dtype: Any = "float32", kernels: Any = "reference", num_blocks: int | None = None, **settings: Any
 ) -> Engine:
-    """An engine with a randomly initialised model of two layers, always the same one."""
+    """An engine with a randomly initialised model of two layers, always the same one.
+
+    Its drafts have a fixed length unless a policy is named.
+    """
+    if "spec_method" in settings or "speculative_config" in settings:
+        settings.setdefault("spec_policy", "fixed")
     settings = {"max_num_batched_tokens": 256, "max_model_len": 256, **settings}
     config = EngineConfig(model="tiny", dtype=dtype, kernels=kernels, **settings)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -99,7 +110,8 @@ def tiny_engine(
     blocks = num_blocks or choose_num_blocks(config, cached_models(config, MODEL), kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
     verifier = load_verifier(config.speculative, backend)
-    return Engine(config, MODEL, byte_tokenizer(), kv, ModelRunner(decoder, kv), verifier)
+    parts = (kv, ModelRunner(decoder, kv), verifier)
+    return Engine(config, MODEL, byte_tokenizer(), *parts, cost_model=cost_model)
 
 
 def write_model(directory: Path, noise: float = 0.0, exit_layer: int | None = None, **config: Any) -> Path:
@@ -189,7 +201,7 @@ class FakeModel:
         self.blocks = BlockManager(num_blocks, config.enable_prefix_caching)
         self.slots: dict[int, str] = {}
         parts: Any = self
-        return Engine(config, MODEL, byte_tokenizer(), parts, parts, parts)
+        return Engine(config, MODEL, byte_tokenizer(), parts, parts, parts, cost_model)
 
     def place(self, scheduled: list[Scheduled], trees: list[DraftTree]) -> Batch:
         remaining = iter(trees)

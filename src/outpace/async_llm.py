@@ -156,6 +156,7 @@ class AsyncLLM:
         request_id: str,
         priority: int = 0,
         speculation: Speculation | None = None,
+        client: str = "",
     ) -> AsyncGenerator[Output]:
         """Yields what each step adds to each of the n answers, until all have ended.
 
@@ -168,6 +169,7 @@ class AsyncLLM:
             request_id: Unique among unfinished requests.
             priority: Lower runs first; not 0 only under the `priority` scheduling policy.
             speculation: What the request asks of its drafts.
+            client: Who asked; the policy `fair` shares between clients.
 
         Raises:
             InvalidRequestError: The request cannot be served as asked (before anything is yielded).
@@ -177,7 +179,7 @@ class AsyncLLM:
         """
         if sampling.structured_outputs is not None:
             await asyncio.to_thread(self._admission.prepare, sampling.structured_outputs)
-        stream = self._submit(prompt_ids, sampling, request_id, priority, speculation)
+        stream = self._submit(prompt_ids, sampling, request_id, priority, speculation, client)
         try:
             while (output := await stream.get()) is not None:
                 yield output
@@ -215,6 +217,7 @@ class AsyncLLM:
         request_id: str,
         priority: int,
         speculation: Speculation | None,
+        client: str,
     ) -> _Stream:
         self._loop = asyncio.get_running_loop()  # before the check: see _run
         if self._death is not None:
@@ -223,7 +226,7 @@ class AsyncLLM:
             raise ShuttingDownError("the server is shutting down and accepts no new requests")
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id} is in use", "request_id")
-        requests = self._admission.requests(request_id, prompt_ids, sampling, priority, speculation)
+        requests = self._admission.requests(request_id, prompt_ids, sampling, priority, speculation, client)
         stream = self._streams[request_id] = _Stream(requests)
         self._drained.clear()
         self._inbox.put(_Command(add=requests))

@@ -83,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_chat(commands)
     _add_convert(commands)
     _add_bench(commands)
+    _add_profile(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -228,6 +230,75 @@ def _add_bench(commands: Any) -> None:
 
     help = "measure servers: one, or configurations against each other"
     add_flags(commands.add_parser("bench", help=help, description=help + ".", allow_abbrev=False))
+
+
+# --- profile and simulate -------------------------------------------------------------------------------
+
+
+def _add_profile(commands: Any) -> None:
+    parser = _add(commands, "profile", _profile, "measure what steps cost, print and plot it")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write the profile to this JSON file"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it as PNG (needs matplotlib)")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing, show this profile")
+    parser.add_argument(
+        "--roofline",
+        metavar="JSON",
+        help="measure nothing, derive it from data sheets: params, bandwidth, flops, and perhaps "
+        "weight_bytes, kv_bytes, pair_flops, fixed_s, efficiency, max_rows",
+    )
+    settings.add_flags(parser, [EngineConfig])
+
+
+def _profile(args: argparse.Namespace) -> int:
+    config = settings.load(EngineConfig, vars(args), os.environ)
+    from outpace import planning
+
+    return planning.profile(config, args.show, args.roofline, args.output, args.plot)
+
+
+def _add_simulate(commands: Any) -> None:
+    help = "replay a workload against a profile under several policies"
+    parser: _Parser = commands.add_parser("simulate", help=help, description=help + ".", allow_abbrev=False)
+    add = parser.add_argument
+    add("profile", metavar="PROFILE", type=Path, help="JSON file of outpace profile")
+    add("--policy", action="append", metavar="NAME[:K]", help="may be given several times; K draft tokens")
+    add("--spec-tokens", default="5", metavar="N", help="most draft tokens where K is not given (default: 5)")
+    add("--spec-method", default="prompt_lookup", metavar="NAME", help="what smartspec takes it for")
+    add("--concurrency", metavar="N", help="closed loop: so many requests at a time (default: 8)")
+    add("--request-rate", metavar="X", help="open loop: Poisson arrivals per second")
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="open loop: CSV with timestamp_s, prompt_tokens, output_tokens",
+    )
+    add("--speed", default="1", metavar="X", help="factor on the trace's rate of arrival (default: 1)")
+    add("--num-requests", default="64", metavar="N", help="how many (default: 64)")
+    add("--prompt-len", default="256", metavar="N", help="tokens (default: 256)")
+    add("--output-len", default="128", metavar="N", help="tokens (default: 128)")
+    add(
+        "--acceptance",
+        default="0.7",
+        metavar="X[,X…]|JSON",
+        help="chance of a draft token by depth, or a list of objects with rates, coverage, spread, since_s",
+    )
+    add("--coverage", default="1", metavar="X", help="chance that there is a draft (default: 1)")
+    add("--spread", default="0", metavar="X", help="by how much requests differ in acceptance (default: 0)")
+    add("--noise", default="0.05", metavar="X", help="standard deviation of log step times (default: 0.05)")
+    add("--max-num-seqs", default="64", metavar="N", help="most sequences at once (default: 64)")
+    add("--max-num-batched-tokens", default="512", metavar="N", help="most rows of a step (default: 512)")
+    add("--slo-ttft-ms", metavar="X", help="policy slo: target for the first token")
+    add("--slo-tpot-ms", metavar="X", help="policy slo: target per later token")
+    add("--seed", default="0", metavar="N", help="of all luck (default: 0)")
+    parser.set_defaults(run=_simulate)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from outpace import planning
+
+    return planning.simulate(args)
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:

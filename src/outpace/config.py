@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import typing
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ def setting(default: Any, help: str, positional: bool = False) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 
 
+_TABLE = "num_speculative_tokens_per_batch_size"
+
+
 @dataclass(frozen=True)
 class SpeculativeConfig:
     """How drafts are made: the keys of --speculative-config, vLLM's where it has them."""
@@ -38,6 +42,9 @@ class SpeculativeConfig:
         5, "Most draft tokens for a sequence in a step (policy fixed: always)"
     )
     model: str | None = setting(None, "draft_model: Hugging Face directory or hub id, or a GGUF file")
+    num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = setting(
+        (), "policy batch_table: [first batch size, last, draft tokens] each; without it, from the profile"
+    )
     prompt_lookup_min: int = setting(2, "prompt_lookup: shortest match that gives a draft, in tokens")
     prompt_lookup_max: int = setting(5, "prompt_lookup: longest match looked for")
     suffix_decoding_max_tree_depth: int = setting(24, "suffix: longest match and longest draft")
@@ -67,6 +74,7 @@ class SpeculativeConfig:
             rule = "synthetic" if self.method == "synthetic" else "match"
             object.__setattr__(self, "verification", rule)
         hints = typing.get_type_hints(SpeculativeConfig)
+        object.__setattr__(self, _TABLE, _batch_table(getattr(self, _TABLE)))
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
             kind, *none = typing.get_args(hints[field.name]) or (hints[field.name],)
@@ -141,6 +149,26 @@ class SpeculativeConfig:
                 )
 
 
+def _batch_table(rows: Any) -> tuple[tuple[int, ...], ...]:
+    """The checked table of draft tokens by batch size.
+
+    Raises:
+        ConfigError: It is no list of [first, last, tokens], or its batch sizes are not 1, 2, 3, …
+    """
+    is_table = isinstance(rows, list | tuple) and all(isinstance(row, list | tuple) for row in rows)
+    if not is_table or not all(len(row) == 3 and all(type(x) is int for x in row) for row in rows):
+        raise ConfigError(f"{_TABLE} must be a list of [first batch size, last, draft tokens], got {rows!r}")
+    expected = 1
+    for first, last, length in rows:
+        if first != expected or last < first or length < 0:
+            raise ConfigError(
+                f"{_TABLE} must cover batch sizes from 1 on without gaps, with 0 or more draft tokens; "
+                f"[{first}, {last}, {length}] should begin at {expected}, and end no earlier"
+            )
+        expected = last + 1
+    return tuple(map(tuple, rows))
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The model and the engine that runs it. Names are vLLM's where it has them."""
@@ -190,8 +218,15 @@ class EngineConfig:
         False, "For benchmarks: let --spec-method synthetic accept drafts by chance; answers mean nothing"
     )
     spec_policy: str | None = setting(
-        None, "Speculation policy: off, fixed; the default is fixed where there is a draft method, else off"
+        None,
+        "Speculation policy, a name of policy/; the default is goodput if there is a draft method, else off",
     )
+    spec_profile: str | None = setting(
+        None, "JSON file with what steps cost; without it this is measured at first start and kept"
+    )
+    slo_ttft_ms: float | None = setting(None, "Policy slo: target for the time to the first token")
+    slo_tpot_ms: float | None = setting(None, "Policy slo: target for the time per token after the first")
+    step_log: str | None = setting(None, "File that gets one JSON line per step")
     speculative_config: dict[str, Any] | None = setting(  # noqa: RUF009 (a field, as all of these)
         None, "JSON object with these and the other settings of drafting, as vLLM has it"
     )
@@ -213,6 +248,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < limit:
                 raise ConfigError(f"{flag(name)} must be at least {limit}, got {value}")
+        for name in ("slo_ttft_ms", "slo_tpot_ms"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{flag(name)} must be above 0, got {value}")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
@@ -258,7 +297,7 @@ class EngineConfig:
     @property
     def policy(self) -> str:
         """The name of the speculation policy."""
-        return self.spec_policy or ("off" if self.speculative.method == "none" else "fixed")
+        return self.spec_policy or ("off" if self.speculative.method == "none" else "goodput")
 
 
 @dataclass(frozen=True)

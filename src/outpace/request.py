@@ -92,6 +92,7 @@ class Request:
         arrival: Seconds on the monotonic clock when the request was accepted.
         speculation: What it asks of its drafts; the engine can honour it.
         allowed_ids: [tokens] int64, `sampling.allowed_token_ids` made a tensor once; None if there are none.
+        client: Who asked, if the request says so.
     """
 
     id: str
@@ -106,6 +107,7 @@ class Request:
     priority: int = 0
     arrival: float = 0.0
     speculation: Speculation = Speculation()
+    client: str = ""
     allowed_ids: torch.Tensor | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +131,7 @@ class Sequence:
         num_preemptions: How often its blocks were taken away.
         first_scheduled: Seconds on the monotonic clock of its first step, or None.
         draft_steps: Its drafts so far, in order; only `Metrics.record` appends.
+        first_token: The same of its first token.
     """
 
     request: Request
@@ -139,6 +142,7 @@ class Sequence:
     num_preemptions: int = 0
     first_scheduled: float | None = None
     draft_steps: list[DraftStep] = field(default_factory=list)
+    first_token: float | None = None
 
     @classmethod
     def start(cls, request: Request) -> Sequence:

@@ -9,38 +9,84 @@ from typing import Any
 
 import pytest
 
-from outpace.config import SpeculativeConfig
+from outpace.config import EngineConfig
 from outpace.policy import base as policies
-from outpace.policy.base import BatchView, SequenceView, SpeculationPolicy, StepRecord, load_policy
+from outpace.policy.base import (
+    BatchView,
+    Draft,
+    PolicyContext,
+    SequenceView,
+    SpeculationPolicy,
+    StepRecord,
+    load_policy,
+)
 from outpace.sampling import SamplingParams
-from tiny import GREEDY, SAMPLED, Guesser, answers, tiny_engine
+from outpace.tree import DraftTree
+from tiny import GREEDY, SAMPLED, Guesser, answers, cost_model, tiny_engine
 
 POLICIES = policies.available()
-PHASES = ("plan", "propose", "forward", "verify")
+PHASES = ("between", "plan", "policy", "propose", "forward", "verify", "advance")
+CONTEXT = PolicyContext(engine=EngineConfig(slo_ttft_ms=500, slo_tpot_ms=50), cost_model=cost_model)
 
 
 def random_view(rng: random.Random) -> BatchView:
     """A step of up to 64 sequences, of which some have no use for a draft."""
     sequences = tuple(
-        SequenceView(f"{i}-0", rng.randrange(4000), rng.choice([0, 1, rng.randrange(200)]))
+        SequenceView(
+            f"{i}-0",
+            rng.randrange(4000),
+            rng.choice([0, 1, rng.randrange(200)]),
+            client=rng.choice(["", "a", "b"]),
+            num_output=rng.randrange(100),
+            decode_s=rng.random(),
+        )
         for i in range(rng.choice([0, 1, 2, 8, 64]))
     )
     num_context = sum(sequence.context_len for sequence in sequences)
-    num_rows = len(sequences) + rng.choice([0, 1, 512])
-    return BatchView(sequences, max(num_rows, 1), num_context, rng.choice([0, 5, 10_000]))
+    num_prefill = rng.choice([0, 1, 512])
+    return BatchView(
+        sequences,
+        num_rows=max(len(sequences) + num_prefill, 1),
+        num_context=num_context,
+        num_free_slots=rng.choice([0, 5, 10_000]),
+        num_pairs=num_context,
+        num_scheduled=len(sequences) + (num_prefill > 0),
+        num_waiting=rng.randrange(3),
+        oldest_wait_s=rng.random(),
+    )
 
 
-def random_record(rng: random.Random, view: BatchView, drafted: list[int]) -> StepRecord:
+def random_tree(rng: random.Random, num_nodes: int) -> DraftTree:
+    """Any shape, with confidences or without."""
+    parents = tuple(rng.randrange(-1, node) for node in range(num_nodes))
+    confidence = tuple(rng.random() for _ in parents) if rng.random() < 0.8 else None
+    return DraftTree(parents, tuple(range(num_nodes)), confidence)
+
+
+def random_path(rng: random.Random, draft: Draft) -> tuple[int, ...]:
+    """A path from the root of a tree to anywhere."""
+    path: list[int] = []
+    for node, parent in enumerate(draft.parents):
+        if parent == (path[-1] if path else -1) and rng.random() < 0.6:
+            path.append(node)
+    return tuple(path)
+
+
+def random_record(
+    rng: random.Random, view: BatchView, limits: list[int], drafts: list[DraftTree], predicted_s: float | None
+) -> StepRecord:
     """What may have become of the drafts."""
     seconds = {phase: rng.uniform(1e-4, 2e-2) for phase in PHASES}
-    accepted = tuple(rng.randint(0, num) for num in drafted)
+    paths = tuple(random_path(rng, draft) for draft in drafts)
     return StepRecord(
+        view=view,
+        limits=tuple(limits),
+        drafts=tuple(drafts),
+        paths=paths,
         seconds={**seconds, "total": sum(seconds.values())},
-        num_rows=view.num_rows + sum(drafted),
-        num_context=view.num_context,
-        num_tokens=len(drafted) + sum(accepted),
-        num_drafted=tuple(drafted),
-        num_accepted=accepted,
+        num_rows=view.num_rows + sum(map(len, drafts)),
+        num_tokens=len(drafts) + sum(map(len, paths)),
+        predicted_s=predicted_s,
     )
 
 
@@ -53,14 +99,18 @@ def drive(policy: SpeculationPolicy, seed: int, num_steps: int = 60) -> list[Any
         limits = policy.limits(view)
         assert len(limits) == len(view.sequences)
         assert all(0 <= k <= s.max_draft for k, s in zip(limits, view.sequences, strict=True))
-        drafted = [rng.randint(0, limit) for limit in limits]
-        confidences = [[rng.random() for _ in range(num)] if rng.random() < 0.8 else None for num in drafted]
-        kept = policy.trim(view, confidences)
+        assert all(type(limit) is int for limit in limits), "limits go into JSON"
+        drafts = [random_tree(rng, rng.randint(0, limit)) for limit in limits]
+        kept = policy.trim(view, drafts)
         if kept is not None:
-            assert len(kept) == len(drafted)
-            assert all(num >= 0 for num in kept)
-            drafted = [min(num, cut) for num, cut in zip(drafted, kept, strict=True)]
-        policy.observe(random_record(rng, view, drafted))
+            assert len(kept) == len(drafts)
+            assert all(type(num) is int and num >= 0 for num in kept)
+            drafts = [draft.cut(num) for draft, num in zip(drafts, kept, strict=True)]
+        assert policy.predicted_s is None or policy.predicted_s > 0
+        policy.observe(random_record(rng, view, limits, drafts, policy.predicted_s))
+        for sequence in view.sequences:
+            if rng.random() < 0.05:
+                policy.release(sequence.id)
         said += [limits, kept]
     return said
 
@@ -68,22 +118,22 @@ def drive(policy: SpeculationPolicy, seed: int, num_steps: int = 60) -> list[Any
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_each_sequence_gets_a_limit_that_is_of_use_to_it(name: str, seed: int) -> None:
-    drive(load_policy(name, SpeculativeConfig()), seed)
+    drive(load_policy(name, CONTEXT), seed)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_same_steps_get_the_same_answers(name: str) -> None:
-    assert drive(load_policy(name, SpeculativeConfig()), 7) == drive(
-        load_policy(name, SpeculativeConfig()), 7
-    )
+    assert drive(load_policy(name, CONTEXT), 7) == drive(load_policy(name, CONTEXT), 7)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_torch_is_needed(name: str) -> None:
     code = (
-        "import sys; from outpace.config import SpeculativeConfig\n"
-        "from outpace.policy.base import load_policy\n"
-        f"load_policy({name!r}, SpeculativeConfig())"
+        "import sys; from outpace.config import EngineConfig\n"
+        "from outpace.policy.base import PolicyContext, load_policy\n"
+        "from outpace.policy.cost import CostModel\n"
+        "engine, cost = EngineConfig(slo_tpot_ms=50), lambda: CostModel([1, 2], [1.0, 2.0])\n"
+        f"load_policy({name!r}, PolicyContext(engine=engine, cost_model=cost))"
     )
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)
 
@@ -92,7 +142,7 @@ def test_no_torch_is_needed(name: str) -> None:
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_answers_are_those_without_speculation(name: str, sampling: SamplingParams) -> None:
     plain = answers(tiny_engine(), sampling)
-    engine = tiny_engine(spec_policy=name)
+    engine = tiny_engine(spec_policy=name, slo_tpot_ms=50.0)
     engine.proposer = Guesser({f"{number}-0": known for number, known in enumerate(plain)})
     assert answers(engine, sampling) == plain
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import lossless
-import pytest
 import torch
 from lossless import Loaded
 

@@ -80,10 +80,15 @@ class FakeLLM:
         request_id: str,
         priority: int = 0,
         speculation: Speculation | None = None,
+        client: str = "",
     ) -> AsyncGenerator[Output]:
         self.calls.append(
             SimpleNamespace(
-                prompt_ids=prompt_ids, sampling=sampling, priority=priority, speculation=speculation
+                prompt_ids=prompt_ids,
+                sampling=sampling,
+                priority=priority,
+                speculation=speculation,
+                client=client,
             )
         )
         if self.error is not None:

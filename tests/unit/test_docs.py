@@ -55,6 +55,8 @@ def settings_table(kind: type[Any], called: str = "flag") -> str:
 
 
 def _values(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return "list of lists"
     names = {int: "integer", float: "number", str: "text", bool: "switch", dict[str, Any]: "JSON object"}
     names |= {list[float]: "list of numbers"}
     if hint not in names and typing.get_args(hint):

@@ -90,8 +90,8 @@ class AllowFive(SpeculationPolicy):
     def limits(self, view: BatchView) -> list[int]:
         return [min(5, sequence.max_draft) for sequence in view.sequences]
 
-    def trim(self, view: BatchView, confidences: Any) -> list[int] | None:
-        return None if view.num_rows % 2 else [4] * len(confidences)
+    def trim(self, view: BatchView, drafts: Any) -> list[int] | None:
+        return None if view.num_rows % 2 else [4] * len(drafts)
 
     def observe(self, record: Any) -> None:
         self.num_accepted += sum(record.num_accepted)
@@ -143,8 +143,8 @@ class Confident(Guesser):
 class Trimmer(AllowFive):
     """Notes the confidences that it is shown."""
 
-    def trim(self, view: BatchView, confidences: Any) -> list[int] | None:
-        self.shown = [*getattr(self, "shown", []), *confidences]
+    def trim(self, view: BatchView, drafts: Any) -> list[int] | None:
+        self.shown = [*getattr(self, "shown", []), *(draft.confidence for draft in drafts)]
         return None
 
 

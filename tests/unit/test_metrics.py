@@ -38,6 +38,10 @@ NAMES = {
     "outpace:request_generation_tokens",
     "outpace:iteration_tokens_total",
     "outpace:step_phase_seconds",
+    "outpace:step_time_seconds",
+    "outpace:step_time_predicted_seconds",
+    "outpace:step_time_error_ratio",
+    "outpace:spec_decode_step_draft_length",
 }
 
 
@@ -101,7 +105,7 @@ def test_every_phase_of_every_step_is_timed() -> None:
     submit(engine, "a", "hello", SamplingParams(max_tokens=3))
     run(engine)
     counts = scrape(engine)
-    for phase in ("plan", "propose", "forward", "verify", "advance"):
+    for phase in ("plan", "policy", "propose", "forward", "verify", "advance"):
         assert counts["outpace:step_phase_seconds_count", phase] == 3
     assert counts["outpace:step_phase_seconds_sum", "forward"] > 0.006
     assert counts["outpace:iteration_tokens_total_sum", ""] == 7
@@ -121,8 +125,11 @@ def test_a_policy_learns_what_the_step_did() -> None:
     engine.policy.observe = records.append  # type: ignore[method-assign,assignment]
     submit(engine, "a", "hello", SamplingParams(max_tokens=2))
     run(engine)
-    assert [(r.num_rows, r.num_context, r.num_tokens) for r in records] == [(5, 0, 1), (1, 5, 1)]
+    assert [(r.num_rows, r.view.num_context, r.num_tokens) for r in records] == [(5, 0, 1), (1, 5, 1)]
     assert all(r.num_drafted == r.num_accepted == (0,) for r in records)
     for record in records:
-        parts = [record.seconds[phase] for phase in ("plan", "propose", "forward", "verify")]
-        assert abs(sum(parts) - record.seconds["total"]) < 1e-9
+        parts = {phase: seconds for phase, seconds in record.seconds.items() if phase != "total"}
+        assert parts.keys() >= {"plan", "policy", "propose", "forward", "verify", "advance"}
+        assert abs(sum(parts.values()) - record.seconds["total"]) < 1e-9
+    assert "between" not in records[0].seconds
+    assert records[1].seconds["between"] > 0

@@ -10,7 +10,7 @@ import pytest
 from outpace.config import EngineConfig, SpeculativeConfig
 from outpace.errors import ConfigError
 from outpace.policy import base as policies
-from outpace.policy.base import BatchView, SpeculationPolicy, load_policy
+from outpace.policy.base import BatchView, PolicyContext, SpeculationPolicy, load_policy
 from outpace.spec import proposer as proposers
 from outpace.spec.proposer import DraftContext, Proposer, load_proposer
 
@@ -22,7 +22,7 @@ class Mine(SpeculationPolicy):
         return []
 
 
-def create(config: SpeculativeConfig) -> Mine:
+def create(context: PolicyContext) -> Mine:
     return Mine()
 
 
@@ -37,7 +37,7 @@ def test_modules_that_make_no_part_are_not_offered() -> None:
 
 
 def test_a_built_in_part_is_found_by_its_file_name() -> None:
-    assert isinstance(load_policy("off", SpeculativeConfig()), SpeculationPolicy)
+    assert isinstance(load_policy("off", PolicyContext()), SpeculationPolicy)
     assert isinstance(load_method("none"), Proposer)
 
 
@@ -45,7 +45,7 @@ def test_a_dotted_path_names_a_part_from_outside(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.py").write_text(f"from {__name__} import create")
     monkeypatch.syspath_prepend(tmp_path)
-    assert isinstance(load_policy("elsewhere.mine", SpeculativeConfig()), Mine)
+    assert isinstance(load_policy("elsewhere.mine", PolicyContext()), Mine)
 
 
 def load_method(name: str) -> Proposer:
@@ -54,7 +54,7 @@ def load_method(name: str) -> Proposer:
 
 
 def load_policy_named(name: str) -> SpeculationPolicy:
-    return load_policy(name, SpeculativeConfig())
+    return load_policy(name, PolicyContext())
 
 
 @pytest.mark.parametrize("load", [load_policy_named, load_method])

@@ -272,7 +272,14 @@ def test_what_vllm_counts_too_is_there_under_its_names_and_labels(url: str) -> N
     ours = {name.removeprefix("outpace:") for name in families if name.startswith("outpace:")}
     theirs = {name.removeprefix("vllm:") for name in families if name.startswith("vllm:")}
     assert theirs == {name.removeprefix("outpace:") for name in vllm_metrics._SHARED}
-    assert ours - theirs == {"iteration_tokens_total", "step_phase_seconds"}
+    assert ours - theirs == {
+        "iteration_tokens_total",
+        "step_phase_seconds",
+        "step_time_seconds",
+        "step_time_predicted_seconds",
+        "step_time_error_ratio",
+        "spec_decode_step_draft_length",
+    }
     for name in theirs:
         mine, twin = families[f"outpace:{name}"], families[f"vllm:{name}"]
         assert (twin.type, len(twin.samples)) == (mine.type, len(mine.samples))

@@ -15,7 +15,7 @@ from tiny import GREEDY, SAMPLED, answers, tiny_engine, write_model
 
 
 def engine_of(model: Path, **settings: Any) -> Engine:
-    settings = {"max_num_batched_tokens": 256, "max_model_len": 256, **settings}
+    settings = {"max_num_batched_tokens": 256, "max_model_len": 256, "spec_policy": "fixed", **settings}
     return Engine.from_config(EngineConfig(str(model), dtype="float32", kernels="reference", **settings))
 
 

@@ -47,6 +47,7 @@ class Admission:
         sampling: SamplingParams,
         priority: int = 0,
         speculation: Speculation | None = None,
+        client: str = "",
     ) -> list[Request]:
         """The engine requests of one client request: one for each of its n answers.
 
@@ -56,6 +57,7 @@ class Admission:
             sampling: How to choose and when to stop.
             priority: Lower runs first; not 0 only under the `priority` scheduling policy.
             speculation: What it asks of its drafts.
+            client: Who asked, if known.
 
         Raises:
             InvalidRequestError: It cannot be served as asked; `param` names the field.
@@ -92,6 +94,7 @@ class Admission:
                 priority=priority,
                 arrival=arrival,
                 speculation=speculation,
+                client=client,
             )
             for index in range(sampling.n)
         ]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +16,9 @@ from outpace.config import BLOCK_SIZE, EngineConfig, flag, num_cores
 from outpace.engine.admission import Admission
 from outpace.engine.detokenizer import detokenizer_factory
 from outpace.engine.metrics import Metrics
+from outpace.engine.profile import load_or_measure
 from outpace.engine.scheduler import Scheduler
+from outpace.engine.step_log import StepLog
 from outpace.errors import ConfigError
 from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig
@@ -20,7 +26,8 @@ from outpace.models.decoder import Decoder
 from outpace.models.hub import resolve_model, resolve_tokenizer
 from outpace.models.loader import load_config, load_weights
 from outpace.models.tokenizer import load_tokenizer
-from outpace.policy.base import BatchView, check_policy, load_policy
+from outpace.policy.base import BatchView, PolicyContext, StepRecord, check_policy, load_policy
+from outpace.policy.cost import CostModel
 from outpace.request import Output, Request
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
@@ -57,6 +64,7 @@ class Engine:
         runner: Its model over that cache.
         grammars: Where constrained answers stand in their grammars.
         verifier: Which tokens come out.
+        step_log: Where steps are written down, if anywhere.
     """
 
     def __init__(
@@ -67,8 +75,18 @@ class Engine:
         kv: KVCache,
         runner: ModelRunner,
         verifier: Verifier,
+        cost_model: Callable[[], CostModel] | None = None,
     ) -> None:
         """Joins the parts.
+
+        Args:
+            config: The settings.
+            model: The model's shape.
+            tokenizer: The model's.
+            kv: An empty cache.
+            runner: The model over that cache.
+            verifier: Decides which tokens come out.
+            cost_model: What steps cost, for policies that ask; None measures it, or reads what was measured.
 
         Raises:
             ConfigError: A setting does not fit the model or the cache.
@@ -78,13 +96,15 @@ class Engine:
         self.max_model_len = max_model_len(config, model)
         self.admission = Admission(config, model, tokenizer, self.max_model_len)
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
-        self.policy = load_policy(config.policy, config.speculative)
         self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv))
         self.grammars = GrammarStates(tokenizer, model.vocab_size)
         self.runner, self.verifier = runner, verifier
+        cost_model = cost_model or functools.partial(load_or_measure, config, model, kv, runner, verifier)
         speculative = config.speculative
+        self.policy = load_policy(config.policy, PolicyContext(speculative, config, cost_model))
         max_depth = speculative.num_speculative_tokens if speculative.methods else 0
         self.metrics = Metrics(self.model_name, self.scheduler, max_depth)
+        self.step_log = None if config.step_log is None else StepLog(Path(config.step_log))
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
@@ -149,12 +169,15 @@ class Engine:
         lap = self.metrics.lap
         self.metrics.start_step()
         plan = self.scheduler.plan()
+        lap("plan")
         view = plan.view()
         limits = self.policy.limits(view)
-        lap("plan")
+        lap("policy")
         trees = self.proposer.propose(plan.decoding, limits)
-        trees = self._trim(view, self.grammars.fit(plan.decoding, limits, trees))
+        trees = self.grammars.fit(plan.decoding, limits, trees)
         lap("propose")
+        trees = self._trim(view, trees)
+        lap("policy")
         batch = self.kv.place(plan.scheduled, trees)
         target = self.runner.forward(batch)
         lap("forward")
@@ -162,23 +185,33 @@ class Engine:
         self.kv.commit(batch, verdict)
         lap("verify")
         self.proposer.observe(batch, target, verdict)
-        self.policy.observe(self.metrics.record(view, batch, verdict))
+        lap("propose")
         outputs = self.grammars.judge(self.scheduler.advance(plan, verdict))
+        lap("advance")
+        self._learn(self.metrics.record(view, limits, batch, verdict, self.policy.predicted_s))
+        lap("policy")
         self.metrics.finish_step(plan.decoding, outputs)
         for output in outputs:
             if output.finish_reason is not None:
                 self._release(output.request_id)
         return outputs
 
+    def _learn(self, record: StepRecord) -> None:
+        self.policy.observe(record)
+        if self.step_log is not None:
+            self.step_log.write(record)
+
     def _release(self, request_id: str) -> None:
         self.proposer.release(request_id)
         self.grammars.release(request_id)
+        self.policy.release(request_id)
 
     def _trim(self, view: BatchView, trees: list[DraftTree]) -> list[DraftTree]:
         """Cuts trees to what the policy keeps, and never lets one reach beyond its answer's end."""
         most = [sequence.max_draft for sequence in view.sequences]
         # tokens that were drawn would no longer follow their q if they had a say in what is cut
-        kept = self.policy.trim(view, [tree.confidence if tree.probs is None else None for tree in trees])
+        shown = [tree if tree.probs is None else replace(tree, confidence=None) for tree in trees]
+        kept = self.policy.trim(view, shown)
         if kept is not None:
             most = [min(pair) for pair in zip(most, kept, strict=True)]
         return [tree.cut(num_nodes) for tree, num_nodes in zip(trees, most, strict=True)]

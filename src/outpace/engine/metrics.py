@@ -10,7 +10,7 @@ import itertools
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
@@ -29,7 +29,10 @@ _FIRST_TOKEN_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0
 _TOKEN_S = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1.0, 2.5)
 _PHASE_S = tuple(m * 10.0**e for e in range(-6, 1) for m in (1, 2, 5))
 
-_PHASES = ("plan", "propose", "forward", "verify", "advance")
+_RATIOS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+_LENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 32.0)
+
+_PHASES = ("between", "plan", "policy", "propose", "forward", "verify", "advance")
 
 
 class Histogram:
@@ -113,6 +116,7 @@ class Metrics(Collector):
         self._times: dict[str, _Times] = {}
         self._laps: dict[str, float] = {}
         self._last_lap = 0.0
+        self._left_work = False
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._num_finished: Counter[FinishReason] = Counter()
@@ -127,23 +131,38 @@ class Metrics(Collector):
         self._decode_time = Histogram(_REQUEST_S)
         self._request_prompt_tokens = Histogram(_TOKENS)
         self._request_generation_tokens = Histogram(_TOKENS)
+        self._step_time = Histogram(_PHASE_S)
+        self._predicted_step_time = Histogram(_PHASE_S)
+        self._prediction_error = Histogram(_RATIOS)
+        self._draft_length = Histogram(_LENGTHS)
         self._phases = {phase: Histogram(_PHASE_S) for phase in _PHASES}
         self.registry = CollectorRegistry()
         self.registry.register(self)
 
     def start_step(self) -> None:
         """Starts the clock of a step."""
-        self._laps = {}
-        self._last_lap = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Ends a phase: plan, propose, forward, verify or advance."""
         now = time.perf_counter()
-        self._laps[phase] = now - self._last_lap
+        self._laps = {"between": now - self._last_lap} if self._left_work else {}
         self._last_lap = now
 
-    def record(self, view: BatchView, batch: Batch, verdict: Verdict) -> StepRecord:
-        """What the step did, once it is verified; adds its drafts to their sequences' own."""
+    def lap(self, phase: str) -> None:
+        """Ends a phase: plan, policy, propose, forward, verify or advance. A phase may have several parts."""
+        now = time.perf_counter()
+        self._laps[phase] = self._laps.get(phase, 0.0) + now - self._last_lap
+        self._last_lap = now
+
+    def record(
+        self,
+        view: BatchView,
+        limits: Iterable[int],
+        batch: Batch,
+        verdict: Verdict,
+        predicted_s: float | None,
+    ) -> StepRecord:
+        """What the step did, but for the time that learning from it takes.
+
+        Adds its drafts to their sequences' own.
+        """
         pairs = [
             (entry, decision)
             for entry, decision in zip(batch.entries, verdict.decisions, strict=True)
@@ -155,13 +174,22 @@ class Metrics(Collector):
                 step = DraftStep(len(entry.tree), len(decision.path))
                 self.drafts.observe(*step)
                 entry.sequence.draft_steps.append(step)
+        total = sum(self._laps.values())
+        self._step_time.observe(total)
+        if pairs:
+            self._draft_length.observe(sum(len(entry.tree) for entry, _ in pairs) / len(pairs))
+        if predicted_s is not None:
+            self._predicted_step_time.observe(predicted_s)
+            self._prediction_error.observe(abs(predicted_s - total) / total)
         return StepRecord(
-            seconds={**self._laps, "total": sum(self._laps.values())},
+            view=view,
+            limits=tuple(limits),
+            drafts=tuple(entry.tree for entry, _ in pairs),
+            paths=tuple(decision.path for _, decision in pairs),
+            seconds={**self._laps, "total": total},
             num_rows=batch.num_rows,
-            num_context=view.num_context,
             num_tokens=sum(len(decision.token_ids) for _, decision in pairs),
-            num_drafted=tuple(len(entry.tree) for entry, _ in pairs),
-            num_accepted=tuple(len(decision.path) for _, decision in pairs),
+            predicted_s=predicted_s,
         )
 
     def finish_step(self, sequences: list[Sequence], outputs: list[Output]) -> None:
@@ -171,9 +199,9 @@ class Metrics(Collector):
             sequences: Those that sampled.
             outputs: One for each of them.
         """
-        self.lap("advance")
         for phase, seconds in self._laps.items():
             self._phases[phase].observe(seconds)
+        self._left_work = self._scheduler.has_work
         now = time.monotonic()
         for sequence, output in zip(sequences, outputs, strict=True):
             self._num_generation_tokens += len(output.token_ids)
@@ -247,6 +275,18 @@ class Metrics(Collector):
             ("request_decode_time_seconds", "From the first to the last token", self._decode_time),
             ("request_prompt_tokens", "Prompt length", self._request_prompt_tokens),
             ("request_generation_tokens", "Answer length", self._request_generation_tokens),
+            ("step_time_seconds", "Duration of a step", self._step_time),
+            ("step_time_predicted_seconds", "What the policy expected", self._predicted_step_time),
+            (
+                "step_time_error_ratio",
+                "Difference of the two, divided by the duration",
+                self._prediction_error,
+            ),
+            (
+                "spec_decode_step_draft_length",
+                "Draft tokens verified per sampling sequence of a step",
+                self._draft_length,
+            ),
         ):
             family = HistogramMetricFamily(f"outpace:{name}", help, labels=["model_name"])
             family.add_metric([self._model_name], histogram.buckets(), histogram.sum)

@@ -25,19 +25,40 @@ class Plan:
         scheduled: Who runs, in the order of admission.
         decoding: Those of them that sample, in the same order.
         num_free_slots: Cache slots left once every known token has its own.
+        num_waiting: Requests in line.
+        first_arrival: Seconds on the monotonic clock when the first of them arrived, if there is one.
     """
 
     scheduled: list[Scheduled]
     decoding: list[Sequence]
     num_free_slots: int
+    num_waiting: int = 0
+    first_arrival: float | None = None
 
     def view(self) -> BatchView:
         """What a policy may see of it."""
+        now = time.monotonic()
+        prefilling = [s.sequence.request.arrival for s in self.scheduled if not s.samples]
+        arrivals = [*prefilling, *(() if self.first_arrival is None else (self.first_arrival,))]
         return BatchView(
-            sequences=tuple(SequenceView(s.id, s.num_computed, _max_draft(s)) for s in self.decoding),
+            sequences=tuple(
+                SequenceView(
+                    s.id,
+                    s.num_computed,
+                    _max_draft(s),
+                    client=s.request.client,
+                    num_output=s.num_output,
+                    decode_s=0.0 if s.first_token is None else now - s.first_token,
+                )
+                for s in self.decoding
+            ),
             num_rows=sum(item.num_known for item in self.scheduled),
             num_context=sum(item.sequence.num_computed for item in self.scheduled),
             num_free_slots=self.num_free_slots,
+            num_pairs=sum(item.num_known * item.sequence.num_computed for item in self.scheduled),
+            num_scheduled=len(self.scheduled),
+            num_waiting=len(prefilling) + self.num_waiting,
+            oldest_wait_s=now - min(arrivals, default=now),
         )
 
 
@@ -171,7 +192,8 @@ class Scheduler:
         if self.num_preemptions == num_preemptions:
             self._admit_waiting(scheduled)
         decoding = [item.sequence for item in scheduled if item.samples]
-        return Plan(scheduled, decoding, self._blocks.num_free_slots)
+        first = self._waiting[0].sequence.request.arrival if self._waiting else None
+        return Plan(scheduled, decoding, self._blocks.num_free_slots, len(self._waiting), first)
 
     def advance(self, plan: Plan, verdict: Verdict) -> list[Output]:
         """Appends the verified tokens, ends what is to end, and frees its blocks.
@@ -274,6 +296,8 @@ def _append(entry: _Entry, decision: Decision) -> Output:
     """Appends tokens up to the one that ends the answer; those after it are dropped."""
     ending: _Ending | None = None
     num_kept = 0
+    if entry.sequence.first_token is None:
+        entry.sequence.first_token = time.monotonic()
     for token_id in decision.token_ids:
         entry.sequence.token_ids.append(token_id)
         num_kept += 1

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from outpace.config import SpeculativeConfig
-from outpace.policy.base import BatchView, SpeculationPolicy
+from outpace.policy.base import BatchView, PolicyContext, SpeculationPolicy
 
 
 class FixedPolicy(SpeculationPolicy):
@@ -17,6 +16,6 @@ class FixedPolicy(SpeculationPolicy):
         return [min(self._num_tokens, s.max_draft) for s in view.sequences]
 
 
-def create(config: SpeculativeConfig) -> FixedPolicy:
+def create(context: PolicyContext) -> FixedPolicy:
     """Builds the policy from `num_speculative_tokens`."""
-    return FixedPolicy(config.num_speculative_tokens)
+    return FixedPolicy(context.speculative.num_speculative_tokens)

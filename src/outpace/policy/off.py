@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from outpace.config import SpeculativeConfig
-from outpace.policy.base import BatchView, SpeculationPolicy
+from outpace.policy.base import BatchView, PolicyContext, SpeculationPolicy
 
 
 class OffPolicy(SpeculationPolicy):
@@ -14,6 +13,6 @@ class OffPolicy(SpeculationPolicy):
         return [0] * len(view.sequences)
 
 
-def create(config: SpeculativeConfig) -> OffPolicy:
+def create(context: PolicyContext) -> OffPolicy:
     """Builds the policy."""
     return OffPolicy()

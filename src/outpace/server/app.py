@@ -231,6 +231,7 @@ class Api:
                 request_id=f"{job.public_id}-{i}",
                 priority=body.priority,
                 speculation=speculation,
+                client=body.user or "",
             )
             for i, (ids, sampling) in enumerate(zip(prompts, samplings, strict=True))
         ]

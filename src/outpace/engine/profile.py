@@ -1,0 +1,211 @@
+"""What steps cost on this machine: the real runner on a grid of shapes, once, and then from a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from outpace.batch import Scheduled
+from outpace.config import BLOCK_SIZE, EngineConfig, cache_dir, num_cores
+from outpace.models.config import ModelConfig
+from outpace.policy.cost import FORMAT, CostModel, Shape
+from outpace.request import Request, Sequence
+from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.runner import ModelRunner
+from outpace.sampling import SamplingParams
+from outpace.spec.verifier import Verifier
+from outpace.tree import EMPTY_TREE, DraftTree
+
+logger = logging.getLogger(__name__)
+
+DECODE_ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
+DRAFT_ROWS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of sequences with drafts
+CHUNK_ROWS = (8, 32, 128, 512)  # of a prompt
+CONTEXT, LONG_CONTEXT = 128, 1024  # cached tokens per sequence
+_TREE_ROWS = 4  # of the sequences that stand for drafting ones
+_LEAST_ROUNDS, _MOST_ROUNDS, _ENOUGH_S = 2, 7, 4.0  # over all shapes; no new round once so long
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A shape to measure: `sequences` times (`known` tokens, then a chain of `drafted`) after `context`."""
+
+    sequences: int
+    known: int
+    drafted: int
+    context: int
+    samples: bool = True
+
+    @property
+    def shape(self) -> Shape:
+        """What the cost model calls it."""
+        rows = self.sequences * (self.known + self.drafted)
+        samples = self.sequences * (1 + self.drafted) if self.samples else 0
+        return Shape(rows, samples, self.sequences * self.context, rows * self.context)
+
+
+def load_or_measure(
+    config: EngineConfig, model: ModelConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
+) -> CostModel:
+    """The cost model of --spec-profile, of an earlier start with the same settings, or measured now.
+
+    Raises:
+        ConfigError: The given file is of no use.
+    """
+    if config.spec_profile is not None:
+        return CostModel.load(Path(config.spec_profile))
+    path = profile_path(config, model, cache)
+    if path.exists():
+        logger.info("Step costs from %s", path)
+        return CostModel.load(path)
+    return measure_and_keep(config, model, cache, runner, verifier)
+
+
+def profile_path(config: EngineConfig, model: ModelConfig, cache: KVCache) -> Path:
+    """Where the profile of these settings is kept."""
+    meta = json.dumps(_identity(config, model, cache), sort_keys=True)
+    return cache_dir() / "profiles" / f"{hashlib.blake2b(meta.encode(), digest_size=10).hexdigest()}.json"
+
+
+def measure_and_keep(
+    config: EngineConfig, model: ModelConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
+) -> CostModel:
+    """Measures, and keeps the result for later starts."""
+    path = profile_path(config, model, cache)
+    measured = measure(config, cache, runner, verifier, _identity(config, model, cache))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(measured.to_json(), encoding="utf-8")
+    scratch.replace(path)  # whole or not at all, also with two servers starting
+    return measured
+
+
+def measure(
+    config: EngineConfig,
+    cache: KVCache,
+    runner: ModelRunner,
+    verifier: Verifier,
+    meta: dict[str, object] | None = None,
+) -> CostModel:
+    """Times the shapes that steps may have, with a progress bar on a terminal.
+
+    Args:
+        config: Limits of a step.
+        cache: An idle cache; it is idle again afterwards.
+        runner: The model over that cache.
+        verifier: As steps use it.
+        meta: Written into the model.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    positions = config.max_model_len or runner.decoder.config.max_position_embeddings
+    longest = min(cache.blocks.capacity, positions)
+    points = list(grid(config.max_num_seqs, config.max_num_batched_tokens, cache.blocks.capacity, longest))
+    console = Console(stderr=True)
+    seconds = [math.inf] * len(points)
+    begin = time.perf_counter()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("Measuring what steps cost", total=len(points) * _LEAST_ROUNDS)
+        for round_ in range(_MOST_ROUNDS):
+            if round_ >= _LEAST_ROUNDS and time.perf_counter() - begin > _ENOUGH_S:
+                break
+            # All shapes in turn, and the fastest of each: what else the machine did belongs to none.
+            for index, point in enumerate(points):
+                seconds[index] = min(seconds[index], _time(point, cache, runner, verifier))
+                progress.advance(bar)
+    logger.info("Measured %d step shapes in %.1f s", len(points), time.perf_counter() - begin)
+    return CostModel.fit([point.shape for point in points], seconds, meta)
+
+
+def grid(max_num_seqs: int, max_rows: int, capacity: int, longest: int) -> Iterator[Point]:
+    """Shapes that tell rows, context and sampling apart, within what the engine can run.
+
+    Args:
+        max_num_seqs: Most sequences.
+        max_rows: Most rows.
+        capacity: Tokens that the cache holds.
+        longest: Most tokens of a sequence.
+    """
+    decode = [rows for rows in DECODE_ROWS if rows <= max_num_seqs]
+    yield from _fitting((Point(rows, 1, 0, CONTEXT) for rows in decode), capacity, longest)
+    trees = [rows // _TREE_ROWS for rows in DRAFT_ROWS if rows <= min(_TREE_ROWS * max_num_seqs, max_rows)]
+    yield from _fitting((Point(num, 1, _TREE_ROWS - 1, CONTEXT) for num in trees), capacity, longest)
+    chunks = [rows for rows in CHUNK_ROWS if rows <= max_rows]
+    yield from _fitting((Point(1, rows, 0, 0, samples=False) for rows in chunks), capacity, longest)
+    long = [rows for rows in (1, 8, 32) if rows <= max_num_seqs]
+    yield from _fitting((Point(rows, 1, 0, LONG_CONTEXT) for rows in long), capacity, longest)
+    yield from _fitting((Point(1, 1, rows - 1, LONG_CONTEXT) for rows in (2, 8, 16)), capacity, longest)
+
+
+def _fitting(points: Iterable[Point], capacity: int, longest: int) -> Iterator[Point]:
+    """The points that the cache holds, at a lower context if need be."""
+    for point in points:
+        most = min(capacity // point.sequences // BLOCK_SIZE * BLOCK_SIZE, longest)
+        room = most - point.known - point.drafted
+        if room >= 0:
+            yield dataclasses.replace(point, context=min(point.context, room))
+
+
+def _time(point: Point, cache: KVCache, runner: ModelRunner, verifier: Verifier) -> float:
+    """Seconds of a pass and its verification."""
+    sequences = [_sequence(number, point) for number in range(point.sequences)]
+    for sequence in sequences:
+        cache.blocks.reserve(sequence, len(sequence.token_ids))
+        sequence.num_computed = point.context
+    tree = DraftTree.chain((0,) * point.drafted) if point.drafted else EMPTY_TREE
+    scheduled = [Scheduled(sequence, point.known, point.samples) for sequence in sequences]
+    trees = [tree] * point.sequences if point.samples else []
+    begin = time.perf_counter()
+    batch = cache.place(scheduled, trees)
+    verifier.verify(batch, runner.forward(batch))
+    seconds = time.perf_counter() - begin
+    for sequence in sequences:
+        cache.blocks.free(sequence)
+    return seconds
+
+
+def _sequence(number: int, point: Point) -> Sequence:
+    tokens = (0,) * (point.context + point.known)
+    request = Request(f"profile-{number}", tokens, SamplingParams(temperature=0), seed=0, max_tokens=1)
+    return Sequence.start(request)
+
+
+def _identity(config: EngineConfig, model: ModelConfig, cache: KVCache) -> dict[str, object]:
+    """All that a profile depends on."""
+    from outpace import __version__
+
+    return {
+        "format": FORMAT,
+        "outpace": __version__,
+        "torch": torch.__version__,
+        "model": repr(model),
+        "device": f"{cache.keys.device.type}: {_processor()}",
+        "dtype": str(cache.keys.dtype),
+        "threads": config.num_threads or num_cores(),
+        "kernels": config.kernels,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "cache_tokens": cache.blocks.capacity,
+    }
+
+
+def _processor() -> str:
+    """The processor's name and how many there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{os.cpu_count()} x {next(names, platform.processor() or platform.machine())}"

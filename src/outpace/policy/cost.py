@@ -1,0 +1,422 @@
+"""What a step costs: profiled, corrected while running, monotone, and usable alone.
+
+A step is predicted as the sum of three parts, each learnt from the phases it is made of:
+
+    target(n)   table(n rows) + a·context + b·pairs + s·samples     forward and verify
+    draft       linear in sequences asked, nodes asked and depth    propose
+    host        fixed + per sequence                                everything else
+
+`table` is piecewise linear between measured row counts, so a staircase stays one where both of its edges
+were measured. All slopes are non-negative and the corrected table is made monotone: more work never costs
+less.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from outpace.errors import ConfigError
+from outpace.policy.base import StepRecord
+
+FORMAT = 1  # of the JSON
+Floats = NDArray[np.float64]
+
+_FAR = 2**24  # rows; beyond the last measured count the table goes on with its last slope
+_LEVEL_RATE, _LOCAL_RATE = 0.1, 0.01  # of corrections: all row counts alike, and those nearby
+_LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
+_LINEAR_KEEP, _LINEAR_RIDGE = 0.98, 0.01  # the draft's and the host's coefficients: memory per step
+_OUTLIER = 3.0  # errors beyond so many times the usual one count as that much
+_SPREAD_RATE = 0.1  # of what is usual
+_NUM_ERRORS = 1024  # latest steps that the error statistics cover
+_HOST_PHASES = ("between", "plan", "policy", "advance")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How much work a step is for the target model.
+
+    Attributes:
+        rows: Token rows.
+        samples: Rows whose logits are wanted.
+        context: Cached tokens read, summed over sequences.
+        pairs: Cached tokens attended to, summed over rows.
+    """
+
+    rows: float
+    samples: float
+    context: float
+    pairs: float
+
+
+class Robust:
+    """Clips errors to a few times their usual size: a spike counts little, a lasting change soon enough."""
+
+    def __init__(self) -> None:
+        self._spread: float | None = None
+
+    def __call__(self, error: float) -> float:
+        """The error, or as much of it as counts."""
+        usual = abs(error) if self._spread is None else self._spread
+        self._spread = usual + _SPREAD_RATE * (abs(error) - usual)
+        return max(-_OUTLIER * usual, min(_OUTLIER * usual, error))
+
+
+class LinearCost:
+    """Seconds linear in a few features, coefficients at least 0, by recursive least squares that forget.
+
+    A ridge keeps features that always come together from drifting apart: they share an error.
+    """
+
+    def __init__(self, coefficients: Sequence[float]) -> None:
+        self.coefficients: Floats = np.array(coefficients, dtype=np.float64)
+        self._robust = Robust()
+        self._squares: Floats = np.zeros((len(coefficients), len(coefficients)))  # discounted Σ x·xᵀ
+
+    def seconds(self, *features: ArrayLike) -> Floats:
+        """Predicts; features may be arrays of one shape."""
+        terms = zip(self.coefficients, features, strict=True)
+        return np.asarray(sum(coefficient * np.asarray(feature) for coefficient, feature in terms))
+
+    def observe(self, seconds: float, *features: float) -> None:
+        """Learns from a measurement."""
+        x = np.array(features, dtype=np.float64)
+        error = self._robust(seconds - float(self.coefficients @ x))
+        self._squares = _LINEAR_KEEP * self._squares + np.outer(x, x)
+        ridge = _LINEAR_RIDGE * np.diag(np.diag(self._squares)) + 1e-12 * np.eye(len(x))
+        self.coefficients = np.maximum(
+            0.0, self.coefficients + np.linalg.solve(self._squares + ridge, x * error)
+        )
+
+
+class CostModel:
+    """Predicts the seconds of a step and learns from steps.
+
+    Attributes:
+        meta: What it was measured on; free text and numbers.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[float],
+        seconds: Sequence[float],
+        *,
+        per_context: float = 0.0,
+        per_pair: float = 0.0,
+        per_sample: float = 0.0,
+        draft: Sequence[float] = (0.0, 0.0, 0.0),
+        host: Sequence[float] = (0.0, 0.0),
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Starts from a profile.
+
+        Args:
+            rows: Row counts, ascending.
+            seconds: Of a forward with so many rows, nothing cached; non-decreasing.
+            per_context: Seconds per cached token read.
+            per_pair: Seconds per row and cached token.
+            per_sample: Seconds per row whose logits are wanted.
+            draft: Seconds per sequence asked, per node asked, and per unit of the deepest limit.
+            host: Seconds per step and per sequence outside the model.
+            meta: What it was measured on.
+
+        Raises:
+            ConfigError: Something is negative, not finite or not in order.
+        """
+        self._rows, self._profile = _table(rows, seconds)
+        slopes = {"per_context": per_context, "per_pair": per_pair, "per_sample": per_sample}
+        for name, value in (*slopes.items(), *(("draft", x) for x in draft), *(("host", x) for x in host)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"a cost model's {name} must be finite and at least 0, got {value}")
+        if len(draft) != 3 or len(host) != 2:
+            raise ConfigError(f"a cost model has 3 draft and 2 host costs, got {len(draft)} and {len(host)}")
+        self._slopes = np.array(tuple(slopes.values()))
+        self._draft, self._host = LinearCost(draft), LinearCost(host)
+        self.meta = dict(meta or {})
+        self._level = 0.0  # log of the correction that all row counts share
+        self._local = np.zeros(len(self._rows))  # and of each one's own
+        self._robust = Robust()
+        self._errors: deque[float] = deque(maxlen=_NUM_ERRORS)
+        self._correct()
+
+    def target_s(self, rows: ArrayLike, samples: ArrayLike, context: ArrayLike, pairs: ArrayLike) -> Floats:
+        """Seconds of forward and verify; see Shape. Arrays give an array; non-decreasing in each argument."""
+        per_context, per_pair, per_sample = self._slopes * math.exp(self._level)
+        linear = (
+            per_context * np.asarray(context)
+            + per_pair * np.asarray(pairs)
+            + per_sample * np.asarray(samples)
+        )
+        return np.asarray(np.interp(np.asarray(rows, np.float64), self._rows, self._table) + linear)
+
+    def draft_s(self, sequences: ArrayLike, nodes: ArrayLike, depth: ArrayLike) -> Floats:
+        """Seconds of drafting for so many sequences, nodes in all and the deepest limit; 0 for none."""
+        return self._draft.seconds(sequences, nodes, depth)
+
+    def host_s(self, sequences: int) -> float:
+        """Seconds of a step's other phases."""
+        return float(self._host.seconds(1.0, sequences))
+
+    @property
+    def per_pair_s(self) -> float:
+        """Seconds per row and cached token, corrected."""
+        return float(self._slopes[1]) * math.exp(self._level)
+
+    def step_s(self, shape: Shape, sequences: int, limits: Sequence[int] = ()) -> float:
+        """Seconds of a whole step.
+
+        Args:
+            shape: Its rows, drafts included.
+            sequences: Those that are scheduled.
+            limits: Draft tokens asked for, per sequence.
+        """
+        target = self.target_s(shape.rows, shape.samples, shape.context, shape.pairs)
+        return float(target + self.draft_s(*_asked(limits))) + self.host_s(sequences)
+
+    def observe(self, record: StepRecord) -> None:
+        """Learns from a finished step: each part from its own phases."""
+        view, seconds, shape = record.view, record.seconds, shape_of(record)
+        asked = _asked(record.limits)
+        total = self.step_s(shape, view.num_scheduled, record.limits)
+        self._errors.append(abs(total - seconds["total"]) / seconds["total"])
+        self._observe_target(shape, seconds.get("forward", 0.0) + seconds.get("verify", 0.0))
+        if asked[0]:
+            self._draft.observe(seconds.get("propose", 0.0), *asked)
+        host = sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES)
+        self._host.observe(host, 1.0, view.num_scheduled)
+
+    def errors(self) -> tuple[float, float]:
+        """Median and 90th percentile of |predicted - measured| / measured, latest steps; 0 before any."""
+        if not self._errors:
+            return 0.0, 0.0
+        median, p90 = np.quantile(list(self._errors), (0.5, 0.9))
+        return float(median), float(p90)
+
+    def _observe_target(self, shape: Shape, seconds: float) -> None:
+        predicted = float(self.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
+        if seconds <= 0 or predicted <= 0:
+            return
+        error = self._robust(math.log(seconds / predicted))
+        self._level += _LEVEL_RATE * error
+        self._local *= _LOCAL_DECAY
+        right = min(int(np.searchsorted(self._rows, shape.rows)), len(self._rows) - 2)
+        left = max(right - 1, 0)
+        width = self._rows[right] - self._rows[left]
+        share = (shape.rows - self._rows[left]) / width if width else 1.0
+        share = min(share, 1.0)
+        self._local[left] += _LOCAL_RATE * (1 - share) * error
+        self._local[right] += _LOCAL_RATE * share * error
+        self._correct()
+
+    def _correct(self) -> None:
+        self._local[-1] = self._local[-2]  # the far end follows the last measured count
+        self._table = np.maximum.accumulate(self._profile * np.exp(self._level + self._local))
+
+    def to_json(self) -> str:
+        """Everything it knows, corrections included."""
+        per_context, per_pair, per_sample = map(float, self._slopes)
+        content = {
+            "format": FORMAT,
+            "meta": self.meta,
+            "rows": self._rows[:-1].tolist(),
+            "seconds": self._profile[:-1].tolist(),
+            "per_context": per_context,
+            "per_pair": per_pair,
+            "per_sample": per_sample,
+            "draft": self._draft.coefficients.tolist(),
+            "host": self._host.coefficients.tolist(),
+            "level": self._level,
+            "local": self._local[:-1].tolist(),
+        }
+        return json.dumps(content, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> CostModel:
+        """The inverse of `to_json`.
+
+        Raises:
+            ConfigError: The text is no cost model of this format.
+        """
+        try:
+            content = json.loads(text)
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+                raise ConfigError(f"a cost model must be a JSON object with format {FORMAT}")
+            level, local = float(content.pop("level", 0.0)), content.pop("local", None)
+            model = cls(content.pop("rows"), content.pop("seconds"), **content)
+            model._level = level
+            if local is not None:
+                model._local[:-1] = local
+            model._correct()
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"not a cost model: {type(error).__name__}: {error}") from None
+        return model
+
+    @classmethod
+    def load(cls, path: Path) -> CostModel:
+        """Reads a file.
+
+        Raises:
+            ConfigError: It cannot be read or holds no cost model.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the profile {path}: {error}") from None
+        except ConfigError as error:
+            raise ConfigError(f"the profile {path} is of no use: {error}") from None
+
+    @classmethod
+    def fit(
+        cls, shapes: Sequence[Shape], seconds: Sequence[float], meta: Mapping[str, Any] | None = None
+    ) -> CostModel:
+        """The model with the least relative error over measured steps; its table has their row counts.
+
+        Non-negative least squares over the table's rises and the slopes keeps it monotone.
+
+        Raises:
+            ConfigError: There are fewer than two row counts.
+        """
+        knots = sorted({float(shape.rows) for shape in shapes})
+        if len(knots) < 2:
+            raise ConfigError(f"a cost model needs at least two row counts, got {knots}")
+        left, right = np.array(knots[:-1]), np.array(knots[1:])
+        rows = np.array([shape.rows for shape in shapes])
+        rises = np.clip((rows[:, None] - left) / (right - left), 0.0, 1.0)
+        linear = np.array([[shape.context, shape.pairs, shape.samples] for shape in shapes])
+        design = np.hstack([np.ones((len(shapes), 1)), rises, linear])
+        weights = 1 / np.array(seconds)
+        unit = np.maximum(np.abs(design * weights[:, None]).max(axis=0), 1e-30)
+        solution = nonnegative_least_squares(design * weights[:, None] / unit, np.ones(len(shapes))) / unit
+        table = np.cumsum(solution[: len(knots)])
+        context, pair, sample = map(float, solution[len(knots) :])
+        return cls(knots, table.tolist(), per_context=context, per_pair=pair, per_sample=sample, meta=meta)
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """A machine and a model known by their data sheets only.
+
+    Attributes:
+        params: Weights that every row meets.
+        weight_bytes: Bytes of one of them.
+        bandwidth: Bytes per second that memory gives, over all devices.
+        flops: Operations per second, likewise.
+        kv_bytes: Bytes of the cache per token.
+        pair_flops: Operations of attention per row and cached token.
+        fixed_s: Seconds per step whatever its size: launches, communication.
+        efficiency: Share of bandwidth and operations that is reached.
+        max_rows: Largest row count of the table.
+    """
+
+    params: float
+    bandwidth: float
+    flops: float
+    weight_bytes: float = 2.0
+    kv_bytes: float = 0.0
+    pair_flops: float = 0.0
+    fixed_s: float = 0.0
+    efficiency: float = 1.0
+    max_rows: int = 8192
+
+    @classmethod
+    def from_json(cls, text: str) -> Roofline:
+        """Reads an object with these keys.
+
+        Raises:
+            ConfigError: It is none, or a number is out of range.
+        """
+        try:
+            roofline = cls(**json.loads(text))
+            numbers = [getattr(roofline, name) for name in cls.__slots__]
+            is_valid = all(math.isfinite(x) and x >= 0 for x in numbers) and min(numbers[:3]) > 0
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"a roofline is a JSON object with {', '.join(cls.__slots__)}: {error}"
+            ) from None
+        if not is_valid or not 0 < roofline.efficiency <= 1 or roofline.max_rows < 2:
+            raise ConfigError(f"a roofline needs numbers above 0 and an efficiency up to 1, got {text}")
+        return roofline
+
+    def cost_model(self) -> CostModel:
+        """Time to read the weights or to multiply by them, whichever is longer, and what comes on top."""
+        bandwidth, flops = self.bandwidth * self.efficiency, self.flops * self.efficiency
+        read_s = self.params * self.weight_bytes / bandwidth
+        row_s = 2 * self.params / flops
+        ridge = read_s / row_s
+        counts = {1.0, float(self.max_rows), *(2.0**e for e in range(self.max_rows.bit_length())), ridge}
+        rows = sorted(n for n in counts if 1 <= n <= self.max_rows)
+        meta = {
+            "assumption": "a roofline, not a measurement",
+            **{n: getattr(self, n) for n in self.__slots__},
+        }
+        return CostModel(
+            rows,
+            [max(read_s, n * row_s) + self.fixed_s for n in rows],
+            per_context=self.kv_bytes / bandwidth,
+            per_pair=self.pair_flops / flops,
+            meta=meta,
+        )
+
+
+def shape_of(record: StepRecord) -> Shape:
+    """The target's work in a finished step."""
+    view, drafted = record.view, record.num_drafted
+    pairs = sum(num * s.context_len for num, s in zip(drafted, view.sequences, strict=True) if num)
+    samples = len(view.sequences) + sum(drafted)
+    return Shape(record.num_rows, samples, view.num_context, view.num_pairs + pairs)
+
+
+def nonnegative_least_squares(design: Floats, target: Floats) -> Floats:
+    """The x ≥ 0 that minimises |design·x - target|, by active sets (Lawson and Hanson, 1974).
+
+    Args:
+        design: [observations, unknowns].
+        target: [observations].
+    """
+    num_unknowns = design.shape[1]
+    x = np.zeros(num_unknowns)
+    free = np.zeros(num_unknowns, dtype=bool)
+    for _ in range(10 * num_unknowns):
+        gradient = design.T @ (target - design @ x)
+        gradient[free] = -np.inf
+        if free.all() or gradient.max() <= 1e-10:
+            break
+        free[int(np.argmax(gradient))] = True
+        while True:
+            wanted = np.zeros(num_unknowns)
+            wanted[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
+            falling = free & (wanted <= 0)
+            if not falling.any():
+                break
+            step = float(np.min(x[falling] / np.maximum(x[falling] - wanted[falling], 1e-300)))
+            x = x + step * (wanted - x)
+            free &= x > 1e-15
+            x[~free] = 0.0
+        x = wanted
+    return x
+
+
+def _asked(limits: Sequence[int]) -> tuple[int, int, int]:
+    """Sequences, nodes and depth asked for."""
+    return sum(1 for limit in limits if limit), sum(limits), max(limits, default=0)
+
+
+def _table(rows: Sequence[float], seconds: Sequence[float]) -> tuple[Floats, Floats]:
+    """The checked table, with a point far out on its last slope."""
+    x, y = np.array(rows, dtype=np.float64), np.array(seconds, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape or len(x) < 2:
+        raise ConfigError("a cost model needs two or more row counts and as many seconds")
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and (np.diff(x) > 0).all() and x[0] > 0):
+        raise ConfigError("a cost model's row counts must be positive and ascending")
+    if not ((np.diff(y) >= 0).all() and y[0] > 0):
+        raise ConfigError("a cost model's seconds must be positive and not fall as rows grow")
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
+    return np.append(x, _FAR), np.append(y, y[-1] + slope * (_FAR - x[-1]))

@@ -1,0 +1,71 @@
+"""Goodput that counts requests: tokens are worth more where a latency target hangs on them.
+
+DistServe's goodput (Zhong et al., 2024) is the rate of requests that meet a target for the time to the
+first token and one for the time per later token. Two weights bring that into the argmax:
+
+- A sequence at pace ρ (its time per token over the target) weighs min(ρ, 1/ρ), at least LEAST: most on the
+  brink, less when it is ahead and has time to spare, less when it is too late.
+- Every request that waits for its first token and can still have it in time counts as a token at stake:
+  E(n) grows by their number whatever is drafted, so time costs more and steps are kept short while prompts
+  queue.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from outpace.config import flag
+from outpace.errors import ConfigError
+from outpace.policy.base import BatchView, PolicyContext, StepRecord
+from outpace.policy.goodput import GoodputPolicy
+
+LEAST = 0.1  # weight of a token on which no target hangs: it still counts
+
+
+class Targets:
+    """Weights from latency targets; see the module's text."""
+
+    def __init__(self, ttft_s: float | None, tpot_s: float | None) -> None:
+        """Sets the targets.
+
+        Args:
+            ttft_s: Time to the first token, or None for no such target.
+            tpot_s: Time per token after it, likewise.
+        """
+        self._ttft_s, self._tpot_s = ttft_s, tpot_s
+
+    def weights(self, view: BatchView) -> tuple[NDArray[np.float64], float]:
+        """See Stakes."""
+        weights = np.ones(len(view.sequences))
+        if self._tpot_s is not None:
+            tokens = np.array([max(s.num_output - 1, 1) for s in view.sequences])
+            pace = np.array([s.decode_s for s in view.sequences]) / tokens / self._tpot_s
+            pace = np.where([s.num_output > 1 for s in view.sequences], pace, 1.0)
+            weights = np.clip(np.minimum(pace, 1 / np.maximum(pace, LEAST)), LEAST, 1.0)
+        return weights, self._num_waiting_in_time(view)
+
+    def observe(self, record: StepRecord) -> None:
+        """See Stakes."""
+
+    def _num_waiting_in_time(self, view: BatchView) -> float:
+        """Requests that can still meet the first target, as if they had arrived at a steady rate."""
+        if self._ttft_s is None or not view.num_waiting:
+            return 0.0
+        return view.num_waiting * min(1.0, self._ttft_s / max(view.oldest_wait_s, 1e-9))
+
+
+def create(context: PolicyContext) -> GoodputPolicy:
+    """Builds the policy; measures the machine if it is not known.
+
+    Raises:
+        ConfigError: There is no target.
+    """
+    targets = context.engine.slo_ttft_ms, context.engine.slo_tpot_ms
+    if targets == (None, None):
+        raise ConfigError(
+            f"policy slo needs a target: give {flag('slo_ttft_ms')} or {flag('slo_tpot_ms')} or both"
+        )
+    ttft_s, tpot_s = (None if ms is None else ms / 1e3 for ms in targets)
+    most = context.speculative.num_speculative_tokens
+    return GoodputPolicy(most, context.cost_model(), Targets(ttft_s, tpot_s))

@@ -1,0 +1,220 @@
+"""What steps are predicted to cost: fits, corrections, monotony, files."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from outpace.errors import ConfigError
+from outpace.policy.base import BatchView, SequenceView, StepRecord
+from outpace.policy.cost import CostModel, LinearCost, Roofline, Shape, nonnegative_least_squares
+from outpace.tree import DraftTree
+
+ROWS = [1, 2, 4, 8, 9, 16, 32, 64, 128]
+SECONDS = [0.010, 0.010, 0.011, 0.012, 0.016, 0.017, 0.030, 0.055, 0.110]  # a step after 8
+
+
+def model() -> CostModel:
+    return CostModel(
+        ROWS,
+        SECONDS,
+        per_context=1e-8,
+        per_pair=2e-7,
+        per_sample=2e-5,
+        draft=(1e-5, 0, 1e-4),
+        host=(1e-3, 2e-5),
+    )
+
+
+def record(
+    truth: CostModel, num_sequences: int, drafted: int, slowdown: float = 1.0, context: int = 100
+) -> StepRecord:
+    """A step as a machine of a known cost, slowed down, would do it."""
+    sequences = tuple(SequenceView(str(i), context, 10) for i in range(num_sequences))
+    total = num_sequences * context
+    view = BatchView(sequences, num_sequences, total, 10**6, total, num_sequences)
+    limits = (drafted,) * num_sequences
+    rows = num_sequences * (1 + drafted)
+    shape = Shape(rows, rows, total, total * (1 + drafted))
+    target = slowdown * float(truth.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
+    propose = float(truth.draft_s(num_sequences if drafted else 0, sum(limits), drafted))
+    seconds = {"forward": target, "propose": propose, "advance": truth.host_s(num_sequences)}
+    return StepRecord(
+        view,
+        limits,
+        (DraftTree.chain((0,) * drafted),) * num_sequences,
+        ((),) * num_sequences,
+        {**seconds, "total": sum(seconds.values())},
+        rows,
+        num_sequences,
+    )
+
+
+def assert_monotone(cost: CostModel) -> None:
+    """More rows, samples, context or pairs never cost less."""
+    counts = np.arange(1.0, 200.0, 0.5)
+    for varied in range(4):
+        arguments = [np.full_like(counts, 10.0) for _ in range(4)]
+        arguments[varied] = counts
+        assert (np.diff(cost.target_s(*arguments)) >= 0).all()
+
+
+def test_between_measured_row_counts_cost_is_linear_and_a_step_stays_one() -> None:
+    rows = np.array([1, 3, 8, 8.5, 9, 128, 256])
+    expected = [0.010, 0.0105, 0.012, 0.014, 0.016, 0.110, 0.110 + 128 * 0.055 / 64]
+    assert CostModel(ROWS, SECONDS).target_s(rows, 0, 0, 0) == pytest.approx(expected)
+
+
+def test_the_parts_of_a_step_add_up() -> None:
+    shape = Shape(16, 12, 1000, 3000)
+    expected = 0.017 + 12 * 2e-5 + 1000 * 1e-8 + 3000 * 2e-7 + (2 * 1e-5 + 3 * 1e-4) + (1e-3 + 4 * 2e-5)
+    assert model().step_s(shape, 4, [3, 0, 1]) == pytest.approx(expected)
+    assert model().draft_s(0, 0, 0) == 0
+
+
+def test_a_fit_finds_the_machine_it_was_measured_on() -> None:
+    truth, rng = model(), random.Random(0)
+    shapes = [
+        Shape(rows, samples, context * rows, context * rows * share)
+        for rows in ROWS
+        for samples in (0, rows)
+        for context, share in ((0, 0), (128, 1), (1024, 0.25))
+    ]
+    times = [float(truth.target_s(s.rows, s.samples, s.context, s.pairs)) for s in shapes]
+    fitted = CostModel.fit(shapes, [t * math.exp(rng.gauss(0, 0.02)) for t in times])
+    for shape, seconds in zip(shapes, times, strict=True):
+        predicted = fitted.target_s(shape.rows, shape.samples, shape.context, shape.pairs)
+        assert predicted == pytest.approx(seconds, rel=0.05)
+    assert_monotone(fitted)
+
+
+def test_a_fit_of_falling_measurements_is_monotone() -> None:
+    shapes = [Shape(rows, 0, 0, 0) for rows in (1, 2, 4, 8)]
+    assert_monotone(CostModel.fit(shapes, [0.02, 0.01, 0.03, 0.02]))
+
+
+def test_least_squares_without_negative_solutions_match_exhaustive_search() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        design, target = rng.normal(size=(8, 4)), rng.normal(size=8)
+        best = math.inf
+        for subset in range(16):
+            columns = [i for i in range(4) if subset >> i & 1]
+            x = np.zeros(4)
+            if columns:
+                x[columns] = np.linalg.lstsq(design[:, columns], target, rcond=None)[0]
+            if (x >= 0).all():
+                best = min(best, float(np.linalg.norm(design @ x - target)))
+        found = nonnegative_least_squares(design, target)
+        assert (found >= 0).all()
+        assert np.linalg.norm(design @ found - target) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("slowdown", [0.5, 1.3, 3.0])
+def test_a_machine_that_turns_slow_or_fast_is_learnt_within_forty_steps(slowdown: float) -> None:
+    rng, cost = random.Random(1), model()
+    for _ in range(40):
+        noise = math.exp(rng.gauss(0, 0.05))
+        cost.observe(record(model(), rng.choice([8, 16]), rng.choice([0, 1]), slowdown * noise))
+    for rows in (8, 16, 32):
+        seconds = cost.target_s(rows, rows, 100 * rows, 100 * rows)
+        expected = slowdown * model().target_s(rows, rows, 100 * rows, 100 * rows)
+        assert seconds == pytest.approx(expected, rel=0.1)
+    assert_monotone(cost)
+
+
+def test_one_step_that_was_put_off_by_a_second_changes_little() -> None:
+    rng, cost = random.Random(2), model()
+    for _ in range(50):
+        cost.observe(record(model(), 8, 1, math.exp(rng.gauss(0, 0.03))))
+    before = float(cost.target_s(16, 16, 0, 0))
+    cost.observe(record(model(), 8, 1, 60.0))
+    assert float(cost.target_s(16, 16, 0, 0)) == pytest.approx(before, rel=0.05)
+
+
+def test_corrections_of_all_kinds_keep_it_monotone() -> None:
+    rng, cost = random.Random(3), model()
+    for _ in range(300):
+        cost.observe(record(model(), rng.choice([1, 2, 8, 30]), rng.randrange(4), rng.choice([0.3, 1, 3])))
+    assert_monotone(cost)
+
+
+def test_errors_are_those_of_predictions_made_before_learning() -> None:
+    cost = model()
+    assert cost.errors() == (0.0, 0.0)
+    for _ in range(20):
+        cost.observe(record(model(), 4, 0))
+    assert cost.errors() == pytest.approx((0.0, 0.0), abs=1e-9)
+    cost = model()
+    rng = random.Random(4)
+    for _ in range(400):
+        cost.observe(record(model(), rng.choice([1, 4, 16]), rng.randrange(3), math.exp(rng.gauss(0, 0.04))))
+    median, p90 = cost.errors()
+    assert 0.01 < median < 0.05
+    assert median < p90 < 0.15
+
+
+def test_linear_costs_are_learnt_and_stay_at_least_zero() -> None:
+    rng, cost = random.Random(5), LinearCost((0.0, 0.0))
+    for _ in range(300):
+        sequences = rng.choice([1, 4, 16, 64])
+        cost.observe((2e-3 + 3e-5 * sequences) * rng.uniform(0.9, 1.1), 1.0, sequences)
+    for sequences in (1, 16, 64):
+        assert cost.seconds(1.0, sequences) == pytest.approx(2e-3 + 3e-5 * sequences, rel=0.15)
+    for _ in range(50):
+        cost.observe(0.0, 1.0, rng.choice([1, 64]))
+    assert (cost.coefficients >= 0).all()
+
+
+def test_json_holds_everything_and_comes_back_the_same() -> None:
+    cost, rng = model(), random.Random(6)
+    for _ in range(50):
+        cost.observe(record(model(), rng.choice([1, 8]), 1, 1.5))
+    copy = CostModel.from_json(cost.to_json())
+    assert copy.to_json() == cost.to_json()
+    shape = Shape(37, 20, 5000, 9000)
+    assert copy.step_s(shape, 20, [1, 2]) == cost.step_s(shape, 20, [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "format 1"),
+        ({"rows": [1, 1, 2], "seconds": [1, 2, 3]}, "ascending"),
+        ({"rows": [1], "seconds": [1]}, "two or more"),
+        ({"rows": [1, 2], "seconds": [2.0, 1.0]}, "not fall"),
+        ({"per_pair": -1.0}, "per_pair must be finite and at least 0, got -1.0"),
+        ({"host": [0.0]}, "2 host costs"),
+        ({"surprise": 1}, "not a cost model: TypeError"),
+    ],
+)
+def test_what_is_no_cost_model_is_refused_in_words(change: dict[str, object], message: str) -> None:
+    content = {**json.loads(model().to_json()), **change}
+    content.pop("local")
+    with pytest.raises(ConfigError, match=message):
+        CostModel.from_json(json.dumps(content))
+
+
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the profile .*missing\.json"):
+        CostModel.load(tmp_path / "missing.json")
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"bad\.json is of no use"):
+        CostModel.load(tmp_path / "bad.json")
+
+
+def test_a_roofline_reads_the_weights_until_it_must_compute() -> None:
+    text = json.dumps({"params": 1e9, "bandwidth": 1e12, "flops": 1e14, "fixed_s": 1e-3, "max_rows": 1024})
+    cost = Roofline.from_json(text).cost_model()
+    assert float(cost.target_s(1, 1, 0, 0)) == pytest.approx(2e9 / 1e12 + 1e-3)
+    assert float(cost.target_s(99, 99, 0, 0)) == pytest.approx(2e9 / 1e12 + 1e-3)
+    assert float(cost.target_s(1000, 1000, 0, 0)) == pytest.approx(1000 * 2e9 / 1e14 + 1e-3, rel=0.01)
+    assert "assumption" in cost.meta
+    for wrong in ("[]", '{"params": 1}', '{"params": 0, "bandwidth": 1, "flops": 1}'):
+        with pytest.raises(ConfigError, match="roofline"):
+            Roofline.from_json(wrong)
