@@ -28,7 +28,7 @@ from outpace.models.tokenizer import encode_chat
 from outpace.policy.base import BatchView, SpeculationPolicy
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
-from outpace.sampling import SamplingParams
+from outpace.sampling import SamplingParams, StructuredOutputsParams
 from outpace.spec import proposer as proposers
 
 Answers = list[tuple[int, ...]]
@@ -162,7 +162,9 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0, 0.8])
+    parser.add_argument("--structured-outputs", type=json.loads, help='As in a request: {"json": {...}}')
     args = parser.parse_args()
+    structure = args.structured_outputs and StructuredOutputsParams(**args.structured_outputs)
     loaded = Loaded.default(model=args.model)
     share = args.num_prompts // len(args.dataset)
     prompts = [p for path in args.dataset for p in chat_prompts(loaded.engine, path, share)]
@@ -171,7 +173,9 @@ def main() -> None:
     different = 0
     for temperature in args.temperature:
         params = [
-            SamplingParams(temperature=temperature, seed=i, max_tokens=args.max_tokens)
+            SamplingParams(
+                temperature=temperature, seed=i, max_tokens=args.max_tokens, structured_outputs=structure
+            )
             for i in range(len(prompts))
         ]
         result = compare(loaded, list(zip(prompts, params, strict=True)))
