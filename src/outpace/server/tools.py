@@ -118,7 +118,7 @@ class ToolFormat(ABC):
             "type": "tag",
             "begin": self.before_arguments(name),
             "content": content,
-            "end": "}" + self.end,
+            "end": self.after_arguments,
         }
 
 

@@ -196,6 +196,8 @@ class GrammarStates:
             return EMPTY_TREE
         if self._vocabulary is None:
             self._vocabulary = _Vocabulary(cursor.texts)
+        # As picked, even if its tokens were drawn: which of them are cut depends on what was drawn.
+        tree = DraftTree(tree.parents, tree.token_ids, tree.confidence)
         with cursor.timed():
             tree = tree.keep([node for node, path in enumerate(tree.paths()) if cursor.go(path)])
             return self._extended(cursor, self._vocabulary, limit, tree)
@@ -256,8 +258,8 @@ class _Vocabulary:
     def common(self, token_ids: np.ndarray) -> bytes:
         """What must follow where one of these tokens must: the longest, if all others begin it."""
         ranks = self._ranks[token_ids]
-        first = self._texts[self._order[int(ranks.min())]]
-        last = self._texts[self._order[int(ranks.max())]]
+        ends: list[bytes] = [self._texts[self._order[rank]] for rank in (ranks.min(), ranks.max())]
+        first, last = ends
         is_chain = len(ranks) <= len(last) and all(last.startswith(self._texts[i]) for i in token_ids)
         if is_chain:
             return last
