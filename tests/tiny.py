@@ -95,7 +95,7 @@ def tiny_engine(
     """
     if "spec_method" in settings or "speculative_config" in settings:
         settings.setdefault("spec_policy", "fixed")
-    settings = {"max_num_batched_tokens": 256, "max_model_len": 256, **settings}
+    settings = {"max_num_batched_tokens": 256, "max_model_len": 256, "num_threads": 1, **settings}
     config = EngineConfig(model="tiny", dtype=dtype, kernels=kernels, **settings)
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     weights = {name: weight.to(kind) for name, weight in _weights().items()}

@@ -344,12 +344,13 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
   static thread_local std::vector<Scalar> laid_out;
   laid_out.resize(int64_t(rows) * inputs);
   Scalar* tiled = laid_out.data();
-  for_rows(rows, inputs, [&](int r) {
-    const int first = r / kTileRows * kTileRows, tile_rows = std::min(kTileRows, rows - first);
-    Scalar* to = tiled + int64_t(first) * inputs + (r - first) * kGroup<Scalar>;
-    const Scalar* from = x + int64_t(r) * inputs;
-    for (int g = 0; g < groups; g++, to += tile_rows * kGroup<Scalar>, from += kGroup<Scalar>)
-      std::memcpy(to, from, sizeof(float));
+  Team::instance().run((rows + kTileRows - 1) / kTileRows, [&](int tile) {
+    const int first = tile * kTileRows, tile_rows = std::min(kTileRows, rows - first);
+    const Scalar* from = x + int64_t(first) * inputs;
+    Scalar* to = tiled + int64_t(first) * inputs;
+    for (int g = 0; g < groups; g++)
+      for (int r = 0; r < tile_rows; r++, to += kGroup<Scalar>)
+        std::memcpy(to, from + int64_t(r) * inputs + g * kGroup<Scalar>, sizeof(float));
   });
   Team::instance().run((outputs + kPanel - 1) / kPanel, [&](int panel) {
     const Scalar* weights = packed + int64_t(panel) * inputs * kPanel;
