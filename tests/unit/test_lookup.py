@@ -155,7 +155,7 @@ def test_flags_and_the_json_object_say_the_same_once() -> None:
     by_flag = EngineConfig(spec_method="ngram", spec_tokens=3)
     by_json = EngineConfig(speculative_config={"method": "ngram", "num_speculative_tokens": 3})
     assert by_flag.speculative == by_json.speculative == SpeculativeConfig("prompt_lookup", 3)
-    assert by_flag.policy == "fixed"
+    assert by_flag.policy == "goodput"
     assert EngineConfig().policy == "off"
     assert EngineConfig(spec_method="suffix", spec_policy="off").policy == "off"
 

@@ -20,7 +20,7 @@ from outpace.tree import EMPTY_TREE, DraftTree
 
 FREE = CostModel([1, 1000], [0.010, 0.0101])  # rows cost next to nothing
 DEAR = CostModel([1, 1000], [0.001, 1.0])  # a step costs what its rows cost
-COSTLY_DRAFTS = CostModel([1, 1000], [0.001, 1.0], draft=(1e-4, 0, 0))
+COSTLY_DRAFTS = CostModel([1, 1000], [0.001, 1.0], draft=(1e-4, 0, 0, 0))
 
 
 def context(cost: CostModel, method: str = "prompt_lookup", **engine: float) -> PolicyContext:
@@ -293,3 +293,12 @@ def test_slo_needs_a_target_and_targets_must_be_positive() -> None:
 def test_a_policy_that_needs_a_cost_model_says_so_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match="--spec-profile"):
         load_policy("goodput", PolicyContext())
+
+
+def test_what_a_drafter_has_to_catch_up_with_is_part_of_its_price() -> None:
+    cost = CostModel([1, 1000], [0.010, 0.011], draft=(0, 0, 0, 1e-4))
+    for context_len, drafts in ((100, True), (20_000, False)):  # 10 ms and 2 s, over 32 steps
+        policy = load_policy("goodput", context(cost))
+        sequences = (SequenceView("0", context_len, 100),)
+        limits = policy.limits(BatchView(sequences, 1, context_len, 1000, context_len, 1))
+        assert (limits[0] > 0) == drafts

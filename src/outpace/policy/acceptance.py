@@ -33,7 +33,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 NUM_RANKS = 4  # siblings told apart; later ones count as the last of these
-PRIOR_RATE = 0.5  # of a first child; each later sibling has half of its elder's
+PRIOR_RATE = 0.7  # of a first child, to begin with hope; each later sibling has half of its elder's
 PRIOR_WEIGHT = 4.0  # observations that the prior is worth
 MEMORY = 512.0  # drafts over which population averages reach back
 IDLE_MEMORY = 4096.0  # steps after which what is not observed has mostly gone back to the prior

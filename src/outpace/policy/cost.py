@@ -3,7 +3,7 @@
 A step is predicted as the sum of three parts, each learnt from the phases it is made of:
 
     target(n)   table(n rows) + a·context + b·pairs + s·samples     forward and verify
-    draft       linear in sequences asked, nodes asked and depth    propose
+    draft       linear in sequences, nodes, depth, tokens behind    propose
     host        fixed + per sequence                                everything else
 
 `table` is piecewise linear between measured row counts, so a staircase stays one where both of its edges
@@ -112,7 +112,7 @@ class CostModel:
         per_context: float = 0.0,
         per_pair: float = 0.0,
         per_sample: float = 0.0,
-        draft: Sequence[float] = (0.0, 0.0, 0.0),
+        draft: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
         host: Sequence[float] = (0.0, 0.0),
         meta: Mapping[str, Any] | None = None,
     ) -> None:
@@ -124,7 +124,8 @@ class CostModel:
             per_context: Seconds per cached token read.
             per_pair: Seconds per row and cached token.
             per_sample: Seconds per row whose logits are wanted.
-            draft: Seconds per sequence asked, per node asked, and per unit of the deepest limit.
+            draft: Seconds per sequence asked, per node asked, per unit of the deepest limit, and per token of
+                those sequences that the drafter has not seen yet.
             host: Seconds per step and per sequence outside the model.
             meta: What it was measured on.
 
@@ -136,8 +137,8 @@ class CostModel:
         for name, value in (*slopes.items(), *(("draft", x) for x in draft), *(("host", x) for x in host)):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"a cost model's {name} must be finite and at least 0, got {value}")
-        if len(draft) != 3 or len(host) != 2:
-            raise ConfigError(f"a cost model has 3 draft and 2 host costs, got {len(draft)} and {len(host)}")
+        if len(draft) != 4 or len(host) != 2:
+            raise ConfigError(f"a cost model has 4 draft and 2 host costs, got {len(draft)} and {len(host)}")
         self._slopes = np.array(tuple(slopes.values()))
         self._draft, self._host = LinearCost(draft), LinearCost(host)
         self.meta = dict(meta or {})
@@ -157,9 +158,11 @@ class CostModel:
         )
         return np.asarray(np.interp(np.asarray(rows, np.float64), self._rows, self._table) + linear)
 
-    def draft_s(self, sequences: ArrayLike, nodes: ArrayLike, depth: ArrayLike) -> Floats:
-        """Seconds of drafting for so many sequences, nodes in all and the deepest limit; 0 for none."""
-        return self._draft.seconds(sequences, nodes, depth)
+    def draft_s(
+        self, sequences: ArrayLike, nodes: ArrayLike, depth: ArrayLike, behind: ArrayLike = 0.0
+    ) -> Floats:
+        """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
+        return self._draft.seconds(sequences, nodes, depth, behind)
 
     def host_s(self, sequences: int) -> float:
         """Seconds of a step's other phases."""
@@ -170,26 +173,32 @@ class CostModel:
         """Seconds per row and cached token, corrected."""
         return float(self._slopes[1]) * math.exp(self._level)
 
-    def step_s(self, shape: Shape, sequences: int, limits: Sequence[int] = ()) -> float:
+    def step_s(self, shape: Shape, sequences: int, limits: Sequence[int] = (), behind: float = 0.0) -> float:
         """Seconds of a whole step.
 
         Args:
             shape: Its rows, drafts included.
             sequences: Those that are scheduled.
             limits: Draft tokens asked for, per sequence.
+            behind: Tokens that the drafter has not seen yet of those that draft.
         """
         target = self.target_s(shape.rows, shape.samples, shape.context, shape.pairs)
-        return float(target + self.draft_s(*_asked(limits))) + self.host_s(sequences)
+        return float(target + self.draft_s(*_asked(limits), behind)) + self.host_s(sequences)
 
-    def observe(self, record: StepRecord) -> None:
-        """Learns from a finished step: each part from its own phases."""
+    def observe(self, record: StepRecord, behind: float = 0.0) -> None:
+        """Learns from a finished step: each part from its own phases.
+
+        Args:
+            record: The step.
+            behind: Tokens that the drafter had not seen of those that drafted.
+        """
         view, seconds, shape = record.view, record.seconds, shape_of(record)
         asked = _asked(record.limits)
-        total = self.step_s(shape, view.num_scheduled, record.limits)
+        total = self.step_s(shape, view.num_scheduled, record.limits, behind)
         self._errors.append(abs(total - seconds["total"]) / seconds["total"])
         self._observe_target(shape, seconds.get("forward", 0.0) + seconds.get("verify", 0.0))
         if asked[0]:
-            self._draft.observe(seconds.get("propose", 0.0), *asked)
+            self._draft.observe(seconds.get("propose", 0.0), *asked, behind)
         host = sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES)
         self._host.observe(host, 1.0, view.num_scheduled)
 

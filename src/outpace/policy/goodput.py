@@ -9,6 +9,7 @@ and one acceptance rate.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 PROBE_SHARE = 0.005  # of all time may be lost on drafts made only to learn
+HORIZON = 32  # steps over which what a drafter has to catch up with is written off
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
 FREE = 0.005  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
 _CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes they may
@@ -74,6 +76,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._forest = Forest.of(())
         self._limits: list[int] = []
         self._probe: int | None = None  # index of the sequence that drafts only to learn
+        self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
         self._rate = 0.0  # expected tokens per second of the step
         self._credit_s = 0.0  # time that probing may take
 
@@ -88,9 +91,12 @@ class GoodputPolicy(SpeculationPolicy):
             rows=present,
             usable=np.arange(self._max_tokens) < most[:, None],
             context=_contexts(view),
+            behind=self._behind(view) / HORIZON,
         )
-        choice = self._allocate(view, slots, lambda x: self.cost.draft_s(x.sequences, x.nodes, x.depth))
-        limits = self._generous(choice, most)
+        choice = self._allocate(
+            view, slots, lambda x: self.cost.draft_s(x.sequences, x.nodes, x.depth, x.behind)
+        )
+        limits = self._generous(choice, most, slots.behind)
         self._rate = choice.rate
         idle = (choice.counts == 0) & (most > 0)
         self._probe = self._choose_probe(view, idle, int(limits.sum()), present[:, :PROBE_NODES].sum(axis=1))
@@ -109,10 +115,11 @@ class GoodputPolicy(SpeculationPolicy):
         self._forest = forest = Forest.of(drafts)
         survival = self.acceptance.survival(self._ids, forest)
         self.acceptance.drafted(self._ids, self._limits, forest, survival)
-        slots = Slots(survival, np.ones_like(survival), forest.present, _contexts(view))
-        spent = self._draft_s(np.array(self._limits))
-        choice = self._allocate(view, slots, lambda _: np.asarray(spent))
-        self.predicted_s = choice.seconds
+        contexts, limits, behind = _contexts(view), np.array(self._limits), self._behind(view)
+        slots = Slots(survival, np.ones_like(survival), forest.present, contexts, np.zeros_like(contexts))
+        usual_s = self._draft_s(limits, behind / HORIZON)
+        choice = self._allocate(view, slots, lambda _: np.asarray(usual_s))
+        self.predicted_s = choice.seconds - usual_s + self._draft_s(limits, behind)
         if self._probe is not None:
             choice.counts[self._probe] = max(choice.counts[self._probe], PROBE_NODES)
         counts: list[int] = choice.counts.tolist()
@@ -120,20 +127,23 @@ class GoodputPolicy(SpeculationPolicy):
 
     def observe(self, record: StepRecord) -> None:
         """See SpeculationPolicy."""
-        self.cost.observe(record)
+        behind = self._behind(record.view)[np.flatnonzero(record.limits)].sum()
+        self.cost.observe(record, float(behind))
         self._stakes.observe(record)
         assert record.view is self._view, "a step is observed before the next one is planned"
         verified = self._forest.cut(record.num_drafted) if any(self._limits) else self._forest
         self.acceptance.observe(self._ids, verified, record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
-        if (
-            self._probe is not None
-        ):  # what it won pays for the next one: after a change for the better they follow
+        for sequence, limit in zip(record.view.sequences, record.limits, strict=True):
+            if limit:
+                self._seen[sequence.id] = sequence.context_len
+        if self._probe is not None:  # what it won pays for the next one
             self._credit_s += len(record.paths[self._probe]) / self._rate
 
     def release(self, sequence_id: str) -> None:
         """See SpeculationPolicy."""
         self.acceptance.release(sequence_id)
+        self._seen.pop(sequence_id, None)
 
     def _allocate(self, view: BatchView, slots: Slots, draft_s: DraftSeconds) -> Choice:
         weights, waiting = self._stakes.weights(view)
@@ -151,21 +161,27 @@ class GoodputPolicy(SpeculationPolicy):
             return np.asarray(target + draft_s(extra) + self.cost.host_s(view.num_scheduled))
 
         costs = Costs(decoding, whole if view.num_rows > num_samples else None)
-        weighted = Slots(weights[:, None] * slots.gain, slots.rows, slots.usable, slots.context)
+        weighted = replace(slots, gain=weights[:, None] * slots.gain)
         base = float(weights.sum()) + waiting
         return allocate(weighted, base, costs, self.cost.per_pair_s, view.num_free_slots, self._rate)
 
-    def _generous(self, choice: Choice, most: Ints) -> Ints:
+    def _behind(self, view: BatchView) -> Floats:
+        """[sequences]: tokens computed since each last drafted, all of them if it never did."""
+        seen = self._seen
+        behind = (s.context_len - seen.get(s.id, 0) for s in view.sequences)
+        return np.maximum(0.0, np.fromiter(behind, np.float64, len(view.sequences)))
+
+    def _generous(self, choice: Choice, most: Ints, behind: Floats) -> Ints:
         """Asks for more than was chosen where that costs next to nothing: `trim` cuts, seeing more."""
-        if self._draft_s(most) <= FREE * choice.seconds:
+        if self._draft_s(most, behind) <= FREE * choice.seconds:
             return most
         longer = np.where(choice.counts > 0, most, 0)
-        more_s = self._draft_s(longer) - self._draft_s(choice.counts)
+        more_s = self._draft_s(longer, behind) - self._draft_s(choice.counts, behind)
         return longer if more_s <= _CHEAP * choice.seconds else choice.counts
 
-    def _draft_s(self, limits: Ints) -> float:
-        depth = int(limits.max(initial=0))
-        return float(self.cost.draft_s(np.count_nonzero(limits), int(limits.sum()), depth))
+    def _draft_s(self, limits: Ints, behind: Floats) -> float:
+        depth, asked = int(limits.max(initial=0)), np.flatnonzero(limits)
+        return float(self.cost.draft_s(len(asked), int(limits.sum()), depth, behind[asked].sum()))
 
     def _choose_probe(self, view: BatchView, idle: Bools, num_asked: int, rows: Floats) -> int | None:
         """The least known of those who verify nothing, if there is time to spare for it to do so.
