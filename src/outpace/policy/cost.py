@@ -34,6 +34,7 @@ _FAR = 2**24  # rows; beyond the last measured count the table goes on with its 
 _LEVEL_RATE, _LOCAL_RATE = 0.1, 0.01  # of corrections: all row counts alike, and those nearby
 _LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
 _LINEAR_KEEP, _LINEAR_RIDGE = 0.98, 0.01  # the draft's and the host's coefficients: memory per step
+_LINEAR_ALL, _LINEAR_EVERY = 32, 4  # measurements of which each counts, and then one in so many
 _OUTLIER = 3.0  # errors beyond so many times the usual one count as that much
 _SPREAD_RATE = 0.1  # of what is usual
 _NUM_ERRORS = 1024  # latest steps that the error statistics cover
@@ -78,16 +79,22 @@ class LinearCost:
 
     def __init__(self, coefficients: Sequence[float]) -> None:
         self.coefficients: Floats = np.array(coefficients, dtype=np.float64)
+        self._num_observed = 0
         self._robust = Robust()
         self._squares: Floats = np.zeros((len(coefficients), len(coefficients)))  # discounted Σ x·xᵀ
 
-    def seconds(self, *features: ArrayLike) -> Floats:
+    def seconds(self, *features: Floats | float) -> Floats:
         """Predicts; features may be arrays of one shape."""
-        terms = zip(self.coefficients, features, strict=True)
-        return np.asarray(sum(coefficient * np.asarray(feature) for coefficient, feature in terms))
+        total: Any = 0.0
+        for coefficient, feature in zip(self.coefficients.tolist(), features, strict=True):
+            total = total + coefficient * feature
+        return np.asarray(total)
 
     def observe(self, seconds: float, *features: float) -> None:
-        """Learns from a measurement."""
+        """Learns from a measurement; once there were many, from some of them."""
+        self._num_observed += 1
+        if self._num_observed > _LINEAR_ALL and self._num_observed % _LINEAR_EVERY:
+            return
         x = np.array(features, dtype=np.float64)
         error = self._robust(seconds - float(self.coefficients @ x))
         self._squares = _LINEAR_KEEP * self._squares + np.outer(x, x)
@@ -159,7 +166,11 @@ class CostModel:
         return np.asarray(np.interp(np.asarray(rows, np.float64), self._rows, self._table) + linear)
 
     def draft_s(
-        self, sequences: ArrayLike, nodes: ArrayLike, depth: ArrayLike, behind: ArrayLike = 0.0
+        self,
+        sequences: Floats | float,
+        nodes: Floats | float,
+        depth: Floats | float,
+        behind: Floats | float = 0.0,
     ) -> Floats:
         """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
         return self._draft.seconds(sequences, nodes, depth, behind)
