@@ -35,6 +35,7 @@ _LEVEL_RATE, _LOCAL_RATE = 0.1, 0.01  # of corrections: all row counts alike, an
 _LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
 _LINEAR_KEEP, _LINEAR_RIDGE = 0.98, 0.01  # the draft's and the host's coefficients: memory per step
 _LINEAR_ALL, _LINEAR_EVERY = 32, 4  # measurements of which each counts, and then one in so many
+_FIRST_DRAFTS = 16  # steps that draft, before their cost counts as known
 _OUTLIER = 3.0  # errors beyond so many times the usual one count as that much
 _SPREAD_RATE = 0.1  # of what is usual
 _NUM_ERRORS = 1024  # latest steps that the error statistics cover
@@ -148,6 +149,7 @@ class CostModel:
             raise ConfigError(f"a cost model has 4 draft and 2 host costs, got {len(draft)} and {len(host)}")
         self._slopes = np.array(tuple(slopes.values()))
         self._draft, self._host = LinearCost(draft), LinearCost(host)
+        self._num_drafts_to_see = 0 if any(draft) else _FIRST_DRAFTS
         self.meta = dict(meta or {})
         self._level = 0.0  # log of the correction that all row counts share
         self._local = np.zeros(len(self._rows))  # and of each one's own
@@ -174,6 +176,11 @@ class CostModel:
     ) -> Floats:
         """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
         return self._draft.seconds(sequences, nodes, depth, behind)
+
+    @property
+    def knows_draft(self) -> bool:
+        """Whether drafting was seen often enough to tell its usual cost from that of catching up."""
+        return self._num_drafts_to_see <= 0
 
     def host_s(self, sequences: int) -> float:
         """Seconds of a step's other phases."""
@@ -210,6 +217,7 @@ class CostModel:
         self._observe_target(shape, seconds.get("forward", 0.0) + seconds.get("verify", 0.0))
         if asked[0]:
             self._draft.observe(seconds.get("propose", 0.0), *asked, behind)
+            self._num_drafts_to_see -= 1
         host = sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES)
         self._host.observe(host, 1.0, view.num_scheduled)
 

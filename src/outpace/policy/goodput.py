@@ -90,7 +90,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._probe, self._num_steps = None, self._num_steps + 1
         most = np.minimum([s.max_draft for s in view.sequences], self._max_tokens).astype(np.int64)
         behind = self._behind(view)
-        self._is_free = self._draft_s(most, behind / HORIZON) <= FREE * self._step_s
+        is_cheap = self._draft_s(most, behind / HORIZON) <= FREE * self._step_s
+        self._is_free = is_cheap or not self.cost.knows_draft
         limits = most if self._is_free else self._worthwhile(view, most, behind / HORIZON)
         self._limits = limits.tolist()
         self.predicted_s = self._step_s = self._plain_s(view) + self._draft_s(limits, behind)
@@ -121,7 +122,8 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         assert record.view is self._view, "a step is observed before the next one is planned"
         drafting = [s for s, limit in zip(record.view.sequences, record.limits, strict=True) if limit]
-        self.cost.observe(record, sum(s.context_len - self._seen.get(s.id, 0) for s in drafting))
+        behind = sum(max(0, s.context_len - self._seen.get(s.id, 0)) for s in drafting)
+        self.cost.observe(record, behind)
         self._seen.update((s.id, s.context_len) for s in drafting)
         self._stakes.observe(record)
         self.acceptance.observe(self._ids, self._forest.cut(record.num_drafted), record.paths)
