@@ -20,7 +20,9 @@ def instance(rng: random.Random) -> tuple[Slots, np.ndarray]:
     usable = np.arange(width) < np.array([[rng.randint(0, width)] for _ in range(num_sequences)])
     context = np.array([float(rng.choice([10, 100, 3000])) for _ in range(num_sequences)])
     table = np.cumsum([rng.choice([0.0, 0.1, 1.0, 3.0]) for _ in ROWS]) + rng.uniform(0.5, 5)
-    return Slots(np.cumprod(chances, axis=1), np.ones_like(chances), usable, context), table
+    return Slots(
+        np.cumprod(chances, axis=1), np.ones_like(chances), usable, context, np.zeros(num_sequences)
+    ), table
 
 
 def best_of_all(slots: Slots, table: np.ndarray, pair_s: float, num_known: int, max_rows: int) -> float:
@@ -78,7 +80,7 @@ def test_with_rows_that_cost_by_their_context_it_is_seldom_and_little_below_the_
 
 
 def test_prompts_in_the_same_step_change_neither_what_a_token_is_worth_nor_what_is_drafted() -> None:
-    slots = Slots(np.full((4, 2), 0.4), np.ones((4, 2)), np.ones((4, 2), bool), np.zeros(4))
+    slots = Slots(np.full((4, 2), 0.4), np.ones((4, 2)), np.ones((4, 2), bool), np.zeros(4), np.zeros(4))
 
     def linear(known: float) -> Costs:
         return Costs(lambda x: 1.0 + 0.2 * (4 + x.rows), lambda x: 1.0 + 0.2 * (known + x.rows))
@@ -92,13 +94,15 @@ def test_prompts_in_the_same_step_change_neither_what_a_token_is_worth_nor_what_
 
 
 def test_rows_that_are_free_where_a_kernel_pads_are_used_and_not_one_more() -> None:
-    slots = Slots(np.full((1, 6), 0.3), np.ones((1, 6)), np.ones((1, 6), bool), np.zeros(1))
+    slots = Slots(np.full((1, 6), 0.3), np.ones((1, 6)), np.ones((1, 6), bool), np.zeros(1), np.zeros(1))
     stairs = Costs(lambda x: np.where(1 + x.rows <= 4, 1.0, 2.0))
     assert allocate(slots, 1.0, stairs, 0.0, 100).counts.tolist() == [3]
 
 
 def test_a_costly_drafter_is_not_asked_for_what_would_be_cut() -> None:
-    slots = Slots(np.array([[0.9, 0.8, 0.7]]), np.ones((1, 3)), np.ones((1, 3), bool), np.zeros(1))
+    slots = Slots(
+        np.array([[0.9, 0.8, 0.7]]), np.ones((1, 3)), np.ones((1, 3), bool), np.zeros(1), np.zeros(1)
+    )
     for depth_s, expected in ((0.0, 3), (0.75, 1), (1.0, 0)):
 
         def seconds(extra: Extra, each: float = depth_s) -> np.ndarray:
@@ -110,7 +114,7 @@ def test_a_costly_drafter_is_not_asked_for_what_would_be_cut() -> None:
 
 def test_nothing_to_choose_from_is_no_draft() -> None:
     for shape in ((0, 0), (0, 3), (2, 0)):
-        slots = Slots(np.zeros(shape), np.ones(shape), np.ones(shape, bool), np.zeros(shape[0]))
+        slots = Slots(np.zeros(shape), np.ones(shape), np.ones(shape, bool), *np.zeros((2, shape[0])))
         choice = allocate(slots, float(shape[0]), Costs(lambda x: 1.0 + x.rows), 1e-6, 100)
         assert choice.counts.tolist() == [0] * shape[0]
         assert choice.seconds == 1.0

@@ -26,7 +26,7 @@ def model() -> CostModel:
         per_context=1e-8,
         per_pair=2e-7,
         per_sample=2e-5,
-        draft=(1e-5, 0, 1e-4),
+        draft=(1e-5, 0, 1e-4, 0),
         host=(1e-3, 2e-5),
     )
 

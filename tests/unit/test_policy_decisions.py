@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 
@@ -19,8 +20,8 @@ from outpace.policy.smartspec import accepted_length, latency_regression
 from outpace.tree import EMPTY_TREE, DraftTree
 
 FREE = CostModel([1, 1000], [0.010, 0.0101])  # rows cost next to nothing
-DEAR = CostModel([1, 1000], [0.001, 1.0])  # a step costs what its rows cost
-COSTLY_DRAFTS = CostModel([1, 1000], [0.001, 1.0], draft=(1e-4, 0, 0))
+DEAR = CostModel([1, 1000], [0.001, 1.0], draft=(1e-9, 0, 0, 0))  # a step costs what its rows cost
+COSTLY_DRAFTS = CostModel([1, 1000], [0.001, 1.0], draft=(1e-4, 0, 0, 0))
 
 
 def context(cost: CostModel, method: str = "prompt_lookup", **engine: float) -> PolicyContext:
@@ -119,6 +120,27 @@ def test_free_cache_slots_are_not_exceeded() -> None:
     kept = policy.trim(short, [DraftTree.chain((0,) * 4)] * 3)
     assert kept is not None
     assert sum(kept) <= 2
+
+
+def test_a_draft_model_that_must_read_prompts_first_is_given_the_time_to_show_what_it_usually_costs() -> None:
+    truth = CostModel([1, 64, 1000], [0.010, 0.012, 0.5], draft=(0, 0, 2e-4, 1e-4))
+    policy = load_policy("goodput", context(CostModel([1, 64, 1000], [0.010, 0.012, 0.5])))
+    seen: dict[str, int] = {}
+    said = []
+    for step in range(60):
+        sequences = tuple(SequenceView(str(i), 500 + 3 * step, 100) for i in range(4))
+        at_hand = BatchView(sequences, 4, 2000, 1000, 2000, 4)
+        limits = policy.limits(at_hand)
+        kept = policy.trim(at_hand, [DraftTree.chain((0,) * limit) for limit in limits]) or limits
+        drafted = [min(pair) for pair in zip(limits, kept, strict=True)]
+        asked = [s for s, limit in zip(sequences, limits, strict=True) if limit]
+        behind = sum(s.context_len - seen.get(s.id, 0) for s in asked)
+        seen.update((s.id, s.context_len) for s in asked)
+        propose = float(truth.draft_s(len(asked), sum(limits), max(limits), behind))
+        seconds = {"forward": 0.011, "propose": propose, "total": 0.011 + propose}
+        policy.observe(replace(record(at_hand, limits, 3, drafted=drafted), seconds=seconds))
+        said.append(sum(drafted))
+    assert min(said[30:]) >= 8, "0.2 s for the prompts are forgotten; what a draft takes now is worth it"
 
 
 # --- smartspec ------------------------------------------------------------------------------------------
@@ -293,3 +315,12 @@ def test_slo_needs_a_target_and_targets_must_be_positive() -> None:
 def test_a_policy_that_needs_a_cost_model_says_so_where_there_is_none() -> None:
     with pytest.raises(ConfigError, match="--spec-profile"):
         load_policy("goodput", PolicyContext())
+
+
+def test_what_a_drafter_has_to_catch_up_with_is_part_of_its_price() -> None:
+    cost = CostModel([1, 1000], [0.010, 0.011], draft=(0, 0, 0, 1e-4))
+    for context_len, drafts in ((100, True), (20_000, False)):  # 10 ms and 2 s, over 32 steps
+        policy = load_policy("goodput", context(cost))
+        sequences = (SequenceView("0", context_len, 100),)
+        limits = policy.limits(BatchView(sequences, 1, context_len, 1000, context_len, 1))
+        assert (limits[0] > 0) == drafts

@@ -426,6 +426,12 @@ def test_a_refusal_of_the_engine_names_the_field_as_the_client_wrote_it(
         assert error["message"] == f"{name} must be at most 10, got 20"
 
 
+def test_the_user_of_a_request_is_the_client_that_policies_see(http: httpx.Client, llm: FakeLLM) -> None:
+    for body in ({"user": "ada"}, {}):
+        http.post(CHAT, json={"messages": HELLO, **body}).raise_for_status()
+    assert [call.client for call in llm.calls] == ["ada", ""]
+
+
 def test_priority_reaches_the_engine(http: httpx.Client, llm: FakeLLM) -> None:
     http.post(CHAT, json={"messages": HELLO, "priority": -3}).raise_for_status()
     assert llm.calls[0].priority == -3

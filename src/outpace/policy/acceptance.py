@@ -33,7 +33,7 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 NUM_RANKS = 4  # siblings told apart; later ones count as the last of these
-PRIOR_RATE = 0.5  # of a first child; each later sibling has half of its elder's
+PRIOR_RATE = 0.7  # of a first child, to begin with hope; each later sibling has half of its elder's
 PRIOR_WEIGHT = 4.0  # observations that the prior is worth
 MEMORY = 512.0  # drafts over which population averages reach back
 IDLE_MEMORY = 4096.0  # steps after which what is not observed has mostly gone back to the prior
@@ -44,6 +44,7 @@ DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the lea
 _DIFFERENCE_MEMORY = 128.0  # steps over which it is learnt
 LEAST, MOST = 1e-3, 0.995  # bounds of a chance
 _CALIBRATION_RIDGE = 20.0  # observations before confidences count for much
+_FIT_ALL, _FIT_EVERY = 64, 4  # steps of which each is fitted to, and then one in so many
 _START = np.array([0.0, 1.0, 0.0])  # calibration that leaves p as it is
 
 
@@ -85,6 +86,8 @@ class Forest:
 
     def cut(self, lengths: Sequence[int]) -> Forest:
         """The first nodes of each tree."""
+        if not self.present.size:
+            return self
         present = np.arange(self.present.shape[1]) < np.asarray(lengths)[:, None]
         return replace(self, present=present & self.present)
 
@@ -195,7 +198,7 @@ class _Method:
         shape = (max_nodes, NUM_RANKS)
         self.trials, self.accepted = np.zeros(shape), np.zeros(shape)
         self.asked, self.present, self.survived = np.zeros((3, max_nodes))
-        self._num_idle = 0
+        self._num_idle = self._num_fits = 0
         self._curves: tuple[Floats, Floats] | None = None  # until something is learnt
         self.weights = _START.copy()
         self.information = np.zeros((3, 3))
@@ -253,6 +256,11 @@ class _Method:
         features = _features(chances, np.where(known, confidence, 0.5))
         refined = 1 / (1 + np.exp(-(features @ self.weights)))
         return np.where(known, np.clip(refined, LEAST, MOST), chances)
+
+    def wants_fit(self) -> bool:
+        """Whether to fit to this step's drafts: to all at first, later to some."""
+        self._num_fits += 1
+        return self._num_fits <= _FIT_ALL or self._num_fits % _FIT_EVERY == 0
 
     def fit(self, chances: Floats, confidence: Floats, accepted: Bools) -> None:
         """A Newton step of the discounted logistic regression, nodes flat."""
@@ -315,6 +323,8 @@ class AcceptanceEstimator:
 
     def survival(self, ids: Sequence[str], forest: Forest, method: str = "") -> Floats:
         """[trees, nodes]: the chance of each node to be on the accepted path."""
+        if not forest.present.size:
+            return np.zeros((len(ids), 0))
         known = self._method(method)
         chances = known.calibrate(self._chances(ids, forest, known), forest.confidence)
         return forest.along_paths(chances)
@@ -329,10 +339,10 @@ class AcceptanceEstimator:
             return
         index = np.arange(self._max_nodes)
         asked = (index < limit[rows, None]).astype(np.float64)
-        width = min(survival.shape[1], self._max_nodes)
         present, survived = np.zeros((2, *asked.shape))
-        present[:, :width] = forest.present[rows, :width]
-        survived[:, :width] = survival[rows, :width]
+        if width := min(survival.shape[1], self._max_nodes):
+            present[:, :width] = forest.present[rows, :width]
+            survived[:, :width] = survival[rows, :width]
         self._method(method).observe_curves(asked, present, survived)
         places = self._places(ids)[rows]
         keep = 1 - asked / REQUEST_MEMORY
@@ -347,11 +357,12 @@ class AcceptanceEstimator:
         """Learns what was accepted of what was verified."""
         known = self._method(method)
         known.idle()
-        if not forest.present.any():
+        if not (forest.present.size and forest.present.any()):
             return
         accepted, seen = forest.outcomes(paths)
-        expected = self._chances(ids, forest, known)
-        known.fit(expected[seen], forest.confidence[seen], accepted[seen])
+        if known.wants_fit():
+            expected = self._chances(ids, forest, known)
+            known.fit(expected[seen], forest.confidence[seen], accepted[seen])
         num_drafts = int(forest.present[:, 0].sum())
         base = np.where(seen, known.rates[self._cells(forest)], 0.0)
         known.observe_rates(*self._seen_cells(forest, seen), accepted[seen], num_drafts)

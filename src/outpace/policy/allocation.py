@@ -37,12 +37,14 @@ class Slots:
             that the chance that there will be.
         usable: [sequences, nodes], False where a limit forbids the node; a prefix of each row.
         context: [sequences], cached tokens that each of its rows attends to.
+        behind: [sequences], tokens that a drafter would have to catch up with first.
     """
 
     gain: Floats
     rows: Floats
     usable: NDArray[np.bool_]
     context: Floats
+    behind: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Extra:
         rows: Expected rows.
         pairs: Expected rows times their context.
         sequences: Sequences that draft.
+        behind: Tokens that these are behind.
         nodes: Nodes asked for.
         depth: The longest prefix.
     """
@@ -60,6 +63,7 @@ class Extra:
     rows: Floats
     pairs: Floats
     sequences: Floats
+    behind: Floats
     nodes: Floats
     depth: Floats
 
@@ -148,11 +152,12 @@ class _Ranked:
         # stable: with equal keys a sequence's earlier nodes come first
         order = usable[np.argsort(-key.ravel()[usable], kind="stable")]
         rows = slots.rows.ravel()[order]
-        place = order % max(width, 1)
+        sequence, place = np.divmod(order, max(width, 1))
         extra = Extra(
             rows=_sums(rows),
-            pairs=_sums(rows * slots.context[order // max(width, 1)]),
+            pairs=_sums(rows * slots.context[sequence]),
             sequences=_sums(place == 0),
+            behind=_sums((place == 0) * slots.behind[sequence]),
             nodes=np.arange(len(order) + 1, dtype=np.float64),
             depth=np.maximum.accumulate(np.concatenate(([0.0], place + 1.0))),
         )

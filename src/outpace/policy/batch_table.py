@@ -2,9 +2,9 @@
 
 Su et al., "The Synergy of Speculative Decoding and Batching in Serving Large Language Models", 2023:
 profile batch sizes in powers of two, keep the length with the least time per token for each, and look the
-batch up (the entry at or below it). Their accepted length c·s^γ has the constants they report; step times
-come from the cost model. `num_speculative_tokens_per_batch_size` of --speculative-config, as vLLM has it,
-declares the table instead.
+batch up (the entry at or below it). Their accepted length c·s^γ has about the constants they report; step
+times come from the cost model. `num_speculative_tokens_per_batch_size` of --speculative-config, as vLLM has
+it, declares the table instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bisect import bisect_right
 from outpace.policy.base import BatchView, PolicyContext, SpeculationPolicy
 from outpace.policy.cost import CostModel, Shape
 
-SCALE, EXPONENT = 0.9, 0.548  # accepted drafts for s drafted: SCALE · s^EXPONENT
+SCALE, EXPONENT = 0.9, 0.55  # accepted drafts for s drafted: SCALE · s^EXPONENT
 CONTEXT = 256  # cached tokens of a sequence in the profile
 
 

@@ -3,7 +3,7 @@
 A step is predicted as the sum of three parts, each learnt from the phases it is made of:
 
     target(n)   table(n rows) + a·context + b·pairs + s·samples     forward and verify
-    draft       linear in sequences asked, nodes asked and depth    propose
+    draft       linear in sequences, nodes, depth, tokens behind    propose
     host        fixed + per sequence                                everything else
 
 `table` is piecewise linear between measured row counts, so a staircase stays one where both of its edges
@@ -34,6 +34,8 @@ _FAR = 2**24  # rows; beyond the last measured count the table goes on with its 
 _LEVEL_RATE, _LOCAL_RATE = 0.1, 0.01  # of corrections: all row counts alike, and those nearby
 _LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
 _LINEAR_KEEP, _LINEAR_RIDGE = 0.98, 0.01  # the draft's and the host's coefficients: memory per step
+_LINEAR_ALL, _LINEAR_EVERY = 32, 4  # measurements of which each counts, and then one in so many
+_FIRST_DRAFTS = 16  # steps that draft, before their cost counts as known
 _OUTLIER = 3.0  # errors beyond so many times the usual one count as that much
 _SPREAD_RATE = 0.1  # of what is usual
 _NUM_ERRORS = 1024  # latest steps that the error statistics cover
@@ -78,16 +80,22 @@ class LinearCost:
 
     def __init__(self, coefficients: Sequence[float]) -> None:
         self.coefficients: Floats = np.array(coefficients, dtype=np.float64)
+        self._num_observed = 0
         self._robust = Robust()
         self._squares: Floats = np.zeros((len(coefficients), len(coefficients)))  # discounted Σ x·xᵀ
 
-    def seconds(self, *features: ArrayLike) -> Floats:
+    def seconds(self, *features: Floats | float) -> Floats:
         """Predicts; features may be arrays of one shape."""
-        terms = zip(self.coefficients, features, strict=True)
-        return np.asarray(sum(coefficient * np.asarray(feature) for coefficient, feature in terms))
+        total: Any = 0.0
+        for coefficient, feature in zip(self.coefficients.tolist(), features, strict=True):
+            total = total + coefficient * feature
+        return np.asarray(total)
 
     def observe(self, seconds: float, *features: float) -> None:
-        """Learns from a measurement."""
+        """Learns from a measurement; once there were many, from some of them."""
+        self._num_observed += 1
+        if self._num_observed > _LINEAR_ALL and self._num_observed % _LINEAR_EVERY:
+            return
         x = np.array(features, dtype=np.float64)
         error = self._robust(seconds - float(self.coefficients @ x))
         self._squares = _LINEAR_KEEP * self._squares + np.outer(x, x)
@@ -112,7 +120,7 @@ class CostModel:
         per_context: float = 0.0,
         per_pair: float = 0.0,
         per_sample: float = 0.0,
-        draft: Sequence[float] = (0.0, 0.0, 0.0),
+        draft: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
         host: Sequence[float] = (0.0, 0.0),
         meta: Mapping[str, Any] | None = None,
     ) -> None:
@@ -124,7 +132,8 @@ class CostModel:
             per_context: Seconds per cached token read.
             per_pair: Seconds per row and cached token.
             per_sample: Seconds per row whose logits are wanted.
-            draft: Seconds per sequence asked, per node asked, and per unit of the deepest limit.
+            draft: Seconds per sequence asked, per node asked, per unit of the deepest limit, and per token of
+                those sequences that the drafter has not seen yet.
             host: Seconds per step and per sequence outside the model.
             meta: What it was measured on.
 
@@ -136,10 +145,11 @@ class CostModel:
         for name, value in (*slopes.items(), *(("draft", x) for x in draft), *(("host", x) for x in host)):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"a cost model's {name} must be finite and at least 0, got {value}")
-        if len(draft) != 3 or len(host) != 2:
-            raise ConfigError(f"a cost model has 3 draft and 2 host costs, got {len(draft)} and {len(host)}")
+        if len(draft) != 4 or len(host) != 2:
+            raise ConfigError(f"a cost model has 4 draft and 2 host costs, got {len(draft)} and {len(host)}")
         self._slopes = np.array(tuple(slopes.values()))
         self._draft, self._host = LinearCost(draft), LinearCost(host)
+        self._num_drafts_to_see = 0 if any(draft) else _FIRST_DRAFTS
         self.meta = dict(meta or {})
         self._level = 0.0  # log of the correction that all row counts share
         self._local = np.zeros(len(self._rows))  # and of each one's own
@@ -157,9 +167,20 @@ class CostModel:
         )
         return np.asarray(np.interp(np.asarray(rows, np.float64), self._rows, self._table) + linear)
 
-    def draft_s(self, sequences: ArrayLike, nodes: ArrayLike, depth: ArrayLike) -> Floats:
-        """Seconds of drafting for so many sequences, nodes in all and the deepest limit; 0 for none."""
-        return self._draft.seconds(sequences, nodes, depth)
+    def draft_s(
+        self,
+        sequences: Floats | float,
+        nodes: Floats | float,
+        depth: Floats | float,
+        behind: Floats | float = 0.0,
+    ) -> Floats:
+        """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
+        return self._draft.seconds(sequences, nodes, depth, behind)
+
+    @property
+    def knows_draft(self) -> bool:
+        """Whether drafting was seen often enough to tell its usual cost from that of catching up."""
+        return self._num_drafts_to_see <= 0
 
     def host_s(self, sequences: int) -> float:
         """Seconds of a step's other phases."""
@@ -170,26 +191,33 @@ class CostModel:
         """Seconds per row and cached token, corrected."""
         return float(self._slopes[1]) * math.exp(self._level)
 
-    def step_s(self, shape: Shape, sequences: int, limits: Sequence[int] = ()) -> float:
+    def step_s(self, shape: Shape, sequences: int, limits: Sequence[int] = (), behind: float = 0.0) -> float:
         """Seconds of a whole step.
 
         Args:
             shape: Its rows, drafts included.
             sequences: Those that are scheduled.
             limits: Draft tokens asked for, per sequence.
+            behind: Tokens that the drafter has not seen yet of those that draft.
         """
         target = self.target_s(shape.rows, shape.samples, shape.context, shape.pairs)
-        return float(target + self.draft_s(*_asked(limits))) + self.host_s(sequences)
+        return float(target + self.draft_s(*_asked(limits), behind)) + self.host_s(sequences)
 
-    def observe(self, record: StepRecord) -> None:
-        """Learns from a finished step: each part from its own phases."""
+    def observe(self, record: StepRecord, behind: float = 0.0) -> None:
+        """Learns from a finished step: each part from its own phases.
+
+        Args:
+            record: The step.
+            behind: Tokens that the drafter had not seen of those that drafted.
+        """
         view, seconds, shape = record.view, record.seconds, shape_of(record)
         asked = _asked(record.limits)
-        total = self.step_s(shape, view.num_scheduled, record.limits)
+        total = self.step_s(shape, view.num_scheduled, record.limits, behind)
         self._errors.append(abs(total - seconds["total"]) / seconds["total"])
         self._observe_target(shape, seconds.get("forward", 0.0) + seconds.get("verify", 0.0))
         if asked[0]:
-            self._draft.observe(seconds.get("propose", 0.0), *asked)
+            self._draft.observe(seconds.get("propose", 0.0), *asked, behind)
+            self._num_drafts_to_see -= 1
         host = sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES)
         self._host.observe(host, 1.0, view.num_scheduled)
 

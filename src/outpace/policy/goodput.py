@@ -9,6 +9,7 @@ and one acceptance rate.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -24,8 +25,10 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 PROBE_SHARE = 0.005  # of all time may be lost on drafts made only to learn
+HORIZON = 32  # steps over which what a drafter has to catch up with is written off
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
 FREE = 0.005  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
+_CURVES_EVERY = 4  # steps, where everyone drafts and expectations decide nothing
 _CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes they may
 
 
@@ -73,67 +76,65 @@ class GoodputPolicy(SpeculationPolicy):
         self._ids: list[str] = []
         self._forest = Forest.of(())
         self._limits: list[int] = []
-        self._probe: int | None = None  # index of the sequence that drafts only to learn
-        self._rate = 0.0  # expected tokens per second of the step
+        self._probe: int | None = None  # index of the sequence that verifies only to learn
+        self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
+        self._num_steps = 0
+        self._is_free = False  # whether everyone drafts, since it costs next to nothing
+        self._step_s = 0.0  # expected duration of the step
+        self._rate = 0.0  # and its tokens per second
         self._credit_s = 0.0  # time that probing may take
 
     def limits(self, view: BatchView) -> list[int]:
         """See SpeculationPolicy."""
-        sequences = view.sequences
-        self._view, self._ids = view, [s.id for s in sequences]
-        most = np.minimum([s.max_draft for s in sequences], self._max_tokens).astype(np.int64)
-        present, survival = self.acceptance.before(self._ids)
-        slots = Slots(
-            gain=present * survival,
-            rows=present,
-            usable=np.arange(self._max_tokens) < most[:, None],
-            context=_contexts(view),
-        )
-        choice = self._allocate(view, slots, lambda x: self.cost.draft_s(x.sequences, x.nodes, x.depth))
-        limits = self._generous(choice, most)
-        self._rate = choice.rate
-        idle = (choice.counts == 0) & (most > 0)
-        self._probe = self._choose_probe(view, idle, int(limits.sum()), present[:, :PROBE_NODES].sum(axis=1))
-        if self._probe is not None:
-            limits[self._probe] = max(limits[self._probe], min(PROBE_NODES, most[self._probe]))
-        self.predicted_s = choice.seconds
+        self._view, self._ids = view, [s.id for s in view.sequences]
+        self._probe, self._num_steps = None, self._num_steps + 1
+        most = np.minimum([s.max_draft for s in view.sequences], self._max_tokens).astype(np.int64)
+        behind = self._behind(view)
+        is_cheap = self._draft_s(most, behind / HORIZON) <= FREE * self._step_s
+        self._is_free = is_cheap or not self.cost.knows_draft
+        limits = most if self._is_free else self._worthwhile(view, most, behind / HORIZON)
         self._limits = limits.tolist()
-        if not any(self._limits):
-            self._forest = Forest.of(())
+        self.predicted_s = self._step_s = self._plain_s(view) + self._draft_s(limits, behind)
         return self._limits
 
     def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
         """See SpeculationPolicy."""
-        if not any(self._limits):
+        self._forest = Forest.of(drafts if any(draft.parents for draft in drafts) else ())
+        forest, limits = self._forest, np.array(self._limits)
+        if not limits.any():
             return None
-        self._forest = forest = Forest.of(drafts)
         survival = self.acceptance.survival(self._ids, forest)
-        self.acceptance.drafted(self._ids, self._limits, forest, survival)
-        slots = Slots(survival, np.ones_like(survival), forest.present, _contexts(view))
-        spent = self._draft_s(np.array(self._limits))
-        choice = self._allocate(view, slots, lambda _: np.asarray(spent))
-        self.predicted_s = choice.seconds
-        if self._probe is not None:
-            choice.counts[self._probe] = max(choice.counts[self._probe], PROBE_NODES)
+        if not self._is_free or self._num_steps % _CURVES_EVERY == 0:
+            self.acceptance.drafted(self._ids, self._limits, forest, survival)
+        if not forest.present.size:
+            return None
+        contexts, behind = _contexts(view), self._behind(view)
+        slots = Slots(survival, np.ones_like(survival), forest.present, contexts, np.zeros_like(contexts))
+        usual_s = self._draft_s(limits, behind / HORIZON)
+        choice = self._allocate(view, slots, lambda _: np.asarray(usual_s))
+        self._rate = choice.rate
+        self._verify_to_learn(view, choice.counts)
+        self.predicted_s = choice.seconds - usual_s + self._draft_s(limits, behind)
         counts: list[int] = choice.counts.tolist()
         return counts
 
     def observe(self, record: StepRecord) -> None:
         """See SpeculationPolicy."""
-        self.cost.observe(record)
-        self._stakes.observe(record)
         assert record.view is self._view, "a step is observed before the next one is planned"
-        verified = self._forest.cut(record.num_drafted) if any(self._limits) else self._forest
-        self.acceptance.observe(self._ids, verified, record.paths)
+        drafting = [s for s, limit in zip(record.view.sequences, record.limits, strict=True) if limit]
+        behind = sum(max(0, s.context_len - self._seen.get(s.id, 0)) for s in drafting)
+        self.cost.observe(record, behind)
+        self._seen.update((s.id, s.context_len) for s in drafting)
+        self._stakes.observe(record)
+        self.acceptance.observe(self._ids, self._forest.cut(record.num_drafted), record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
-        if (
-            self._probe is not None
-        ):  # what it won pays for the next one: after a change for the better they follow
+        if self._probe is not None and self._rate:  # what it won pays for the next one
             self._credit_s += len(record.paths[self._probe]) / self._rate
 
     def release(self, sequence_id: str) -> None:
         """See SpeculationPolicy."""
         self.acceptance.release(sequence_id)
+        self._seen.pop(sequence_id, None)
 
     def _allocate(self, view: BatchView, slots: Slots, draft_s: DraftSeconds) -> Choice:
         weights, waiting = self._stakes.weights(view)
@@ -151,44 +152,71 @@ class GoodputPolicy(SpeculationPolicy):
             return np.asarray(target + draft_s(extra) + self.cost.host_s(view.num_scheduled))
 
         costs = Costs(decoding, whole if view.num_rows > num_samples else None)
-        weighted = Slots(weights[:, None] * slots.gain, slots.rows, slots.usable, slots.context)
+        weighted = replace(slots, gain=weights[:, None] * slots.gain)
         base = float(weights.sum()) + waiting
         return allocate(weighted, base, costs, self.cost.per_pair_s, view.num_free_slots, self._rate)
 
-    def _generous(self, choice: Choice, most: Ints) -> Ints:
-        """Asks for more than was chosen where that costs next to nothing: `trim` cuts, seeing more."""
-        if self._draft_s(most) <= FREE * choice.seconds:
-            return most
+    def _behind(self, view: BatchView) -> Floats:
+        """[sequences]: tokens computed since each last drafted, all of them if it never did."""
+        seen = self._seen
+        return np.array([max(0, s.context_len - seen.get(s.id, 0)) for s in view.sequences], np.float64)
+
+    def _worthwhile(self, view: BatchView, most: Ints, behind: Floats) -> Ints:
+        """Draft tokens to ask for, from what drafts are expected to be."""
+        present, survival = self.acceptance.before(self._ids)
+        usable = np.arange(self._max_tokens) < most[:, None]
+        slots = Slots(present * survival, present, usable, _contexts(view), behind)
+        choice = self._allocate(
+            view, slots, lambda x: self.cost.draft_s(x.sequences, x.nodes, x.depth, x.behind)
+        )
+        self._rate = choice.rate
+        # All the nodes there may be, where they cost next to nothing: `trim` cuts, seeing more.
         longer = np.where(choice.counts > 0, most, 0)
-        more_s = self._draft_s(longer) - self._draft_s(choice.counts)
-        return longer if more_s <= _CHEAP * choice.seconds else choice.counts
+        more_s = self._draft_s(longer, behind) - self._draft_s(choice.counts, behind)
+        limits = longer if more_s <= _CHEAP * choice.seconds else choice.counts
+        self._draft_to_learn(view, limits, most, behind)
+        return limits
 
-    def _draft_s(self, limits: Ints) -> float:
-        depth = int(limits.max(initial=0))
-        return float(self.cost.draft_s(np.count_nonzero(limits), int(limits.sum()), depth))
-
-    def _choose_probe(self, view: BatchView, idle: Bools, num_asked: int, rows: Floats) -> int | None:
-        """The least known of those who verify nothing, if there is time to spare for it to do so.
-
-        Args:
-            view: The step.
-            idle: [sequences], who could draft and will verify nothing.
-            num_asked: Nodes that others may take.
-            rows: [sequences], expected rows of a probe.
-        """
-        if self._credit_s <= 0 or not idle.any() or view.num_free_slots < num_asked + PROBE_NODES:
-            return None
+    def _draft_to_learn(self, view: BatchView, limits: Ints, most: Ints, behind: Floats) -> None:
+        """Lets the least known of those who do not draft do so, if there is time to spare for it."""
+        idle = (limits == 0) & (most > 0)
+        if self._credit_s <= 0 or not idle.any():
+            return
         probe = int(np.argmin(np.where(idle, self.acceptance.num_verified(self._ids), np.inf)))
-        known, samples = view.num_rows + num_asked, len(view.sequences) + num_asked
-        more = np.array([0.0, rows[probe]])
-        pairs = view.num_pairs + more * view.sequences[probe].context_len
-        before, after = self.cost.target_s(known + more, samples + more, view.num_context, pairs)
-        cost_s = float(after - before) + float(self.cost.draft_s(1, PROBE_NODES, PROBE_NODES))
-        self._credit_s = min(self._credit_s, 2 * cost_s)  # idle hours buy no burst
-        if self._credit_s < cost_s:
-            return None
-        self._credit_s -= cost_s
-        return probe
+        draft_s = float(self.cost.draft_s(1, PROBE_NODES, PROBE_NODES, behind[probe]))
+        if self._credit_s >= draft_s + self._probe_s(view, probe):
+            self._credit_s -= draft_s
+            limits[probe] = min(PROBE_NODES, most[probe])
+
+    def _verify_to_learn(self, view: BatchView, counts: Ints) -> None:
+        """The same for those who have a draft of which nothing is worth verifying."""
+        idle = (counts == 0) & self._forest.present[:, 0]
+        if self._credit_s <= 0 or not idle.any() or view.num_free_slots < counts.sum() + PROBE_NODES:
+            return
+        probe = int(np.argmin(np.where(idle, self.acceptance.num_verified(self._ids), np.inf)))
+        cost_s = self._probe_s(view, probe)
+        self._credit_s = min(self._credit_s, 3 * cost_s)  # quiet hours buy no burst
+        if self._credit_s >= cost_s:
+            self._credit_s -= cost_s
+            self._probe, counts[probe] = probe, PROBE_NODES
+
+    def _probe_s(self, view: BatchView, probe: int) -> float:
+        """What the rows of a probe add to a step."""
+        more, pairs = np.array([0, PROBE_NODES]), PROBE_NODES * view.sequences[probe].context_len
+        rows, samples = view.num_rows + more, len(view.sequences) + more
+        before, after = self.cost.target_s(rows, samples, 0, np.array([0, pairs]))
+        return float(after - before)
+
+    def _plain_s(self, view: BatchView) -> float:
+        """Seconds of the step without drafts."""
+        num_samples = len(view.sequences)
+        target = self.cost.target_s(view.num_rows, num_samples, view.num_context, view.num_pairs)
+        return float(target) + self.cost.host_s(view.num_scheduled)
+
+    def _draft_s(self, limits: Ints, behind: Floats) -> float:
+        asked = limits > 0
+        num_asked, num_nodes = int(asked.sum()), int(limits.sum())
+        return float(self.cost.draft_s(num_asked, num_nodes, int(limits.max(initial=0)), behind @ asked))
 
 
 class DraftSeconds(Protocol):
@@ -198,7 +226,7 @@ class DraftSeconds(Protocol):
 
 
 def _contexts(view: BatchView) -> Floats:
-    return np.fromiter((s.context_len for s in view.sequences), np.float64, len(view.sequences))
+    return np.array([s.context_len for s in view.sequences], np.float64)
 
 
 def create(context: PolicyContext) -> GoodputPolicy:

@@ -217,6 +217,7 @@ class Simulator:
     _waiting: deque[_Running] = field(default_factory=deque)
     _running: list[_Running] = field(default_factory=list)
     _num_arrived: int = 0
+    _seen: dict[str, int] = field(default_factory=dict)  # context of each sequence when it last drafted
     _result: Result = field(default_factory=lambda: Result([], [], [], []))
 
     def run(self) -> Result:
@@ -322,9 +323,12 @@ class Simulator:
             view.num_pairs + pairs,
         )
         asked = [limit for limit in limits if limit]
+        drafting = [s for s, limit in zip(view.sequences, limits, strict=True) if limit]
+        behind = sum(s.context_len - self._seen.get(s.id, 0) for s in drafting)
+        self._seen.update((s.id, s.context_len) for s in drafting)
         seconds = {
             "forward": noise * float(cost.target_s(shape.rows, shape.samples, shape.context, shape.pairs)),
-            "propose": noise * float(cost.draft_s(len(asked), sum(asked), max(asked, default=0))),
+            "propose": noise * float(cost.draft_s(len(asked), sum(asked), max(asked, default=0), behind)),
             "advance": noise * cost.host_s(view.num_scheduled),
         }
         return StepRecord(
