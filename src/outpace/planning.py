@@ -63,7 +63,7 @@ def _measure(config: EngineConfig) -> CostModel:
     from outpace.engine.profile import measure_and_keep
 
     engine = Engine.from_config(dataclasses.replace(config, spec_policy="off"))
-    return measure_and_keep(config, engine.model, engine.kv, engine.runner, engine.verifier)
+    return measure_and_keep(config, engine.kv, engine.runner, engine.verifier)
 
 
 def step_ms(cost: CostModel, rows: int, context: int) -> float:

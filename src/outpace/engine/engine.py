@@ -99,7 +99,7 @@ class Engine:
         self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv))
         self.grammars = GrammarStates(tokenizer, model.vocab_size)
         self.runner, self.verifier = runner, verifier
-        cost_model = cost_model or functools.partial(load_or_measure, config, model, kv, runner, verifier)
+        cost_model = cost_model or functools.partial(load_or_measure, config, kv, runner, verifier)
         speculative = config.speculative
         self.policy = load_policy(config.policy, PolicyContext(speculative, config, cost_model))
         max_depth = speculative.num_speculative_tokens if speculative.methods else 0

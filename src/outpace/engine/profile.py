@@ -18,7 +18,8 @@ import torch
 
 from outpace.batch import Scheduled
 from outpace.config import BLOCK_SIZE, EngineConfig, cache_dir, num_cores
-from outpace.models.config import ModelConfig
+from outpace.errors import ConfigError
+from outpace.models.decoder import Decoder
 from outpace.policy.cost import FORMAT, CostModel, Shape
 from outpace.request import Request, Sequence
 from outpace.runtime.kv_cache import KVCache
@@ -56,7 +57,7 @@ class Point:
 
 
 def load_or_measure(
-    config: EngineConfig, model: ModelConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
+    config: EngineConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
 ) -> CostModel:
     """The cost model of --spec-profile, of an earlier start with the same settings, or measured now.
 
@@ -65,25 +66,30 @@ def load_or_measure(
     """
     if config.spec_profile is not None:
         return CostModel.load(Path(config.spec_profile))
-    path = profile_path(config, model, cache)
+    path = profile_path(config, runner.decoder, cache)
     if path.exists():
-        logger.info("Step costs from %s", path)
-        return CostModel.load(path)
-    return measure_and_keep(config, model, cache, runner, verifier)
+        try:
+            model_of_costs = CostModel.load(path)
+        except ConfigError as error:  # of another version, or cut off: as if it were not there
+            logger.warning("%s", error)
+        else:
+            logger.info("Step costs from %s", path)
+            return model_of_costs
+    return measure_and_keep(config, cache, runner, verifier)
 
 
-def profile_path(config: EngineConfig, model: ModelConfig, cache: KVCache) -> Path:
+def profile_path(config: EngineConfig, decoder: Decoder, cache: KVCache) -> Path:
     """Where the profile of these settings is kept."""
-    meta = json.dumps(_identity(config, model, cache), sort_keys=True)
+    meta = json.dumps(_identity(config, decoder, cache), sort_keys=True)
     return cache_dir() / "profiles" / f"{hashlib.blake2b(meta.encode(), digest_size=10).hexdigest()}.json"
 
 
 def measure_and_keep(
-    config: EngineConfig, model: ModelConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
+    config: EngineConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
 ) -> CostModel:
     """Measures, and keeps the result for later starts."""
-    path = profile_path(config, model, cache)
-    measured = measure(config, cache, runner, verifier, _identity(config, model, cache))
+    path = profile_path(config, runner.decoder, cache)
+    measured = measure(config, cache, runner, verifier, _identity(config, runner.decoder, cache))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}")
     scratch.write_text(measured.to_json(), encoding="utf-8")
@@ -182,7 +188,7 @@ def _sequence(number: int, point: Point) -> Sequence:
     return Sequence.start(request)
 
 
-def _identity(config: EngineConfig, model: ModelConfig, cache: KVCache) -> dict[str, object]:
+def _identity(config: EngineConfig, decoder: Decoder, cache: KVCache) -> dict[str, object]:
     """All that a profile depends on."""
     from outpace import __version__
 
@@ -190,11 +196,11 @@ def _identity(config: EngineConfig, model: ModelConfig, cache: KVCache) -> dict[
         "format": FORMAT,
         "outpace": __version__,
         "torch": torch.__version__,
-        "model": repr(model),
+        "model": repr(decoder.config),
         "device": f"{cache.keys.device.type}: {_processor()}",
         "dtype": str(cache.keys.dtype),
         "threads": config.num_threads or num_cores(),
-        "kernels": config.kernels,
+        "kernels": decoder.kernels.build,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "cache_tokens": cache.blocks.capacity,

@@ -91,9 +91,15 @@ class LayerAttention(ABC):
 
 
 class Kernels(ABC):
-    """One backend."""
+    """One backend.
+
+    Attributes:
+        name: As `--kernels` has it.
+        build: What it was built from, for whom its speed matters.
+    """
 
     name: str
+    build: str
 
     @abstractmethod
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:

@@ -137,6 +137,7 @@ class NativeKernels(Kernels):
             library: What `build` returned.
             num_threads: That share the work, of all such kernels in the process.
         """
+        self.build = library.stem
         self._lib = ctypes.CDLL(str(library))
         for stem, argtypes in SIGNATURES.items():
             for suffix in SUFFIXES.values():

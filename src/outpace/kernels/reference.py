@@ -76,6 +76,7 @@ class ReferenceKernels(Kernels):
     """The backend of plain torch."""
 
     name = "reference"
+    build = "reference"
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """See `Kernels`."""
