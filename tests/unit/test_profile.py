@@ -30,7 +30,8 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def load(engine: Engine, **settings: Any) -> CostModel:
-    config = tiny_engine(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, **settings).config
+    settings = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64, **settings}
+    config = tiny_engine(**settings).config
     return profile.load_or_measure(config, engine.kv, engine.runner, engine.verifier)
 
 
@@ -64,7 +65,7 @@ def test_what_is_measured_is_kept_and_found_at_the_next_start(
     monkeypatch.setattr(profile, "measure", refuse)
     assert load(engine).to_json() == first.to_json()
     with pytest.raises(AssertionError, match="measured again"):
-        load(engine, max_num_batched_tokens=128)
+        load(engine, max_num_batched_tokens=64)
 
 
 def test_measured_costs_are_positive_and_do_not_fall_with_rows(engine: Engine) -> None:
