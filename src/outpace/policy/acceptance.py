@@ -202,9 +202,10 @@ class _Method:
         self._curves: tuple[Floats, Floats] | None = None  # until something is learnt
         self.weights = _START.copy()
         self.information = np.zeros((3, 3))
-        self._refresh()
+        self.refresh()
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Works the rates out anew."""
         prior = PRIOR_RATE * 0.5 ** np.arange(NUM_RANKS)
         self.rates = np.empty_like(self.trials)
         for depth in range(len(self.rates)):
@@ -230,7 +231,6 @@ class _Method:
         self.accepted *= keep
         self.trials += np.bincount(cells, minlength=size).reshape(self.trials.shape)
         self.accepted += np.bincount(cells, accepted, size).reshape(self.trials.shape)
-        self._refresh()
 
     def observe_curves(self, asked: Floats, present: Floats, survived: Floats) -> None:
         keep = (1 - 1 / MEMORY) ** len(asked)
@@ -258,7 +258,7 @@ class _Method:
         return np.where(known, np.clip(refined, LEAST, MOST), chances)
 
     def wants_fit(self) -> bool:
-        """Whether to fit to this step's drafts: to all at first, later to some."""
+        """Whether what is learnt is to be worked out at this step: at each of the first, later at some."""
         self._num_fits += 1
         return self._num_fits <= _FIT_ALL or self._num_fits % _FIT_EVERY == 0
 
@@ -360,12 +360,15 @@ class AcceptanceEstimator:
         if not (forest.present.size and forest.present.any()):
             return
         accepted, seen = forest.outcomes(paths)
-        if known.wants_fit():
+        is_fitting = known.wants_fit()
+        if is_fitting:
             expected = self._chances(ids, forest, known)
             known.fit(expected[seen], forest.confidence[seen], accepted[seen])
         num_drafts = int(forest.present[:, 0].sum())
         base = np.where(seen, known.rates[self._cells(forest)], 0.0)
         known.observe_rates(*self._seen_cells(forest, seen), accepted[seen], num_drafts)
+        if is_fitting:
+            known.refresh()
         rows = np.flatnonzero(forest.present[:, 0])
         places = self._places(ids)[rows]
         keep, own = 1 - 1 / REQUEST_MEMORY, self._requests
@@ -373,7 +376,8 @@ class AcceptanceEstimator:
         own.expected[places] = keep * own.expected[places] + _by_level(forest, base)[rows]
         chance = _by_level(forest, base * (1 - base))[rows]
         own.variance[places] = keep**2 * own.variance[places] + chance
-        self._learn_difference(places)
+        if is_fitting:
+            self._learn_difference(places)
 
     def num_verified(self, ids: Sequence[str]) -> Floats:
         """How much was verified of each sequence: expected first nodes, recent ones counting more."""
@@ -386,7 +390,9 @@ class AcceptanceEstimator:
 
     def rates(self, method: str = "") -> Floats:
         """[depth, rank]: acceptance given that the parent is accepted, over all requests."""
-        return self._method(method).rates.copy()
+        known = self._method(method)
+        known.refresh()
+        return known.rates.copy()
 
     def _places(self, ids: Sequence[str]) -> Ints:
         """Where the sequences' sums are; the same list is asked for several times in a step."""
