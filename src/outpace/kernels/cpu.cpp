@@ -143,7 +143,8 @@ inline vf log(vf x) {
 
 // Runs loops on several threads. Chunks are claimed one by one and nobody waits for a thread that has not
 // come, as a barrier of OpenMP would: if something else holds its core, the others do its share. What can
-// still cost is a thread put off in the middle of a chunk; then the caller works alone for a while.
+// still cost is a thread put off in the middle of a chunk. So accounts are kept of what the others save and
+// what waiting for them loses, and where it does not pay the caller works alone for a while.
 class Team {
  public:
   static Team& instance() {
@@ -162,7 +163,8 @@ class Team {
   template <typename Body>
   void run(int count, const Body& body) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);  // busy: another model's loop
-    if (count < 2 || !busy || threads_.load(std::memory_order_relaxed) < 2 || Clock::now() < alone_until_) {
+    const auto begin = Clock::now();
+    if (count < 2 || !busy || threads_.load(std::memory_order_relaxed) < 2 || begin < alone_until_) {
       for (int i = 0; i < count; i++) body(i);
       return;
     }
@@ -176,14 +178,17 @@ class Team {
       std::lock_guard<std::mutex> lock(asleep_);
       wake_.notify_all();
     }
-    take_part(epoch_);
+    const int own = take_part(epoch_);
+    const auto end = Clock::now();
     wait_for(count);
+    settle((end - begin) * (count - own) / std::max(own, 1), Clock::now() - end);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
   static constexpr auto kPatience = std::chrono::microseconds(100);  // of a thread: longer than the gaps in a pass
-  static constexpr auto kStall = std::chrono::microseconds(500);     // a chunk takes less than 200
+  static constexpr auto kStall = std::chrono::microseconds(500);     // of the caller: a chunk takes less than 200
+  static constexpr Clock::duration kCredit = std::chrono::milliseconds(10);  // what is saved counts up to this
   static constexpr Clock::duration kShortest = std::chrono::milliseconds(8), kLongest = std::chrono::seconds(1);
 
   static void pause() {
@@ -194,24 +199,29 @@ class Team {
 #endif
   }
 
-  // Waits for the chunks that others have claimed. After a stall works alone, longer each time it recurs.
+  // Waits for the chunks that others have claimed.
   void wait_for(int count) {
-    if (finished_.load(std::memory_order_acquire) == count) return;
     const auto begin = Clock::now();
-    auto now = begin;
     for (int spins = 1; finished_.load(std::memory_order_acquire) != count; spins++) {
       pause();
-      if (spins % 64) continue;
-      now = Clock::now();
-      if (now - begin > kStall) std::this_thread::yield();
+      if (spins % 64 == 0 && Clock::now() - begin > kStall) std::this_thread::yield();
     }
-    if (now - begin < kStall) return;
-    alone_for_ = now - alone_until_ < alone_for_ ? std::min(2 * alone_for_, kLongest) : kShortest;
-    alone_until_ = now + alone_for_;
   }
 
-  // Claims chunks of one loop while there are any. The epoch makes a late thread miss, not meddle.
-  void take_part(uint32_t epoch) {
+  // Enters what the others' chunks would have taken and what was waited; the caller goes on alone where that
+  // does not pay, longer each time it recurs.
+  void settle(Clock::duration saved, Clock::duration waited) {
+    balance_ = std::min(balance_ + saved - waited, kCredit);
+    if (balance_ > -kStall) return;
+    const auto now = Clock::now();
+    alone_for_ = now - alone_until_ < alone_for_ ? std::min(2 * alone_for_, kLongest) : kShortest;
+    alone_until_ = now + alone_for_;
+    balance_ = Clock::duration::zero();
+  }
+
+  // Claims chunks of one loop while there are any; says how many. The epoch makes a late thread miss, not meddle.
+  int take_part(uint32_t epoch) {
+    int done = 0;
     uint64_t work = work_.load(std::memory_order_acquire);
     while (work >> 32 == epoch && uint32_t(work)) {
       auto call = call_.load(std::memory_order_relaxed);
@@ -219,8 +229,10 @@ class Team {
       if (!work_.compare_exchange_weak(work, work - 1, std::memory_order_acq_rel)) continue;
       call(body, int(uint32_t(work) - 1));
       finished_.fetch_add(1, std::memory_order_release);
+      done++;
       work = work_.load(std::memory_order_acquire);
     }
+    return done;
   }
 
   void serve(int number) {
@@ -263,6 +275,7 @@ class Team {
   std::mutex busy_;  // one loop at a time
   int workers_ = 0;
   std::atomic<int> threads_{1};
+  Clock::duration balance_{};
   Clock::duration alone_for_ = kShortest;
   Clock::time_point alone_until_{};
   uint32_t epoch_ = 0;
