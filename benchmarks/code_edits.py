@@ -1,6 +1,6 @@
 """Makes code-editing prompts out of solved problems: the answer repeats most of the prompt.
 
-    python benchmarks/code_edits.py humaneval.jsonl.gz edits.jsonl
+python benchmarks/code_edits.py humaneval.jsonl.gz edits.jsonl
 """
 
 from __future__ import annotations

@@ -221,8 +221,11 @@ def main() -> None:
     parser.add_argument("--conditions", nargs="+", choices=["batch", "drafts"], default=["batch", "drafts"])
     parser.add_argument("--methods", nargs="+", default=[*known, "suffix,prompt_lookup"])
     parser.add_argument("--num-threads", type=int)
+    parser.add_argument("--max-num-seqs", type=int, default=64, help="at once; sets the size of the cache")
     args = parser.parse_args()
-    loaded = Loaded.default(args.spec_model, model=args.model, num_threads=args.num_threads)
+    loaded = Loaded.default(
+        args.spec_model, model=args.model, num_threads=args.num_threads, max_num_seqs=args.max_num_seqs
+    )
     share = args.num_prompts // len(args.dataset)
     prompts = [p for path in args.dataset for p in chat_prompts(loaded.engine, path, share)]
     runs = {
