@@ -186,7 +186,7 @@ class Team {
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr auto kPatience = std::chrono::microseconds(100);  // of a thread: longer than the gaps in a pass
+  static constexpr auto kPatience = std::chrono::milliseconds(5);  // of a thread: longer than the gap between steps
   static constexpr auto kStall = std::chrono::microseconds(500);     // of the caller: a chunk takes less than 200
   static constexpr Clock::duration kCredit = std::chrono::milliseconds(10);  // what is saved counts up to this
   static constexpr Clock::duration kShortest = std::chrono::milliseconds(8), kLongest = std::chrono::seconds(1);
