@@ -168,7 +168,7 @@ def test_linear_costs_are_learnt_and_stay_at_least_zero() -> None:
         assert cost.seconds(1.0, sequences) == pytest.approx(2e-3 + 3e-5 * sequences, rel=0.15)
     for _ in range(50):
         cost.observe(0.0, 1.0, rng.choice([1, 64]))
-    assert (cost.coefficients >= 0).all()
+    assert min(cost.coefficients) >= 0
 
 
 def test_json_holds_everything_and_comes_back_the_same() -> None:

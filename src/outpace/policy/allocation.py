@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _MOST_ROUNDS = 4  # the rate converges in two or three
-_CONVERGED = 0.01
+_CONVERGED = 0.01  # tokens by which a slot's rank may be off
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,25 +47,49 @@ class Slots:
     behind: Floats
 
 
-@dataclass(frozen=True, slots=True)
 class Extra:
-    """Work that drafts add to a step, one entry per number of slots taken.
+    """Work that drafts add to a step, one entry per number of slots taken; worked out where it is asked for.
 
     Attributes:
+        order: Flat indices of the slots, best first.
         rows: Expected rows.
-        pairs: Expected rows times their context.
-        sequences: Sequences that draft.
-        behind: Tokens that these are behind.
-        nodes: Nodes asked for.
-        depth: The longest prefix.
     """
 
-    rows: Floats
-    pairs: Floats
-    sequences: Floats
-    behind: Floats
-    nodes: Floats
-    depth: Floats
+    def __init__(self, slots: Slots, order: Ints) -> None:
+        """Takes slots in an order."""
+        self._slots, self.order = slots, order
+        self._row = slots.rows.ravel()[order]
+        self._sequence, self._place = np.divmod(order, max(slots.gain.shape[1], 1))
+        self.rows = _sums(self._row)
+
+    @property
+    def pairs(self) -> Floats:
+        """Expected rows times their context."""
+        return _sums(self._row * self._slots.context[self._sequence])
+
+    @property
+    def sequences(self) -> Floats:
+        """Sequences that draft."""
+        return _sums(self._place == 0)
+
+    @property
+    def behind(self) -> Floats:
+        """Tokens that these are behind."""
+        return _sums((self._place == 0) * self._slots.behind[self._sequence])
+
+    @property
+    def nodes(self) -> Floats:
+        """Nodes asked for."""
+        return np.arange(len(self.order) + 1.0)
+
+    @property
+    def depth(self) -> Floats:
+        """The longest prefix."""
+        return np.maximum.accumulate(np.concatenate(([0.0], self._place + 1.0)))
+
+    def counts(self, num_slots: int) -> Ints:
+        """[sequences], what each takes of the first so many slots."""
+        return np.bincount(self._sequence[:num_slots], minlength=len(self._slots.gain))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,63 +133,29 @@ def allocate(
         max_rows: Most rows that drafts may take.
         rate: A guess of the rate, to rank by at first: that of the step before.
     """
+    per_row = np.minimum.accumulate(slots.gain / slots.rows, axis=1)
+    usable = np.flatnonzero(slots.usable)
+    context_s = pair_s * (slots.context - slots.context.min(initial=np.inf))
     for _ in range(_MOST_ROUNDS):
-        ranked = _Ranked.by(rate, slots, pair_s)
-        expected = base + ranked.gains
-        rates = np.where(ranked.extra.rows <= max_rows, expected / costs.decoding(ranked.extra), -1.0)
-        best = int(np.argmax(rates))
-        guess, rate = rate, float(rates[best])
-        if pair_s == 0.0 or abs(rate - guess) <= _CONVERGED * rate:
-            break
-    if costs.whole is None:
-        seconds = float(expected[best]) / rate if rate else float(costs.decoding(ranked.extra)[best])
-    else:  # prompts in the same step: their rows are paid anyway, a token is worth what it costs without them
-        duration = costs.whole(ranked.extra)
-        value = np.where(ranked.extra.rows <= max_rows, expected - rate * duration, -np.inf)
-        best = int(np.argmax(value))
-        seconds = float(duration[best])
-    counts = np.bincount(ranked.order[:best] // max(slots.gain.shape[1], 1), minlength=len(slots.gain))
-    return Choice(counts, rate, seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ranked:
-    """Slots, best first.
-
-    Attributes:
-        order: Their flat indices.
-        gains: Sum of the gains of the first 0, 1, 2, … of them.
-        extra: And their work.
-    """
-
-    order: Ints
-    gains: Floats
-    extra: Extra
-
-    @classmethod
-    def by(cls, rate: float, slots: Slots, pair_s: float) -> _Ranked:
-        """Ranks by gain per row less what a row's context costs at a rate of tokens per second."""
-        width = slots.gain.shape[1]
-        per_row = np.minimum.accumulate(slots.gain / slots.rows, axis=1)
-        key = per_row - rate * pair_s * slots.context[:, None]
-        usable = np.flatnonzero(slots.usable)
+        key = (per_row - rate * context_s[:, None]).ravel()[usable]
         # stable: with equal keys a sequence's earlier nodes come first
-        order = usable[np.argsort(-key.ravel()[usable], kind="stable")]
-        rows = slots.rows.ravel()[order]
-        sequence, place = np.divmod(order, max(width, 1))
-        extra = Extra(
-            rows=_sums(rows),
-            pairs=_sums(rows * slots.context[sequence]),
-            sequences=_sums(place == 0),
-            behind=_sums((place == 0) * slots.behind[sequence]),
-            nodes=np.arange(len(order) + 1, dtype=np.float64),
-            depth=np.maximum.accumulate(np.concatenate(([0.0], place + 1.0))),
-        )
-        return cls(order, _sums(slots.gain.ravel()[order]), extra)
+        extra = Extra(slots, usable[np.argsort(-key, kind="stable")])
+        expected = base + _sums(slots.gain.ravel()[extra.order])
+        seconds = costs.decoding(extra)
+        fits = int(np.searchsorted(extra.rows, max_rows, side="right"))
+        best = int(np.argmax(expected[:fits] / seconds[:fits]))
+        guess, rate = rate, float(expected[best] / seconds[best])
+        if abs(rate - guess) * context_s.max(initial=0.0) <= _CONVERGED:
+            break
+    if costs.whole is not None:
+        # prompts in the same step: their rows are paid anyway, a token is worth what it costs without them
+        seconds = costs.whole(extra)
+        best = int(np.argmax(expected[:fits] - rate * seconds[:fits]))
+    return Choice(extra.counts(best), rate, float(seconds[best]))
 
 
 def _sums(values: NDArray[np.generic]) -> Floats:
     """Sums of the first 0, 1, 2, … values."""
     sums = np.zeros(len(values) + 1)
-    np.cumsum(values, out=sums[1:])
+    np.add.accumulate(values, out=sums[1:])
     return sums
