@@ -43,7 +43,6 @@ IDLE_MEMORY = 4096.0  # steps after which what is not observed has mostly gone b
 REQUEST_MEMORY = 16.0  # drafts over which a request's own averages reach back
 REQUEST_WEIGHT = 3.0  # drafts that the population is worth to a request
 DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the least that is assumed
-_DIFFERENCE_MEMORY = 128.0  # steps over which it is learnt
 LEAST, MOST = 1e-3, 0.995  # bounds of a chance
 _CALIBRATION_RIDGE = 20.0  # observations before confidences count for much
 _LEARN_ALL, _LEARN_EVERY = 16, 8  # steps with drafts that are learnt from at once, later every so many steps
@@ -175,42 +174,44 @@ def _sigmoid(x: Floats) -> Floats:
     return np.asarray(1 / (1 + np.exp(-x)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What is to be learnt from a step; see `AcceptanceEstimator.observe`."""
-
-    places: Ints
-    limits: Sequence[int]
-    drafts: Sequence[Draft]
-    lengths: Sequence[int]
-    paths: Sequence[Sequence[int]]
+# The place of a request, the nodes it was asked for, the draft that came, the nodes of it that were verified
+# and those that were accepted.
+_Outcome = tuple[int, int, Draft, int, Sequence[int]]
 
 
 class _Requests:
     """Discounted sums per request, one row each; rows are added as requests come and reused as they go.
 
-    A row's columns: hits, expected hits and their variance by chance, each for first nodes and for deeper
-    ones; then, per node, drafts that were asked for it, that had it, and their survival.
+    Attributes:
+        outcomes: [3, rows, 2], hits, expected hits and their variance by chance, each for first nodes and for
+            deeper ones.
+        curves: [3, rows, nodes], per node drafts that were asked for it, that had it, and their survival.
     """
 
     def __init__(self, num_nodes: int) -> None:
-        self.sums = np.zeros((64, 6 + 3 * num_nodes))
-        self._num_nodes = num_nodes
+        self.outcomes, self.curves = np.zeros((3, 0, 2)), np.zeros((3, 0, num_nodes))
         self._places: dict[str, int] = {}
-        self._unused = list(range(63, -1, -1))
+        self._unused: list[int] = []
         self._leaving: list[int] = []
+        self._grow(64)
 
-    def places(self, ids: Sequence[str]) -> Ints:
+    def __len__(self) -> int:
+        return self.outcomes.shape[1]
+
+    def _grow(self, num_rows: int) -> None:
+        self._unused.extend(reversed(range(len(self), len(self) + num_rows)))
+        more = ((0, 0), (0, num_rows), (0, 0))
+        self.outcomes, self.curves = np.pad(self.outcomes, more), np.pad(self.curves, more)
+
+    def places(self, ids: Sequence[str]) -> list[int]:
         """The row of each request; that of a new one holds zeros."""
         known = self._places
         for key in ids:
             if key not in known:
                 if not self._unused:
-                    size = len(self.sums)
-                    self._unused.extend(range(2 * size - 1, size - 1, -1))
-                    self.sums = np.concatenate([self.sums, np.zeros_like(self.sums)])
+                    self._grow(len(self))
                 known[key] = self._unused.pop()
-        return np.array([known[key] for key in ids], np.int64)
+        return [known[key] for key in ids]
 
     def release(self, key: str) -> None:
         """Forgets a request; its row is free once `clear` was called."""
@@ -221,7 +222,7 @@ class _Requests:
     def clear(self) -> None:
         """Frees the rows of those who left."""
         if self._leaving:
-            self.sums[self._leaving] = 0.0
+            self.outcomes[:, self._leaving] = self.curves[:, self._leaving] = 0.0
             self._unused += self._leaving
             self._leaving.clear()
 
@@ -230,19 +231,16 @@ class _Requests:
 
         Args:
             places: [drafts], their rows.
-            outcomes: [drafts, 6], the first columns; zeros where nothing was verified.
-            curves: [drafts, 3 · nodes], the others.
+            outcomes: [3, drafts, 2], zeros where nothing was verified.
+            curves: [3, drafts, nodes].
         """
-        of_request = np.equal(np.arange(len(self.sums))[:, None], places).astype(np.float64)
-        num_verified = of_request @ (outcomes[:, 2] > 0)
-        num_asked = of_request @ curves[:, : self._num_nodes]
+        of_request = np.equal(np.arange(len(self))[:, None], places).astype(np.float64)  # [rows, drafts]
         keep = 1 - 1 / REQUEST_MEMORY
-        decay = np.empty_like(self.sums)
-        decay[:, :4] = keep ** num_verified[:, None]
-        decay[:, 4:6] = decay[:, :2] ** 2  # the variance of a discounted sum
-        decay[:, 6:] = np.tile(keep**num_asked, 3)
-        self.sums *= decay
-        self.sums += of_request @ np.hstack([outcomes, curves])
+        decay = keep ** (of_request @ (outcomes[1, :, :1] > 0))
+        self.outcomes *= np.stack([decay, decay, decay * decay])  # the last: the variance of a discounted sum
+        self.outcomes += of_request @ outcomes
+        self.curves *= keep ** (of_request @ curves[0])
+        self.curves += of_request @ curves
 
 
 class AcceptanceEstimator:
@@ -265,7 +263,7 @@ class AcceptanceEstimator:
         # expected of them.
         self._surprise, self._square = np.full(2, DIFFERENCE[0]), np.ones(2)
         self._calibration = _Calibration()
-        self._steps: list[_Step] = []  # to learn from
+        self._outcomes: list[_Outcome] = []  # to learn from
         self._num_steps = self._num_idle = 0  # with drafts; and of all kinds since it learnt
         self._refresh()
 
@@ -277,8 +275,7 @@ class AcceptanceEstimator:
             nodes, non-increasing along a row.
         """
         places = self._places(ids)
-        sums = self._requests.sums[places, 6:]
-        asked, present, survived = np.hsplit(sums, 3)
+        asked, present, survived = self._requests.curves[:, places]
         weight = asked + REQUEST_WEIGHT
         usual_present, usual_survived = self._usual
         present = (present + REQUEST_WEIGHT * usual_present) / weight
@@ -288,7 +285,7 @@ class AcceptanceEstimator:
 
     def survival(self, ids: Sequence[str], forest: Forest) -> Floats:
         """[trees, nodes]: the chance of each node to be on the accepted path."""
-        return self._survival(self._chances(self._places(ids), forest), forest)
+        return self._survival(self._chances(np.array(self._places(ids)), forest), forest)
 
     def observe(
         self,
@@ -309,16 +306,17 @@ class AcceptanceEstimator:
         """
         self._num_idle += 1
         if any(limits):
-            self._steps.append(_Step(self._places(ids), limits, drafts, lengths, paths))
+            outcomes = zip(self._places(ids), limits, drafts, lengths, paths, strict=True)
+            self._outcomes += [outcome for outcome in outcomes if outcome[1]]
             self._num_steps += 1
         waits = 1 if self._num_steps <= _LEARN_ALL else _LEARN_EVERY
-        if self._num_idle >= (waits if self._steps else _IDLE_STEPS):
+        if self._num_idle >= (waits if self._outcomes else _IDLE_STEPS):
             self._learn()
 
     def num_verified(self, ids: Sequence[str]) -> Floats:
         """How much was verified of each sequence: expected first nodes, recent ones counting more."""
         places = self._places(ids)
-        return np.asarray(self._requests.sums[places, 2])
+        return np.asarray(self._requests.outcomes[1, places, 0])
 
     def release(self, sequence_id: str) -> None:
         """Forgets a sequence."""
@@ -331,36 +329,28 @@ class AcceptanceEstimator:
 
     def _learn(self) -> None:
         """Learns from the steps that were gathered."""
-        steps, self._steps = self._steps, []
-        limits = np.fromiter(chain.from_iterable(step.limits for step in steps), np.int64)
-        asked = np.flatnonzero(limits)
-        drafts = list(chain.from_iterable(step.drafts for step in steps))
-        lengths = np.fromiter(chain.from_iterable(step.lengths for step in steps), np.int64)
-        paths = list(chain.from_iterable(step.paths for step in steps))
         self._forget_slowly()
-        if asked.size:
-            places = np.concatenate([step.places for step in steps])[asked]
-            indices = asked.tolist()
-            forest = Forest.of([drafts[i] for i in indices])
-            self._learn_from(
-                places, limits[asked], forest, forest.cut(lengths[asked]), [paths[i] for i in indices]
-            )
-            self._learn_difference(np.unique(places[lengths[asked] > 0]), len(steps))
+        if self._outcomes:
+            places, limits, drafts, lengths, paths = zip(*self._outcomes, strict=True)
+            self._outcomes.clear()
+            self._learn_from(np.array(places), np.array(limits), Forest.of(drafts), np.array(lengths), paths)
         self._requests.clear()
         self._refresh()
 
     def _learn_from(
-        self, places: Ints, limits: Ints, forest: Forest, verified: Forest, paths: list[Sequence[int]]
+        self, places: Ints, limits: Ints, forest: Forest, lengths: Ints, paths: Sequence[Sequence[int]]
     ) -> None:
         """Learns from drafts that were asked for, side by side."""
+        is_verified = lengths > 0
+        num_drafts = int(np.count_nonzero(is_verified))
         chances = self._chances(places, forest)
         survival = self._survival(chances, forest)
-        accepted, seen = verified.outcomes(paths)
+        accepted, seen = forest.cut(lengths).outcomes(paths)
         if forest.confidence is not None:
             self._calibration.fit(chances[seen], forest.confidence[seen], accepted[seen])
         rates = np.where(seen, self._rates[forest.depths, forest.ranks], 0.0)
         cells = np.broadcast_to(forest.depths * NUM_RANKS + forest.ranks, seen.shape)[seen]
-        keep = (1 - 1 / MEMORY) ** np.count_nonzero(verified.present.any(axis=1))
+        keep = (1 - 1 / MEMORY) ** num_drafts
         self._trials = keep * self._trials + self._per_cell(cells)
         self._accepted = keep * self._accepted + self._per_cell(cells, accepted[seen])
         curves = np.zeros((3, len(limits), self._max_nodes))
@@ -370,18 +360,18 @@ class AcceptanceEstimator:
         outcomes = np.stack([accepted, rates, rates * (1 - rates)])  # [3, drafts, nodes]
         of_first = np.where(forest.depths == 0, outcomes, 0.0).sum(axis=2)
         by_level = np.stack([of_first, outcomes.sum(axis=2) - of_first], axis=2)  # [3, drafts, 2]
-        self._requests.add(places, np.hstack(list(by_level)), np.hstack(list(curves)))
+        self._requests.add(places, by_level, curves)
+        if num_drafts:
+            self._learn_difference(np.flatnonzero(np.bincount(places[is_verified])), num_drafts)
 
     def _per_cell(self, cells: Ints, values: Bools | None = None) -> Floats:
         counts = np.bincount(cells, values, self._trials.size)
         return np.asarray(counts.reshape(self._trials.shape), np.float64)
 
-    def _learn_difference(self, places: Ints, num_steps: int) -> None:
+    def _learn_difference(self, places: Ints, num_drafts: int) -> None:
         """By the method of moments: E (hits - expected)² = variance by chance + difference · expected²."""
-        if not places.size:
-            return
-        hits, expected, variance = np.hsplit(self._requests.sums[places, :6], 3)
-        rate = 1 - (1 - 1 / _DIFFERENCE_MEMORY) ** num_steps
+        hits, expected, variance = self._requests.outcomes[:, places]
+        rate = 1 - (1 - 1 / MEMORY) ** num_drafts
         self._surprise += rate * (((hits - expected) ** 2 - variance).mean(axis=0) - self._surprise)
         self._square += rate * ((expected**2).mean(axis=0) - self._square)
 
@@ -394,20 +384,21 @@ class AcceptanceEstimator:
 
     def _refresh(self) -> None:
         """Works out anew what is answered until more is learnt."""
-        prior = PRIOR_RATE * 0.5 ** np.arange(NUM_RANKS)
-        self._rates = np.empty_like(self._trials)
-        for depth, (trials, accepted) in enumerate(zip(self._trials, self._accepted, strict=True)):
-            self._rates[depth] = prior = (accepted + PRIOR_WEIGHT * prior) / (trials + PRIOR_WEIGHT)
+        rates = [[PRIOR_RATE * 0.5**rank for rank in range(NUM_RANKS)]]
+        for cells in zip(self._trials.tolist(), self._accepted.tolist(), strict=True):
+            above = zip(*cells, rates[-1], strict=True)
+            rates.append([(hits + PRIOR_WEIGHT * p) / (num + PRIOR_WEIGHT) for num, hits, p in above])
+        self._rates = np.array(rates[1:])
         asked, present, survived = self._curves
         weight = asked + PRIOR_WEIGHT
         expected = survived + PRIOR_WEIGHT * np.cumprod(self._rates[:, 0])
         self._usual = (present + PRIOR_WEIGHT) / weight, expected / weight
-        factors = np.repeat(self._factors(), [1, self._max_nodes - 1], axis=1)
+        factors = self._factors()[:, np.minimum(np.arange(self._max_nodes), 1)]  # [requests, depth]
         self._table = np.minimum(np.maximum(self._rates * factors[:, :, None], LEAST), MOST)
 
     def _factors(self) -> Floats:
         """[requests, 2]: the least squares estimate of each request's own acceptance over everyone's."""
-        hits, expected, variance = np.hsplit(self._requests.sums[:, :6], 3)
+        hits, expected, variance = self._requests.outcomes
         signal = np.maximum(self._surprise / np.maximum(self._square, _FLOOR), DIFFERENCE[1]) * expected**2
         trust = signal / np.maximum(signal + variance, _FLOOR)
         return np.asarray(1 + trust * (hits / np.maximum(expected, _FLOOR) - 1))
@@ -419,9 +410,9 @@ class AcceptanceEstimator:
     def _survival(self, chances: Floats, forest: Forest) -> Floats:
         return forest.along_paths(self._calibration(chances, forest.confidence))
 
-    def _places(self, ids: Sequence[str]) -> Ints:
+    def _places(self, ids: Sequence[str]) -> list[int]:
         """The rows of requests, in the sums and in the table."""
         places = self._requests.places(ids)
-        if len(self._table) < len(self._requests.sums):
+        if len(self._table) < len(self._requests):
             self._refresh()
         return places

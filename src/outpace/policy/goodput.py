@@ -83,7 +83,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
         self._rate = 0.0  # expected tokens per second
         self._credit_s = 0.0  # time that probing may take
-        self._probe_s = math.inf  # and what the next probe needs of it
+        self._probe_s = 0.0  # and what the next probe needs of it
 
     def limits(self, view: BatchView) -> list[int]:
         """See SpeculationPolicy."""
@@ -140,17 +140,17 @@ class GoodputPolicy(SpeculationPolicy):
     def _worthwhile(self, view: BatchView, most: list[int]) -> list[int]:
         """Draft tokens to ask for, from what drafts are expected to be.
 
-        That changes slowly, so a choice is held for a few steps. A probe that can be paid is made at once.
+        That changes slowly, so a choice is held for a few steps; probes need not wait for the next one.
         """
         made_for = (self._ids, view.num_rows)
         self._num_held += 1
-        if self._num_held >= HOLD or made_for != self._held_for or self._credit_s >= self._probe_s:
+        if self._num_held >= HOLD or made_for != self._held_for:
             self._choice, self._held_for, self._num_held = self._choose(view, most), made_for, 0
-            limits = self._choice.copy()
+            self._probe_s = 0.0
+        limits = [min(pair) for pair in zip(self._choice, most, strict=True)]
+        if self._credit_s >= self._probe_s:
             self._draft_to_learn(view, limits, [i for i, m in enumerate(most) if m and not limits[i]])
-        else:
-            limits = self._choice
-        return [min(pair) for pair in zip(limits, most, strict=True)]
+        return limits
 
     def _choose(self, view: BatchView, most: list[int]) -> list[int]:
         everyone = list(range(len(most)))
@@ -196,15 +196,15 @@ class GoodputPolicy(SpeculationPolicy):
 
     def _draft_to_learn(self, view: BatchView, limits: list[int], idle: list[int]) -> None:
         """Lets the least known of those who do not draft do so, if there is time to spare for it."""
-        self._probe_s = math.inf
         if not idle:
+            self._probe_s = math.inf
             return
         probe = self._least_known(idle)
         draft_s = float(self.cost.draft_s(1, PROBE_NODES, PROBE_NODES, self._behind[probe] / HORIZON))
         self._probe_s = draft_s + self._rows_s(view, view.sequences[probe].context_len)
         if self._credit_s >= self._probe_s:
             self._credit_s -= draft_s
-            limits[probe] = PROBE_NODES
+            limits[probe] = min(PROBE_NODES, view.sequences[probe].max_draft)
 
     def _verify_to_learn(self, view: BatchView, counts: list[int], idle: list[int]) -> None:
         """The same for those who have a draft of which nothing is worth verifying."""
