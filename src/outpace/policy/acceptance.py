@@ -15,8 +15,8 @@ Before drafts exist two curves per request stand for them: the chance that a dra
 mean S of i-th nodes that there were. They average what was drafted, verified or not, so that cutting does
 not bias them.
 
-Steps are gathered and learnt from several at a time: an array operation costs the same for one step as for
-eight. Between, a table per request, depth and rank answers.
+Steps are gathered and learnt from several at a time: an array operation costs about the same for one step as
+for sixteen. Between, a table per request, depth and rank answers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ REQUEST_WEIGHT = 3.0  # drafts that the population is worth to a request
 DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the least that is assumed
 LEAST, MOST = 1e-3, 0.995  # bounds of a chance
 _CALIBRATION_RIDGE = 20.0  # observations before confidences count for much
-_LEARN_ALL, _LEARN_EVERY = 16, 8  # steps with drafts that are learnt from at once, later every so many steps
+LEARN_EVERY = 16  # steps that are learnt from together, once there were as many
 _IDLE_STEPS = 256  # without a draft, after which rates are worked out anew
 _FLOOR = 1e-9  # in place of a zero to divide by
 
@@ -309,7 +309,7 @@ class AcceptanceEstimator:
             outcomes = zip(self._places(ids), limits, drafts, lengths, paths, strict=True)
             self._outcomes += [outcome for outcome in outcomes if outcome[1]]
             self._num_steps += 1
-        waits = 1 if self._num_steps <= _LEARN_ALL else _LEARN_EVERY
+        waits = 1 if self._num_steps <= LEARN_EVERY else LEARN_EVERY
         if self._num_idle >= (waits if self._outcomes else _IDLE_STEPS):
             self._learn()
 

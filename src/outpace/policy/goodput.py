@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from outpace.policy.acceptance import AcceptanceEstimator, Forest
+from outpace.policy.acceptance import LEARN_EVERY, AcceptanceEstimator, Forest
 from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
 from outpace.policy.cost import CostModel
@@ -27,7 +27,7 @@ PROBE_SHARE = 0.005  # of all time may be lost on drafts made only to learn
 HORIZON = 32  # steps over which what a drafter has to catch up with is written off
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
 FREE = 0.005  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
-HOLD = 8  # steps for which a choice made before drafting stands while the sequences are the same
+HOLD = 16  # steps for which a choice made before drafting stands while the sequences are the same
 _CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes they may
 
 
@@ -80,6 +80,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._choice: list[int] = []  # made before drafting, without probes
         self._held_for: tuple[list[str], int] = ([], 0)  # the sequences and the rows that it was made for
         self._num_held = 0  # steps since then
+        self._records: list[tuple[StepRecord, int]] = []  # to learn costs from, with what was caught up with
+        self._num_steps = 0
         self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
         self._rate = 0.0  # expected tokens per second
         self._credit_s = 0.0  # time that probing may take
@@ -124,7 +126,10 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         assert record.view is self._view, "a step is observed before the next one is planned"
         limits = record.limits
-        self.cost.observe(record, sum(compress(self._behind, limits)))
+        self._records.append((record, sum(compress(self._behind, limits))))
+        self._num_steps += 1
+        if self._num_steps <= LEARN_EVERY or len(self._records) == LEARN_EVERY:
+            self._learn_costs()
         self._seen.update((s.id, s.context_len) for s in compress(record.view.sequences, limits))
         self._stakes.observe(record)
         self.acceptance.observe(self._ids, limits, self._drafts, record.num_drafted, record.paths)
@@ -136,6 +141,12 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         self.acceptance.release(sequence_id)
         self._seen.pop(sequence_id, None)
+
+    def _learn_costs(self) -> None:
+        """In one go: code and data that the model's pass has pushed out of the caches come back once."""
+        for record, behind in self._records:
+            self.cost.observe(record, behind)
+        self._records.clear()
 
     def _worthwhile(self, view: BatchView, most: list[int]) -> list[int]:
         """Draft tokens to ask for, from what drafts are expected to be.
