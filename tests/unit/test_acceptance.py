@@ -114,7 +114,7 @@ def test_equal_requests_are_treated_almost_equally_and_different_ones_are_told_a
     def first_nodes(*chances: float) -> np.ndarray:
         estimator = AcceptanceEstimator(DEPTH)
         ids = teach(estimator, lambda r, _: chances[int(r[1:])], 600)
-        return estimator.survival(ids, Forest.of([DraftTree.chain((0,))] * 4))[:, 0]
+        return np.array(estimator.survival(ids, [DraftTree.chain((0,))] * 4))[:, 0]
 
     assert np.ptp(first_nodes(0.7, 0.7, 0.7, 0.7)) < 0.1
     different = first_nodes(0.95, 0.95, 0.2, 0.2)
@@ -125,9 +125,9 @@ def test_equal_requests_are_treated_almost_equally_and_different_ones_are_told_a
 def test_a_request_that_ended_leaves_nothing_to_the_next_one_of_its_name() -> None:
     estimator = AcceptanceEstimator(DEPTH)
     ids = teach(estimator, lambda r, _: 0.95 if r == "r0" else 0.1, 300)
-    old = estimator.survival(ids, Forest.of([DraftTree.chain((0,))] * 4))[0, 0]
+    old = estimator.survival(ids, [DraftTree.chain((0,))] * 4)[0][0]
     estimator.release("r0")
-    new = estimator.survival(ids, Forest.of([DraftTree.chain((0,))] * 4))[0, 0]
+    new = estimator.survival(ids, [DraftTree.chain((0,))] * 4)[0][0]
     assert new < 0.6 < old
     for i in range(1000):  # places are reused
         estimator.before([f"x{i}"])
@@ -163,7 +163,7 @@ def test_confidences_that_tell_are_trusted_and_those_that_do_not_are_not() -> No
             paths = [(0,) if rng.random() < p else () for p in chances]
             estimator.observe([str(i) for i in range(8)], [1] * 8, drafts, [1] * 8, paths)
         drafts = [DraftTree.chain((0,), (q,)) for q in (0.1, 0.9)]
-        low, high = estimator.survival(["new", "newer"], Forest.of(drafts))[:, 0]
+        low, high = np.array(estimator.survival(["new", "newer"], drafts))[:, 0]
         if informative:
             assert low == pytest.approx(0.1, abs=0.06)
             assert high == pytest.approx(0.9, abs=0.06)
@@ -173,5 +173,5 @@ def test_confidences_that_tell_are_trusted_and_those_that_do_not_are_not() -> No
 
 def test_later_siblings_are_less_likely_from_the_start() -> None:
     estimator = AcceptanceEstimator(DEPTH)
-    survival = estimator.survival(["a"], Forest.of([DraftTree((-1, -1, -1), (1, 2, 3))]))[0]
+    survival = estimator.survival(["a"], [DraftTree((-1, -1, -1), (1, 2, 3))])[0]
     assert survival[0] > survival[1] > survival[2]

@@ -45,7 +45,7 @@ REQUEST_WEIGHT = 3.0  # drafts that the population is worth to a request
 DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the least that is assumed
 LEAST, MOST = 1e-3, 0.995  # bounds of a chance
 _CALIBRATION_RIDGE = 20.0  # observations before confidences count for much
-LEARN_EVERY = 16  # steps that are learnt from together, once there were as many
+LEARN_EVERY = 16  # steps that are learnt from together; at first half of all that there were
 _IDLE_STEPS = 256  # without a draft, after which rates are worked out anew
 _FLOOR = 1e-9  # in place of a zero to divide by
 
@@ -77,12 +77,11 @@ class Forest:
         width = max(lengths, default=0)
         places = np.arange(width)
         present = places < np.array(lengths, np.int64)[:, None]
-        in_chain = tuple(range(-1, width - 1))
         confidence = None
         if any(draft.confidence is not None for draft in drafts):
             confidence = np.full(present.shape, np.nan)
             confidence[present] = np.fromiter(chain.from_iterable(map(_confidence, drafts)), np.float64)
-        if all(draft.parents == in_chain[:length] for draft, length in zip(drafts, lengths, strict=True)):
+        if all(map(_is_chain, drafts)):
             row = places[None]
             return cls(present, row - 1, row, np.zeros_like(row), confidence, True)
         parents = np.zeros(present.shape, np.int64) + places - 1
@@ -113,6 +112,10 @@ class Forest:
         accepted[np.repeat(trees, [len(path) for path in paths]), nodes] = True
         reached = (self.parents < 0) | accepted[trees[:, None], np.maximum(self.parents, 0)]
         return accepted, self.present & reached
+
+
+def _is_chain(draft: Draft) -> bool:
+    return draft.parents == tuple(range(-1, len(draft.parents) - 1))
 
 
 def _confidence(draft: Draft) -> Iterable[float]:
@@ -283,9 +286,15 @@ class AcceptanceEstimator:
         survival = np.minimum.accumulate(np.minimum(survived / present, MOST), axis=1)
         return present, survival
 
-    def survival(self, ids: Sequence[str], forest: Forest) -> Floats:
-        """[trees, nodes]: the chance of each node to be on the accepted path."""
-        return self._survival(self._chances(np.array(self._places(ids)), forest), forest)
+    def survival(self, ids: Sequence[str], drafts: Sequence[Draft]) -> list[list[float]]:
+        """For each draft the chance of each node to be on the accepted path."""
+        places, lengths = self._places(ids), [len(draft.parents) for draft in drafts]
+        if all(draft.confidence is None and _is_chain(draft) for draft in drafts):
+            survival = [self._of_chains[place] for place in places]  # known in advance
+        else:
+            forest = Forest.of(drafts)
+            survival = self._survival(self._chances(np.array(places), forest), forest).tolist()
+        return [row[:length] for row, length in zip(survival, lengths, strict=True)]
 
     def observe(
         self,
@@ -309,7 +318,7 @@ class AcceptanceEstimator:
             outcomes = zip(self._places(ids), limits, drafts, lengths, paths, strict=True)
             self._outcomes += [outcome for outcome in outcomes if outcome[1]]
             self._num_steps += 1
-        waits = 1 if self._num_steps <= LEARN_EVERY else LEARN_EVERY
+        waits = min(LEARN_EVERY, (self._num_steps + 1) // 2)
         if self._num_idle >= (waits if self._outcomes else _IDLE_STEPS):
             self._learn()
 
@@ -395,6 +404,7 @@ class AcceptanceEstimator:
         self._usual = (present + PRIOR_WEIGHT) / weight, expected / weight
         factors = self._factors()[:, np.minimum(np.arange(self._max_nodes), 1)]  # [requests, depth]
         self._table = np.minimum(np.maximum(self._rates * factors[:, :, None], LEAST), MOST)
+        self._of_chains: list[list[float]] = np.cumprod(self._table[:, :, 0], axis=1).tolist()
 
     def _factors(self) -> Floats:
         """[requests, 2]: the least squares estimate of each request's own acceptance over everyone's."""

@@ -14,68 +14,79 @@ and the next steps, which can have the same tokens without waiting for a prompt,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _MOST_ROUNDS = 4  # the rate converges in two or three
 _CONVERGED = 0.01  # tokens by which a slot's rank may be off
 
 
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """What may be drafted or verified.
+class Slots(NamedTuple):
+    """What may be drafted or verified. Lists, since most steps have a handful.
 
     Attributes:
-        gain: [sequences, nodes], expected tokens won by each node, weighted.
-        rows: [sequences, nodes], expected rows paid for each node, above 0: 1 where there is one, before
-            that the chance that there will be.
-        usable: [sequences, nodes], False where a limit forbids the node; a prefix of each row.
-        context: [sequences], cached tokens that each of its rows attends to.
-        behind: [sequences], tokens that a drafter would have to catch up with first.
+        gain: For each sequence and each of its nodes the expected tokens won by it, weighted.
+        rows: Likewise the expected rows paid for it, above 0: 1 where there is one, before that the chance
+            that there will be.
+        context: For each sequence the cached tokens that each of its rows attends to.
+        behind: For each sequence the tokens that a drafter would have to catch up with first.
     """
 
-    gain: Floats
-    rows: Floats
-    usable: NDArray[np.bool_]
-    context: Floats
-    behind: Floats
+    gain: Sequence[Sequence[float]]
+    rows: Sequence[Sequence[float]]
+    context: Sequence[float]
+    behind: Sequence[float]
+
+    def ranked(self, pair_s: float) -> list[tuple[int, int]]:
+        """(sequence, node), best first, nodes of a sequence in their order.
+
+        By gain per row less what a row's context costs, in tokens per row and cached token.
+        """
+        keyed = []
+        for i, (gains, rows, context) in enumerate(zip(self.gain, self.rows, self.context, strict=True)):
+            falling = accumulate((g / r for g, r in zip(gains, rows, strict=True)), min)
+            keyed += [(pair_s * context - key, i, node) for node, key in enumerate(falling)]
+        keyed.sort()
+        return [(i, node) for _, i, node in keyed]
 
 
 class Extra:
     """Work that drafts add to a step, one entry per number of slots taken; worked out where it is asked for.
 
     Attributes:
-        order: Flat indices of the slots, best first.
+        order: The slots, best first.
         rows: Expected rows.
     """
 
-    def __init__(self, slots: Slots, order: Ints) -> None:
+    def __init__(self, slots: Slots, order: list[tuple[int, int]]) -> None:
         """Takes slots in an order."""
         self._slots, self.order = slots, order
-        self._row = slots.rows.ravel()[order]
-        self._sequence, self._place = np.divmod(order, max(slots.gain.shape[1], 1))
-        self.rows = _sums(self._row)
+        self._rows = [slots.rows[i][node] for i, node in order]
+        self.rows = _sums(self._rows)
 
     @property
     def pairs(self) -> Floats:
         """Expected rows times their context."""
-        return _sums(self._row * self._slots.context[self._sequence])
+        context = self._slots.context
+        return _sums([rows * context[i] for rows, (i, _) in zip(self._rows, self.order, strict=True)])
 
     @property
     def sequences(self) -> Floats:
         """Sequences that draft."""
-        return _sums(self._place == 0)
+        return _sums([node == 0 for _, node in self.order])
 
     @property
     def behind(self) -> Floats:
         """Tokens that these are behind."""
-        return _sums((self._place == 0) * self._slots.behind[self._sequence])
+        return _sums([0.0 if node else self._slots.behind[i] for i, node in self.order])
 
     @property
     def nodes(self) -> Floats:
@@ -85,11 +96,7 @@ class Extra:
     @property
     def depth(self) -> Floats:
         """The longest prefix."""
-        return np.maximum.accumulate(np.concatenate(([0.0], self._place + 1.0)))
-
-    def counts(self, num_slots: int) -> Ints:
-        """[sequences], what each takes of the first so many slots."""
-        return np.bincount(self._sequence[:num_slots], minlength=len(self._slots.gain))
+        return np.array([0.0, *accumulate((node + 1.0 for _, node in self.order), max)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +117,12 @@ class Choice:
     """What to take.
 
     Attributes:
-        counts: [sequences], nodes of each.
+        counts: Nodes of each sequence.
         rate: Expected (weighted) tokens per second.
         seconds: Expected duration of the step.
     """
 
-    counts: Ints
+    counts: list[int]
     rate: float
     seconds: float
 
@@ -133,29 +140,26 @@ def allocate(
         max_rows: Most rows that drafts may take.
         rate: A guess of the rate, to rank by at first: that of the step before.
     """
-    per_row = np.minimum.accumulate(slots.gain / slots.rows, axis=1)
-    usable = np.flatnonzero(slots.usable)
-    context_s = pair_s * (slots.context - slots.context.min(initial=np.inf))
+    spread_s = pair_s * (max(slots.context, default=0.0) - min(slots.context, default=0.0))
     for _ in range(_MOST_ROUNDS):
-        key = (per_row - rate * context_s[:, None]).ravel()[usable]
-        # stable: with equal keys a sequence's earlier nodes come first
-        extra = Extra(slots, usable[np.argsort(-key, kind="stable")])
-        expected = base + _sums(slots.gain.ravel()[extra.order])
+        extra = Extra(slots, slots.ranked(rate * pair_s))
+        expected = base + _sums([slots.gain[i][node] for i, node in extra.order])
         seconds = costs.decoding(extra)
-        fits = int(np.searchsorted(extra.rows, max_rows, side="right"))
-        best = int(np.argmax(expected[:fits] / seconds[:fits]))
+        fits = bisect_right(extra.rows, max_rows)
+        best = int((expected[:fits] / seconds[:fits]).argmax())
         guess, rate = rate, float(expected[best] / seconds[best])
-        if abs(rate - guess) * context_s.max(initial=0.0) <= _CONVERGED:
+        if abs(rate - guess) * spread_s <= _CONVERGED:
             break
     if costs.whole is not None:
         # prompts in the same step: their rows are paid anyway, a token is worth what it costs without them
         seconds = costs.whole(extra)
-        best = int(np.argmax(expected[:fits] - rate * seconds[:fits]))
-    return Choice(extra.counts(best), rate, float(seconds[best]))
+        best = int((expected[:fits] - rate * seconds[:fits]).argmax())
+    counts = [0] * len(slots.gain)
+    for i, _ in extra.order[:best]:
+        counts[i] += 1
+    return Choice(counts, rate, float(seconds[best]))
 
 
-def _sums(values: NDArray[np.generic]) -> Floats:
+def _sums(values: Sequence[float]) -> Floats:
     """Sums of the first 0, 1, 2, … values."""
-    sums = np.zeros(len(values) + 1)
-    np.add.accumulate(values, out=sums[1:])
-    return sums
+    return np.array([0.0, *accumulate(values)])

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from outpace.policy.acceptance import LEARN_EVERY, AcceptanceEstimator, Forest
+from outpace.policy.acceptance import LEARN_EVERY, AcceptanceEstimator
 from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
 from outpace.policy.cost import CostModel
@@ -34,8 +34,11 @@ _CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes 
 class Stakes(Protocol):
     """What tokens are worth: the hook for targets and fairness."""
 
-    def weights(self, view: BatchView) -> tuple[Floats, float]:
-        """The worth of a token per sequence, and tokens at stake for requests that do not sample yet."""
+    def weights(self, view: BatchView) -> tuple[list[float] | None, float]:
+        """The worth of a token per sequence, and tokens at stake for requests that do not sample yet.
+
+        None: each is worth 1.
+        """
 
     def observe(self, record: StepRecord) -> None:
         """Learns from a finished step."""
@@ -44,9 +47,9 @@ class Stakes(Protocol):
 class Equal:
     """Every token counts 1; those who wait count nothing."""
 
-    def weights(self, view: BatchView) -> tuple[Floats, float]:
+    def weights(self, view: BatchView) -> tuple[list[float] | None, float]:
         """See Stakes."""
-        return np.ones(len(view.sequences)), 0.0
+        return None, 0.0
 
     def observe(self, record: StepRecord) -> None:
         """See Stakes."""
@@ -108,16 +111,16 @@ class GoodputPolicy(SpeculationPolicy):
         drafting = [i for i, draft in enumerate(drafts) if draft.parents]
         if not drafting:
             return None
-        forest = Forest.of([drafts[i] for i in drafting])
-        survival = self.acceptance.survival([self._ids[i] for i in drafting], forest)
-        contexts = np.array([view.sequences[i].context_len for i in drafting], np.float64)
-        slots = Slots(survival, np.ones_like(survival), forest.present, contexts, np.zeros_like(contexts))
+        ids, trees = [self._ids[i] for i in drafting], [drafts[i] for i in drafting]
+        survival = self.acceptance.survival(ids, trees)
+        contexts = [view.sequences[i].context_len for i in drafting]
+        slots = Slots(survival, [[1.0] * len(row) for row in survival], contexts, [0] * len(contexts))
         usual_s = self._draft_s(self._limits, HORIZON)
         choice = self._allocate(view, drafting, slots, lambda _: usual_s)
         self._rate = choice.rate
         self.predicted_s = choice.seconds - usual_s + self._draft_s(self._limits)
         counts = [0] * len(drafts)
-        for i, count in zip(drafting, choice.counts.tolist(), strict=True):
+        for i, count in zip(drafting, choice.counts, strict=True):
             counts[i] = count
         self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
         return counts
@@ -128,7 +131,7 @@ class GoodputPolicy(SpeculationPolicy):
         limits = record.limits
         self._records.append((record, sum(compress(self._behind, limits))))
         self._num_steps += 1
-        if self._num_steps <= LEARN_EVERY or len(self._records) == LEARN_EVERY:
+        if len(self._records) >= min(LEARN_EVERY, (self._num_steps + 1) // 2):
             self._learn_costs()
         self._seen.update((s.id, s.context_len) for s in compress(record.view.sequences, limits))
         self._stakes.observe(record)
@@ -166,15 +169,17 @@ class GoodputPolicy(SpeculationPolicy):
     def _choose(self, view: BatchView, most: list[int]) -> list[int]:
         everyone = list(range(len(most)))
         present, survival = self.acceptance.before(self._ids)
-        usable = np.arange(self._max_tokens) < np.array(most, np.int64)[:, None]
-        contexts = np.array([s.context_len for s in view.sequences], np.float64)
-        behind = np.array(self._behind, np.float64) / HORIZON
-        slots = Slots(present * survival, present, usable, contexts, behind)
+        gain, rows = (present * survival).tolist(), present.tolist()
+        slots = Slots(
+            [row[:m] for row, m in zip(gain, most, strict=True)],
+            [row[:m] for row, m in zip(rows, most, strict=True)],
+            [s.context_len for s in view.sequences],
+            [tokens / HORIZON for tokens in self._behind],
+        )
         choice = self._allocate(
             view, everyone, slots, lambda x: self.cost.draft_s(x.sequences, x.nodes, x.depth, x.behind)
         )
-        self._rate = choice.rate
-        counts: list[int] = choice.counts.tolist()
+        self._rate, counts = choice.rate, choice.counts
         # All the nodes there may be, where they cost next to nothing: `trim` cuts, seeing more.
         longer = [m if count else 0 for m, count in zip(most, counts, strict=True)]
         more_s = self._draft_s(longer, HORIZON) - self._draft_s(counts, HORIZON)
@@ -199,11 +204,12 @@ class GoodputPolicy(SpeculationPolicy):
             target = cost.target_s(rows, samples, view.num_context, view.num_pairs + extra.pairs)
             return np.asarray(target + (draft_s(extra) + cost.host_s(view.num_scheduled)))
 
-        gain = slots.gain * weights[drafting, None]
-        weighted = Slots(gain, slots.rows, slots.usable, slots.context, slots.behind)
-        base = float(weights.sum()) + waiting
+        if weights is not None:
+            gain = [[weights[i] * g for g in row] for i, row in zip(drafting, slots.gain, strict=True)]
+            slots = slots._replace(gain=gain)
+        base = (num_samples if weights is None else sum(weights)) + waiting
         costs = Costs(decoding, None if is_decoding else whole)
-        return allocate(weighted, base, costs, cost.per_pair_s, view.num_free_slots, self._rate)
+        return allocate(slots, base, costs, cost.per_pair_s, view.num_free_slots, self._rate)
 
     def _draft_to_learn(self, view: BatchView, limits: list[int], idle: list[int]) -> None:
         """Lets the least known of those who do not draft do so, if there is time to spare for it."""
