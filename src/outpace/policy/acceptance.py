@@ -45,7 +45,7 @@ REQUEST_WEIGHT = 3.0  # drafts that the population is worth to a request
 DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the least that is assumed
 LEAST, MOST = 1e-3, 0.995  # bounds of a chance
 _CALIBRATION_RIDGE = 20.0  # observations before confidences count for much
-LEARN_EVERY = 16  # steps that are learnt from together; at first half of all that there were
+LEARN_EVERY = 16  # steps that are learnt from together, once there were as many
 _IDLE_STEPS = 256  # without a draft, after which rates are worked out anew
 _FLOOR = 1e-9  # in place of a zero to divide by
 
@@ -318,7 +318,7 @@ class AcceptanceEstimator:
             outcomes = zip(self._places(ids), limits, drafts, lengths, paths, strict=True)
             self._outcomes += [outcome for outcome in outcomes if outcome[1]]
             self._num_steps += 1
-        waits = min(LEARN_EVERY, (self._num_steps + 1) // 2)
+        waits = 1 if self._num_steps <= LEARN_EVERY else LEARN_EVERY
         if self._num_idle >= (waits if self._outcomes else _IDLE_STEPS):
             self._learn()
 

@@ -131,7 +131,7 @@ class GoodputPolicy(SpeculationPolicy):
         limits = record.limits
         self._records.append((record, sum(compress(self._behind, limits))))
         self._num_steps += 1
-        if len(self._records) >= min(LEARN_EVERY, (self._num_steps + 1) // 2):
+        if len(self._records) >= (1 if self._num_steps <= LEARN_EVERY else LEARN_EVERY):
             self._learn_costs()
         self._seen.update((s.id, s.context_len) for s in compress(record.view.sequences, limits))
         self._stakes.observe(record)
