@@ -32,7 +32,7 @@ FORMAT = 1  # of the JSON
 Floats = NDArray[np.float64]
 
 _FAR = 2**24  # rows; beyond the last measured count the table goes on with its last slope
-_LEVEL_RATE, _LOCAL_RATE = 0.1, 0.01  # of corrections: all row counts alike, and those nearby
+_LEVEL_RATE, _LOCAL_RATE = 0.2, 0.03  # of corrections: all row counts alike, and those nearby
 _LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
 _TABLE_EVERY = 8  # steps, after which the corrected table is worked out
 _LINEAR_KEEP, _LINEAR_RIDGE = 0.99, 0.01  # the draft's and the host's coefficients: memory per step

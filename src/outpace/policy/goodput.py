@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from outpace.policy.acceptance import LEARN_EVERY, AcceptanceEstimator
+from outpace.policy.acceptance import AcceptanceEstimator
 from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
 from outpace.policy.cost import CostModel
@@ -27,7 +27,9 @@ PROBE_SHARE = 0.005  # of all time may be lost on drafts made only to learn
 HORIZON = 32  # steps over which what a drafter has to catch up with is written off
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
 FREE = 0.005  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
+COSTS_EVERY = 4  # steps whose costs are learnt together
 HOLD = 16  # steps for which a choice made before drafting stands while the sequences are the same
+NEARLY = 0.1  # by which the rows of prompts in the step may differ meanwhile
 _CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes they may
 
 
@@ -84,7 +86,6 @@ class GoodputPolicy(SpeculationPolicy):
         self._held_for: tuple[list[str], int] = ([], 0)  # the sequences and the rows that it was made for
         self._num_held = 0  # steps since then
         self._records: list[tuple[StepRecord, int]] = []  # to learn costs from, with what was caught up with
-        self._num_steps = 0
         self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
         self._rate = 0.0  # expected tokens per second
         self._credit_s = 0.0  # time that probing may take
@@ -130,8 +131,7 @@ class GoodputPolicy(SpeculationPolicy):
         assert record.view is self._view, "a step is observed before the next one is planned"
         limits = record.limits
         self._records.append((record, sum(compress(self._behind, limits))))
-        self._num_steps += 1
-        if len(self._records) >= (1 if self._num_steps <= LEARN_EVERY else LEARN_EVERY):
+        if len(self._records) == COSTS_EVERY:
             self._learn_costs()
         self._seen.update((s.id, s.context_len) for s in compress(record.view.sequences, limits))
         self._stakes.observe(record)
@@ -156,10 +156,11 @@ class GoodputPolicy(SpeculationPolicy):
 
         That changes slowly, so a choice is held for a few steps; probes need not wait for the next one.
         """
-        made_for = (self._ids, view.num_rows)
+        ids, num_rows = self._held_for
         self._num_held += 1
-        if self._num_held >= HOLD or made_for != self._held_for:
-            self._choice, self._held_for, self._num_held = self._choose(view, most), made_for, 0
+        if self._num_held >= HOLD or self._ids != ids or abs(view.num_rows - num_rows) > NEARLY * num_rows:
+            self._choice, self._num_held = self._choose(view, most), 0
+            self._held_for = self._ids, view.num_rows
             self._probe_s = 0.0
         limits = [min(pair) for pair in zip(self._choice, most, strict=True)]
         if self._credit_s >= self._probe_s:
