@@ -84,9 +84,10 @@ class LinearCost:
         self.coefficients = [float(c) for c in coefficients]
         self._num_observed = 0
         self._robust = Robust()
-        self._features: list[tuple[float, ...]] = []  # measured since the coefficients were worked out
-        self._errors: list[float] = []
-        self._squares: Floats = np.zeros((len(coefficients), len(coefficients)))  # discounted Σ x·xᵀ
+        self._latest: list[tuple[float, ...]] = []  # features and seconds, since coefficients were worked out
+        num_features = len(coefficients)
+        self._squares: Floats = np.zeros((num_features, num_features))  # discounted Σ x·xᵀ
+        self._products: Floats = np.zeros(num_features)  # and Σ x·seconds
 
     def seconds(self, *features: Any) -> Any:
         """Predicts; features may be arrays of one shape."""
@@ -98,20 +99,23 @@ class LinearCost:
 
     def observe(self, seconds: float, *features: float) -> None:
         """Learns from a measurement: at once from the first ones, later from several together."""
+        predicted = self.seconds(*features)
+        self._latest.append((*features, predicted + self._robust(seconds - predicted)))
         self._num_observed += 1
-        self._features.append(features)
-        self._errors.append(self._robust(seconds - self.seconds(*features)))
-        if self._num_observed <= _LINEAR_ALL or len(self._errors) == _LINEAR_EVERY:
+        if self._num_observed <= _LINEAR_ALL or len(self._latest) == _LINEAR_EVERY:
             self._fit()
 
     def _fit(self) -> None:
-        x = np.array(self._features)
-        self._squares = _LINEAR_KEEP ** len(x) * self._squares + x.T @ x
-        ridge = _LINEAR_RIDGE * np.diag(np.diag(self._squares)) + 1e-12 * np.eye(x.shape[1])
-        step = np.linalg.solve(self._squares + ridge, x.T @ np.array(self._errors))
-        self.coefficients = [max(0.0, c + s) for c, s in zip(self.coefficients, step.tolist(), strict=True)]
-        self._features.clear()
-        self._errors.clear()
+        """Solves the normal equations anew: to cut an old solution off at 0 and go on from there drifts."""
+        latest = np.array(self._latest)
+        self._latest.clear()
+        x, keep = latest[:, :-1], _LINEAR_KEEP ** len(latest)
+        self._squares = keep * self._squares + x.T @ x
+        self._products = keep * self._products + x.T @ latest[:, -1]
+        ridge = _LINEAR_RIDGE * np.diag(self._squares) + 1e-12
+        root = np.linalg.cholesky(self._squares + np.diag(ridge))
+        target = np.linalg.solve(root, self._products + ridge * self.coefficients)
+        self.coefficients = nonnegative_least_squares(root.T, target).tolist()
 
 
 class CostModel:
