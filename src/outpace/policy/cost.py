@@ -115,7 +115,7 @@ class LinearCost:
         ridge = _LINEAR_RIDGE * np.diag(self._squares) + 1e-12
         root = np.linalg.cholesky(self._squares + np.diag(ridge))
         target = np.linalg.solve(root, self._products + ridge * self.coefficients)
-        self.coefficients = nonnegative_least_squares(root.T, target).tolist()
+        self.coefficients = nonnegative_least_squares(np.asarray(root.T, np.float64), target).tolist()
 
 
 class CostModel:
