@@ -39,10 +39,8 @@ def teach(
     ids = [f"r{i}" for i in range(requests)]
     for _ in range(num_steps):
         drafts = [DraftTree.chain((0,) * DEPTH if rng.random() < coverage(r) else ()) for r in ids]
-        forest = Forest.of(drafts)
-        estimator.drafted(ids, [DEPTH] * requests, forest, estimator.survival(ids, forest))
         paths = [accepted(rng, r, len(d), chance) for r, d in zip(ids, drafts, strict=True)]
-        estimator.observe(ids, forest, paths)
+        estimator.observe(ids, [DEPTH] * requests, drafts, [len(d) for d in drafts], paths)
     return ids
 
 
@@ -64,7 +62,7 @@ def test_a_forest_knows_depths_ranks_and_paths_of_chains_and_trees() -> None:
 
 def test_cutting_a_forest_is_cutting_its_trees() -> None:
     drafts = [DraftTree((-1, 0, -1), (1, 2, 3), (0.9, 0.8, 0.1)), DraftTree.chain((1, 2))]
-    cut, anew = Forest.of(drafts).cut([2, 0]), Forest.of([drafts[0].cut(2), drafts[1].cut(0)])
+    cut, anew = Forest.of(drafts).cut(np.array([2, 0])), Forest.of([drafts[0].cut(2), drafts[1].cut(0)])
     assert cut.present[:, :2].tolist() == anew.present.tolist()
     chances = np.full((2, 3), 0.5)
     assert cut.along_paths(chances)[:, :2].tolist() == anew.along_paths(chances[:, :2]).tolist()
@@ -90,9 +88,8 @@ def test_rates_by_depth_are_found_within_three_standard_errors() -> None:
 def test_a_depth_never_reached_takes_the_rate_above_it() -> None:
     estimator = AcceptanceEstimator(DEPTH)
     ids = ["a"]
-    forest = Forest.of([DraftTree.chain((0,))])
     for _ in range(200):
-        estimator.observe(ids, forest, [(0,)])
+        estimator.observe(ids, [1], [DraftTree.chain((0,))], [1], [(0,)])
     assert estimator.rates()[3, 0] == pytest.approx(estimator.rates()[0, 0])
     assert estimator.rates()[0, 0] > 0.95
 
@@ -108,10 +105,8 @@ def test_what_is_not_observed_goes_back_to_the_prior() -> None:
     estimator = AcceptanceEstimator(DEPTH)
     teach(estimator, lambda *_: 0.95, 200)
     assert estimator.rates()[0, 0] > 0.92
-    nothing = Forest.of([DraftTree()])
     for _ in range(40_000):
-        estimator.observe(["other"], nothing, [()])
-    teach(estimator, lambda *_: 0.95, 1)  # the rates are worked out when something is observed
+        estimator.observe(["other"], [0], [DraftTree()], [0], [()])
     assert estimator.rates()[0, 0] < 0.87
 
 
@@ -119,7 +114,7 @@ def test_equal_requests_are_treated_almost_equally_and_different_ones_are_told_a
     def first_nodes(*chances: float) -> np.ndarray:
         estimator = AcceptanceEstimator(DEPTH)
         ids = teach(estimator, lambda r, _: chances[int(r[1:])], 600)
-        return estimator.survival(ids, Forest.of([DraftTree.chain((0,))] * 4))[:, 0]
+        return np.array(estimator.survival(ids, [DraftTree.chain((0,))] * 4))[:, 0]
 
     assert np.ptp(first_nodes(0.7, 0.7, 0.7, 0.7)) < 0.1
     different = first_nodes(0.95, 0.95, 0.2, 0.2)
@@ -130,9 +125,9 @@ def test_equal_requests_are_treated_almost_equally_and_different_ones_are_told_a
 def test_a_request_that_ended_leaves_nothing_to_the_next_one_of_its_name() -> None:
     estimator = AcceptanceEstimator(DEPTH)
     ids = teach(estimator, lambda r, _: 0.95 if r == "r0" else 0.1, 300)
-    old = estimator.survival(ids, Forest.of([DraftTree.chain((0,))] * 4))[0, 0]
+    old = estimator.survival(ids, [DraftTree.chain((0,))] * 4)[0][0]
     estimator.release("r0")
-    new = estimator.survival(ids, Forest.of([DraftTree.chain((0,))] * 4))[0, 0]
+    new = estimator.survival(ids, [DraftTree.chain((0,))] * 4)[0][0]
     assert new < 0.6 < old
     for i in range(1000):  # places are reused
         estimator.before([f"x{i}"])
@@ -166,9 +161,9 @@ def test_confidences_that_tell_are_trusted_and_those_that_do_not_are_not() -> No
             drafts = [DraftTree.chain((0,), (q,)) for q in confidence]
             chances = confidence if informative else [0.5] * 8
             paths = [(0,) if rng.random() < p else () for p in chances]
-            estimator.observe([str(i) for i in range(8)], Forest.of(drafts), paths)
+            estimator.observe([str(i) for i in range(8)], [1] * 8, drafts, [1] * 8, paths)
         drafts = [DraftTree.chain((0,), (q,)) for q in (0.1, 0.9)]
-        low, high = estimator.survival(["new", "newer"], Forest.of(drafts))[:, 0]
+        low, high = np.array(estimator.survival(["new", "newer"], drafts))[:, 0]
         if informative:
             assert low == pytest.approx(0.1, abs=0.06)
             assert high == pytest.approx(0.9, abs=0.06)
@@ -178,15 +173,5 @@ def test_confidences_that_tell_are_trusted_and_those_that_do_not_are_not() -> No
 
 def test_later_siblings_are_less_likely_from_the_start() -> None:
     estimator = AcceptanceEstimator(DEPTH)
-    survival = estimator.survival(["a"], Forest.of([DraftTree((-1, -1, -1), (1, 2, 3))]))[0]
+    survival = estimator.survival(["a"], [DraftTree((-1, -1, -1), (1, 2, 3))])[0]
     assert survival[0] > survival[1] > survival[2]
-
-
-def test_methods_are_told_apart() -> None:
-    estimator = AcceptanceEstimator(DEPTH)
-    forest = Forest.of([DraftTree.chain((0,))])
-    for _ in range(100):
-        estimator.observe(["a"], forest, [(0,)], method="good")
-        estimator.observe(["b"], forest, [()], method="bad")
-    assert estimator.rates("good")[0, 0] > 0.9
-    assert estimator.rates("bad")[0, 0] < 0.1

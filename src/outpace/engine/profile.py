@@ -30,11 +30,13 @@ from outpace.tree import EMPTY_TREE, DraftTree
 
 logger = logging.getLogger(__name__)
 
-DECODE_ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
+# Each of the first: kernels work in tiles of a few rows, and a stair is known where both edges were timed.
+DECODE_ROWS = (*range(1, 17), 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 DRAFT_ROWS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of sequences with drafts
 CHUNK_ROWS = (8, 32, 128, 512)  # of a prompt
 CONTEXT, LONG_CONTEXT = 128, 1024  # cached tokens per sequence
 _TREE_ROWS = 4  # of the sequences that stand for drafting ones
+_MOST_ALONE = 16  # rows of one sequence, where there are fewer sequences than rows to measure
 _LEAST_ROUNDS, _MOST_ROUNDS, _ENOUGH_S = 2, 7, 4.0  # over all shapes; no new round once so long
 
 
@@ -148,6 +150,8 @@ def grid(max_num_seqs: int, max_rows: int, capacity: int, longest: int) -> Itera
     yield from _fitting((Point(rows, 1, 0, CONTEXT) for rows in decode), capacity, longest)
     trees = [rows // _TREE_ROWS for rows in DRAFT_ROWS if rows <= min(_TREE_ROWS * max_num_seqs, max_rows)]
     yield from _fitting((Point(num, 1, _TREE_ROWS - 1, CONTEXT) for num in trees), capacity, longest)
+    alone = range(max_num_seqs + 1, min(_MOST_ALONE, max_rows) + 1)
+    yield from _fitting((Point(1, 1, rows - 1, CONTEXT) for rows in alone), capacity, longest)
     chunks = [rows for rows in CHUNK_ROWS if rows <= max_rows]
     yield from _fitting((Point(1, rows, 0, 0, samples=False) for rows in chunks), capacity, longest)
     long = [rows for rows in (1, 8, 32) if rows <= max_num_seqs]
@@ -204,6 +208,7 @@ def _identity(config: EngineConfig, decoder: Decoder, cache: KVCache) -> dict[st
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "cache_tokens": cache.blocks.capacity,
+        "grid": [DECODE_ROWS, DRAFT_ROWS, CHUNK_ROWS],
     }
 
 

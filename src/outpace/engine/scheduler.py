@@ -41,17 +41,7 @@ class Plan:
         prefilling = [s.sequence.request.arrival for s in self.scheduled if not s.samples]
         arrivals = [*prefilling, *(() if self.first_arrival is None else (self.first_arrival,))]
         return BatchView(
-            sequences=tuple(
-                SequenceView(
-                    s.id,
-                    s.num_computed,
-                    _max_draft(s),
-                    client=s.request.client,
-                    num_output=s.num_output,
-                    decode_s=0.0 if s.first_token is None else now - s.first_token,
-                )
-                for s in self.decoding
-            ),
+            sequences=tuple([_show(sequence, now) for sequence in self.decoding]),
             num_rows=sum(item.num_known for item in self.scheduled),
             num_context=sum(item.sequence.num_computed for item in self.scheduled),
             num_free_slots=self.num_free_slots,
@@ -280,11 +270,18 @@ class Scheduler:
         return False
 
 
-def _max_draft(sequence: Sequence) -> int:
-    """Most draft tokens for a sequence that samples."""
-    request = sequence.request
-    # One token of each step comes from the target, so the last one needs no draft.
-    return request.speculation.cap(request.max_tokens - sequence.num_output - 1)
+def _show(sequence: Sequence, now: float) -> SequenceView:
+    """A sequence that samples, as a policy sees it."""
+    request, num_output, first_token = sequence.request, sequence.num_output, sequence.first_token
+    return SequenceView(
+        request.id,
+        sequence.num_computed,
+        # One token of each step comes from the target, so the last one needs no draft.
+        request.speculation.cap(request.max_tokens - num_output - 1),
+        request.client,
+        num_output,
+        0.0 if first_token is None else now - first_token,
+    )
 
 
 def _schedule(sequence: Sequence, budget: int) -> Scheduled:

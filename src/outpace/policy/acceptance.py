@@ -2,7 +2,7 @@
 
 A node's chance, given that its parent is accepted, is
 
-    p = rate[method, depth, rank] · factor[request, first or deeper]
+    p = rate[depth, rank] · factor[request, first or deeper]
 
 rate: exponentially weighted, with the rate one depth above as its prior; factor: what this request accepted
 over what the rates had expected, shrunk to 1 by as much as chance explains the difference (empirical Bayes:
@@ -14,6 +14,9 @@ its path.
 Before drafts exist two curves per request stand for them: the chance that a draft has an i-th node, and the
 mean S of i-th nodes that there were. They average what was drafted, verified or not, so that cutting does
 not bias them.
+
+Steps are gathered and learnt from several at a time: an array operation costs about the same for one step as
+for sixteen. Between, a table per request, depth and rank answers.
 """
 
 from __future__ import annotations
@@ -37,27 +40,26 @@ PRIOR_RATE = 0.7  # of a first child, to begin with hope; each later sibling has
 PRIOR_WEIGHT = 4.0  # observations that the prior is worth
 MEMORY = 512.0  # drafts over which population averages reach back
 IDLE_MEMORY = 4096.0  # steps after which what is not observed has mostly gone back to the prior
-_IDLE_STEPS = 32  # between such decays
 REQUEST_MEMORY = 16.0  # drafts over which a request's own averages reach back
 REQUEST_WEIGHT = 3.0  # drafts that the population is worth to a request
 DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the least that is assumed
-_DIFFERENCE_MEMORY = 128.0  # steps over which it is learnt
 LEAST, MOST = 1e-3, 0.995  # bounds of a chance
 _CALIBRATION_RIDGE = 20.0  # observations before confidences count for much
-_FIT_ALL, _FIT_EVERY = 64, 4  # steps of which each is fitted to, and then one in so many
-_START = np.array([0.0, 1.0, 0.0])  # calibration that leaves p as it is
+LEARN_EVERY = 16  # steps that are learnt from together, once there were as many
+_IDLE_STEPS = 256  # without a draft, after which rates are worked out anew
+_FLOOR = 1e-9  # in place of a zero to divide by
 
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """Trees side by side.
+    """Trees side by side. If none branches, one row of parents, depths and ranks stands for all.
 
     Attributes:
         present: [trees, nodes], where there is a node.
         parents: [trees, nodes], -1 at the first level.
         depths: [trees, nodes], 0 at the first level.
         ranks: [trees, nodes], the number of elder siblings.
-        confidence: [trees, nodes], NaN where there is none.
+        confidence: [trees, nodes], NaN where there is none; None if no node has one.
         is_chain: Whether no tree branches.
     """
 
@@ -65,37 +67,37 @@ class Forest:
     parents: Ints
     depths: Ints
     ranks: Ints
-    confidence: Floats
+    confidence: Floats | None
     is_chain: bool
 
     @classmethod
     def of(cls, drafts: Sequence[Draft]) -> Forest:
         """Lays out trees; the loops below go over depth, not over nodes."""
-        lengths = np.fromiter((len(draft.parents) for draft in drafts), np.int64, len(drafts))
-        width = int(lengths.max(initial=0))
-        present = np.arange(width) < lengths[:, None]
-        in_chains = np.zeros(present.shape, np.int64) + np.arange(width)
-        parents = in_chains - 1
+        lengths = [len(draft.parents) for draft in drafts]
+        width = max(lengths, default=0)
+        places = np.arange(width)
+        present = places < np.array(lengths, np.int64)[:, None]
+        confidence = None
+        if any(draft.confidence is not None for draft in drafts):
+            confidence = np.full(present.shape, np.nan)
+            confidence[present] = np.fromiter(chain.from_iterable(map(_confidence, drafts)), np.float64)
+        if all(map(_is_chain, drafts)):
+            row = places[None]
+            return cls(present, row - 1, row, np.zeros_like(row), confidence, True)
+        parents = np.zeros(present.shape, np.int64) + places - 1
         parents[present] = np.fromiter(chain.from_iterable(d.parents for d in drafts), np.int64)
-        is_chain = bool((parents < in_chains).all() and (parents == in_chains - 1).all())
-        depths = in_chains if is_chain else _depths(parents)
-        ranks = np.zeros_like(parents) if is_chain else _ranks(parents, present)
-        confidence = np.full(present.shape, np.nan)
-        confidence[present] = np.fromiter(chain.from_iterable(map(_confidence, drafts)), np.float64)
-        return cls(present, parents, depths, ranks, confidence, is_chain)
+        return cls(present, parents, _depths(parents), _ranks(parents, present), confidence, False)
 
-    def cut(self, lengths: Sequence[int]) -> Forest:
-        """The first nodes of each tree."""
-        if not self.present.size:
-            return self
-        present = np.arange(self.present.shape[1]) < np.asarray(lengths)[:, None]
+    def cut(self, lengths: Ints) -> Forest:
+        """The first nodes of each tree; lengths are [trees]."""
+        present = np.arange(self.present.shape[1]) < lengths[:, None]
         return replace(self, present=present & self.present)
 
     def along_paths(self, chances: Floats) -> Floats:
         """The product of chances from the root to each node; 0 where there is no node."""
-        product = np.where(self.present, chances, 0.0)
+        product = chances * self.present
         if self.is_chain:
-            return np.asarray(np.cumprod(product, axis=1), np.float64)
+            return np.multiply.accumulate(product, axis=1)
         trees = np.arange(len(product))
         for column in range(1, product.shape[1]):
             parent = self.parents[:, column]
@@ -105,22 +107,19 @@ class Forest:
     def outcomes(self, paths: Sequence[Sequence[int]]) -> tuple[Bools, Bools]:
         """Which nodes were accepted, and of which that was seen: their parents were accepted too."""
         accepted = np.zeros(self.present.shape, dtype=bool)
-        lengths = np.fromiter((len(path) for path in paths), np.int64, len(paths))
+        trees = np.arange(len(paths))
         nodes = np.fromiter(chain.from_iterable(paths), np.int64)
-        accepted[np.repeat(np.arange(len(paths)), lengths), nodes] = True
-        trees = np.arange(len(paths))[:, None]
-        reached = (self.parents < 0) | accepted[trees, np.maximum(self.parents, 0)]
+        accepted[np.repeat(trees, [len(path) for path in paths]), nodes] = True
+        reached = (self.parents < 0) | accepted[trees[:, None], np.maximum(self.parents, 0)]
         return accepted, self.present & reached
+
+
+def _is_chain(draft: Draft) -> bool:
+    return draft.parents == tuple(range(-1, len(draft.parents) - 1))
 
 
 def _confidence(draft: Draft) -> Iterable[float]:
     return repeat(math.nan, len(draft.parents)) if draft.confidence is None else draft.confidence
-
-
-def _by_level(forest: Forest, values: NDArray[np.generic]) -> Floats:
-    """[trees, 2]: sums over first nodes, and over deeper ones."""
-    first = np.where(forest.depths == 0, values, 0.0).sum(axis=1)
-    return np.stack([first, values.sum(axis=1) - first], axis=1)
 
 
 def _depths(parents: Ints) -> Ints:
@@ -140,156 +139,117 @@ def _ranks(parents: Ints, present: Bools) -> Ints:
     return np.minimum(ranks, NUM_RANKS - 1)
 
 
-class _Averages:
-    """Per-key arrays of discounted sums that grow as keys come and are reused as they go."""
+class _Calibration:
+    """The logistic fit of confidences, discounted, a Newton step at a time."""
 
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self._places: dict[str, int] = {}
-        self._unused: list[int] = []
-        self._grow(64)
+    def __init__(self) -> None:
+        self._weights = np.array([0.0, 1.0, 0.0])  # leaves p as it is
+        self._information = np.zeros((3, 3))
 
-    def _grow(self, size: int) -> None:
-        old = len(getattr(self, "hits", ()))
-        self._unused.extend(range(size - 1, old - 1, -1))
-        for name, shape in (
-            ("hits", (size, 2)),
-            ("expected", (size, 2)),
-            ("variance", (size, 2)),
-            ("asked", (size, self.width)),
-            ("present", (size, self.width)),
-            ("survived", (size, self.width)),
-        ):
-            grown = np.zeros(shape)
-            if old:
-                grown[:old] = getattr(self, name)
-            setattr(self, name, grown)
-
-    hits: Floats
-    expected: Floats
-    variance: Floats
-    asked: Floats
-    present: Floats
-    survived: Floats
-
-    def places(self, keys: Sequence[str]) -> Ints:
-        """Where each key's sums are; new keys get zeros."""
-        known = self._places
-        for key in keys:
-            if key not in known:
-                if not self._unused:
-                    self._grow(2 * len(self.hits))
-                known[key] = self._unused.pop()
-        return np.fromiter((known[key] for key in keys), np.int64, len(keys))
-
-    def release(self, key: str) -> None:
-        """Forgets a key."""
-        place = self._places.pop(key, None)
-        if place is not None:
-            self.hits[place] = self.expected[place] = self.variance[place] = 0.0
-            self.asked[place] = self.present[place] = self.survived[place] = 0.0
-            self._unused.append(place)
-
-
-class _Method:
-    """What is known of one draft method, over all requests."""
-
-    def __init__(self, max_nodes: int) -> None:
-        shape = (max_nodes, NUM_RANKS)
-        self.trials, self.accepted = np.zeros(shape), np.zeros(shape)
-        self.asked, self.present, self.survived = np.zeros((3, max_nodes))
-        self._num_idle = self._num_fits = 0
-        self._curves: tuple[Floats, Floats] | None = None  # until something is learnt
-        self.weights = _START.copy()
-        self.information = np.zeros((3, 3))
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Works the rates out anew."""
-        prior = PRIOR_RATE * 0.5 ** np.arange(NUM_RANKS)
-        self.rates = np.empty_like(self.trials)
-        for depth in range(len(self.rates)):
-            posterior = (self.accepted[depth] + PRIOR_WEIGHT * prior) / (self.trials[depth] + PRIOR_WEIGHT)
-            self.rates[depth] = prior = posterior
-        self._curves = None
-
-    def idle(self) -> None:
-        """A step passed."""
-        self._num_idle += 1
-        if self._num_idle % _IDLE_STEPS:
-            return
-        keep = (1 - 1 / IDLE_MEMORY) ** _IDLE_STEPS
-        for array in (self.trials, self.accepted, self.asked, self.present, self.survived):
-            array *= keep
-        self._curves = None
-
-    def observe_rates(self, depths: Ints, ranks: Ints, accepted: Bools, num_drafts: int) -> None:
-        keep = (1 - 1 / MEMORY) ** num_drafts
-        cells = depths * NUM_RANKS + ranks
-        size = self.trials.size
-        self.trials *= keep
-        self.accepted *= keep
-        self.trials += np.bincount(cells, minlength=size).reshape(self.trials.shape)
-        self.accepted += np.bincount(cells, accepted, size).reshape(self.trials.shape)
-
-    def observe_curves(self, asked: Floats, present: Floats, survived: Floats) -> None:
-        keep = (1 - 1 / MEMORY) ** len(asked)
-        self.asked = keep * self.asked + asked.sum(axis=0)
-        self.present = keep * self.present + present.sum(axis=0)
-        self.survived = keep * self.survived + survived.sum(axis=0)
-        self._curves = None
-
-    def curves(self) -> tuple[Floats, Floats]:
-        """[nodes] each: the chance that a draft has an i-th node; and that times its mean S."""
-        if self._curves is None:
-            weight = self.asked + PRIOR_WEIGHT
-            present = (self.present + PRIOR_WEIGHT) / weight
-            survived = (self.survived + PRIOR_WEIGHT * np.cumprod(self.rates[:, 0])) / weight
-            self._curves = present, survived
-        return self._curves
-
-    def calibrate(self, chances: Floats, confidence: Floats) -> Floats:
+    def __call__(self, chances: Floats, confidence: Floats | None) -> Floats:
         """Refines chances where there is a confidence; NaN leaves them."""
-        known = ~np.isnan(confidence)
-        if not known.any():
+        if confidence is None:
             return chances
-        features = _features(chances, np.where(known, confidence, 0.5))
-        refined = 1 / (1 + np.exp(-(features @ self.weights)))
-        return np.where(known, np.clip(refined, LEAST, MOST), chances)
-
-    def wants_fit(self) -> bool:
-        """Whether what is learnt is to be worked out at this step: at each of the first, later at some."""
-        self._num_fits += 1
-        return self._num_fits <= _FIT_ALL or self._num_fits % _FIT_EVERY == 0
+        constant, of_chance, of_confidence = self._weights.tolist()
+        refined = _sigmoid(constant + of_chance * _logit(chances) + of_confidence * _logit(confidence))
+        return np.where(np.isnan(confidence), chances, np.minimum(np.maximum(refined, LEAST), MOST))
 
     def fit(self, chances: Floats, confidence: Floats, accepted: Bools) -> None:
-        """A Newton step of the discounted logistic regression, nodes flat."""
+        """Learns from nodes, flat."""
         known = ~np.isnan(confidence)
-        if not known.any():
-            return
-        features = _features(chances[known], confidence[known])
-        fitted = 1 / (1 + np.exp(-(features @ self.weights)))
-        self.information *= (1 - 1 / MEMORY) ** (len(features) / 2)
-        self.information += (features * (fitted * (1 - fitted))[:, None]).T @ features
+        p, q = chances[known], confidence[known]
+        features = np.stack([np.ones_like(p), _logit(p), _logit(q)], axis=1)
+        fitted = _sigmoid(features @ self._weights)
+        self._information *= (1 - 1 / MEMORY) ** (len(features) / 2)
+        self._information += (features * (fitted * (1 - fitted))[:, None]).T @ features
         gradient = features.T @ (accepted[known] - fitted)
-        step = np.linalg.solve(self.information + _CALIBRATION_RIDGE * np.eye(3), gradient)
-        self.weights = self.weights + step
-        self.weights[1:] = np.maximum(self.weights[1:], 0.0)  # a higher chance never counts against a node
-
-
-def _features(chances: Floats, confidence: Floats) -> Floats:
-    return np.stack([np.ones_like(chances), _logit(chances), _logit(confidence)], axis=-1)
+        step = np.linalg.solve(self._information + _CALIBRATION_RIDGE * np.eye(3), gradient)
+        self._weights = self._weights + step
+        self._weights[1:] = np.maximum(self._weights[1:], 0.0)  # a higher chance never counts against a node
 
 
 def _logit(chances: Floats) -> Floats:
-    chances = np.clip(chances, 0.02, 0.98)
+    chances = np.minimum(np.maximum(chances, 0.02), 0.98)
     return np.asarray(np.log(chances / (1 - chances)))
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return np.asarray(1 / (1 + np.exp(-x)))
+
+
+# The place of a request, the nodes it was asked for, the draft that came, the nodes of it that were verified
+# and those that were accepted.
+_Outcome = tuple[int, int, Draft, int, Sequence[int]]
+
+
+class _Requests:
+    """Discounted sums per request, one row each; rows are added as requests come and reused as they go.
+
+    Attributes:
+        outcomes: [3, rows, 2], hits, expected hits and their variance by chance, each for first nodes and for
+            deeper ones.
+        curves: [3, rows, nodes], per node drafts that were asked for it, that had it, and their survival.
+    """
+
+    def __init__(self, num_nodes: int) -> None:
+        self.outcomes, self.curves = np.zeros((3, 0, 2)), np.zeros((3, 0, num_nodes))
+        self._places: dict[str, int] = {}
+        self._unused: list[int] = []
+        self._leaving: list[int] = []
+        self._grow(64)
+
+    def __len__(self) -> int:
+        return self.outcomes.shape[1]
+
+    def _grow(self, num_rows: int) -> None:
+        self._unused.extend(reversed(range(len(self), len(self) + num_rows)))
+        more = ((0, 0), (0, num_rows), (0, 0))
+        self.outcomes, self.curves = np.pad(self.outcomes, more), np.pad(self.curves, more)
+
+    def places(self, ids: Sequence[str]) -> list[int]:
+        """The row of each request; that of a new one holds zeros."""
+        known = self._places
+        for key in ids:
+            if key not in known:
+                if not self._unused:
+                    self._grow(len(self))
+                known[key] = self._unused.pop()
+        return [known[key] for key in ids]
+
+    def release(self, key: str) -> None:
+        """Forgets a request; its row is free once `clear` was called."""
+        place = self._places.pop(key, None)
+        if place is not None:
+            self._leaving.append(place)
+
+    def clear(self) -> None:
+        """Frees the rows of those who left."""
+        if self._leaving:
+            self.outcomes[:, self._leaving] = self.curves[:, self._leaving] = 0.0
+            self._unused += self._leaving
+            self._leaving.clear()
+
+    def add(self, places: Ints, outcomes: Floats, curves: Floats) -> None:
+        """Adds drafts to the rows of their requests; several of one request count alike.
+
+        Args:
+            places: [drafts], their rows.
+            outcomes: [3, drafts, 2], zeros where nothing was verified.
+            curves: [3, drafts, nodes].
+        """
+        of_request = np.equal(np.arange(len(self))[:, None], places).astype(np.float64)  # [rows, drafts]
+        keep = 1 - 1 / REQUEST_MEMORY
+        decay = keep ** (of_request @ (outcomes[1, :, :1] > 0))
+        self.outcomes *= np.stack([decay, decay, decay * decay])  # the last: the variance of a discounted sum
+        self.outcomes += of_request @ outcomes
+        self.curves *= keep ** (of_request @ curves[0])
+        self.curves += of_request @ curves
 
 
 class AcceptanceEstimator:
     """Estimates survival before and after drafting; see the module's text.
 
-    Sequences are named by request id. Draft methods are told apart by name.
+    Sequences are named by request id.
     """
 
     def __init__(self, max_nodes: int) -> None:
@@ -299,14 +259,18 @@ class AcceptanceEstimator:
             max_nodes: Most nodes of a draft.
         """
         self._max_nodes = max_nodes
-        self._requests = _Averages(max_nodes)
-        self._placed: tuple[Sequence[str], Ints] = ((), np.zeros(0, np.int64))
+        self._requests = _Requests(max_nodes)
+        self._trials, self._accepted = np.zeros((2, max_nodes, NUM_RANKS))
+        self._curves = np.zeros((3, max_nodes))  # of all requests: asked, present, survived
         # Mean squares, for first nodes and deeper ones: what requests differ by beyond chance, and what was
         # expected of them.
         self._surprise, self._square = np.full(2, DIFFERENCE[0]), np.ones(2)
-        self._methods: dict[str, _Method] = {}
+        self._calibration = _Calibration()
+        self._outcomes: list[_Outcome] = []  # to learn from
+        self._num_steps = self._num_idle = 0  # with drafts; and of all kinds since it learnt
+        self._refresh()
 
-    def before(self, ids: Sequence[str], method: str = "") -> tuple[Floats, Floats]:
+    def before(self, ids: Sequence[str]) -> tuple[Floats, Floats]:
         """What drafts will be, as far as can be said before they exist.
 
         Returns:
@@ -314,124 +278,151 @@ class AcceptanceEstimator:
             nodes, non-increasing along a row.
         """
         places = self._places(ids)
-        present, survived = self._method(method).curves()
-        weight = self._requests.asked[places] + REQUEST_WEIGHT
-        present = (self._requests.present[places] + REQUEST_WEIGHT * present) / weight
-        survived = (self._requests.survived[places] + REQUEST_WEIGHT * survived) / weight
+        asked, present, survived = self._requests.curves[:, places]
+        weight = asked + REQUEST_WEIGHT
+        usual_present, usual_survived = self._usual
+        present = (present + REQUEST_WEIGHT * usual_present) / weight
+        survived = (survived + REQUEST_WEIGHT * usual_survived) / weight
         survival = np.minimum.accumulate(np.minimum(survived / present, MOST), axis=1)
         return present, survival
 
-    def survival(self, ids: Sequence[str], forest: Forest, method: str = "") -> Floats:
-        """[trees, nodes]: the chance of each node to be on the accepted path."""
-        if not forest.present.size:
-            return np.zeros((len(ids), 0))
-        known = self._method(method)
-        chances = known.calibrate(self._chances(ids, forest, known), forest.confidence)
-        return forest.along_paths(chances)
-
-    def drafted(
-        self, ids: Sequence[str], limits: Sequence[int], forest: Forest, survival: Floats, method: str = ""
-    ) -> None:
-        """Learns what was drafted of what was asked, whatever is verified of it."""
-        limit = np.asarray(limits)
-        rows = np.flatnonzero(limit)
-        if not len(rows):
-            return
-        index = np.arange(self._max_nodes)
-        asked = (index < limit[rows, None]).astype(np.float64)
-        present, survived = np.zeros((2, *asked.shape))
-        if width := min(survival.shape[1], self._max_nodes):
-            present[:, :width] = forest.present[rows, :width]
-            survived[:, :width] = survival[rows, :width]
-        self._method(method).observe_curves(asked, present, survived)
-        places = self._places(ids)[rows]
-        keep = 1 - asked / REQUEST_MEMORY
-        own = self._requests
-        own.asked[places] = keep * own.asked[places] + asked
-        own.present[places] = keep * own.present[places] + present
-        own.survived[places] = keep * own.survived[places] + survived
+    def survival(self, ids: Sequence[str], drafts: Sequence[Draft]) -> list[list[float]]:
+        """For each draft the chance of each node to be on the accepted path."""
+        places, lengths = self._places(ids), [len(draft.parents) for draft in drafts]
+        if all(draft.confidence is None and _is_chain(draft) for draft in drafts):
+            survival = [self._of_chains[place] for place in places]  # known in advance
+        else:
+            forest = Forest.of(drafts)
+            survival = self._survival(self._chances(np.array(places), forest), forest).tolist()
+        return [row[:length] for row, length in zip(survival, lengths, strict=True)]
 
     def observe(
-        self, ids: Sequence[str], forest: Forest, paths: Sequence[Sequence[int]], method: str = ""
+        self,
+        ids: Sequence[str],
+        limits: Sequence[int],
+        drafts: Sequence[Draft],
+        lengths: Sequence[int],
+        paths: Sequence[Sequence[int]],
     ) -> None:
-        """Learns what was accepted of what was verified."""
-        known = self._method(method)
-        known.idle()
-        if not (forest.present.size and forest.present.any()):
-            return
-        accepted, seen = forest.outcomes(paths)
-        is_fitting = known.wants_fit()
-        if is_fitting:
-            expected = self._chances(ids, forest, known)
-            known.fit(expected[seen], forest.confidence[seen], accepted[seen])
-        num_drafts = int(forest.present[:, 0].sum())
-        base = np.where(seen, known.rates[self._cells(forest)], 0.0)
-        known.observe_rates(*self._seen_cells(forest, seen), accepted[seen], num_drafts)
-        if is_fitting:
-            known.refresh()
-        rows = np.flatnonzero(forest.present[:, 0])
-        places = self._places(ids)[rows]
-        keep, own = 1 - 1 / REQUEST_MEMORY, self._requests
-        own.hits[places] = keep * own.hits[places] + _by_level(forest, accepted)[rows]
-        own.expected[places] = keep * own.expected[places] + _by_level(forest, base)[rows]
-        chance = _by_level(forest, base * (1 - base))[rows]
-        own.variance[places] = keep**2 * own.variance[places] + chance
-        if is_fitting:
-            self._learn_difference(places)
+        """Learns what was drafted of what was asked, and what was accepted of what was verified.
+
+        Args:
+            ids: The sequences of a step.
+            limits: Nodes that each was asked for.
+            drafts: What came of that.
+            lengths: Nodes of it that were verified.
+            paths: Of these the accepted ones, root side first.
+        """
+        self._num_idle += 1
+        if any(limits):
+            outcomes = zip(self._places(ids), limits, drafts, lengths, paths, strict=True)
+            self._outcomes += [outcome for outcome in outcomes if outcome[1]]
+            self._num_steps += 1
+        waits = 1 if self._num_steps <= LEARN_EVERY else LEARN_EVERY
+        if self._num_idle >= (waits if self._outcomes else _IDLE_STEPS):
+            self._learn()
 
     def num_verified(self, ids: Sequence[str]) -> Floats:
         """How much was verified of each sequence: expected first nodes, recent ones counting more."""
-        return np.asarray(self._requests.expected[self._places(ids), 0])
+        places = self._places(ids)
+        return np.asarray(self._requests.outcomes[1, places, 0])
 
     def release(self, sequence_id: str) -> None:
         """Forgets a sequence."""
         self._requests.release(sequence_id)
-        self._placed = ((), np.zeros(0, np.int64))
 
-    def rates(self, method: str = "") -> Floats:
+    def rates(self) -> Floats:
         """[depth, rank]: acceptance given that the parent is accepted, over all requests."""
-        known = self._method(method)
-        known.refresh()
-        return known.rates.copy()
+        self._learn()
+        return self._rates.copy()
 
-    def _places(self, ids: Sequence[str]) -> Ints:
-        """Where the sequences' sums are; the same list is asked for several times in a step."""
-        if ids is not self._placed[0]:
-            self._placed = (ids, self._requests.places(ids))
-        return self._placed[1]
+    def _learn(self) -> None:
+        """Learns from the steps that were gathered."""
+        self._forget_slowly()
+        if self._outcomes:
+            places, limits, drafts, lengths, paths = zip(*self._outcomes, strict=True)
+            self._outcomes.clear()
+            self._learn_from(np.array(places), np.array(limits), Forest.of(drafts), np.array(lengths), paths)
+        self._requests.clear()
+        self._refresh()
 
-    def _learn_difference(self, places: Ints) -> None:
+    def _learn_from(
+        self, places: Ints, limits: Ints, forest: Forest, lengths: Ints, paths: Sequence[Sequence[int]]
+    ) -> None:
+        """Learns from drafts that were asked for, side by side."""
+        is_verified = lengths > 0
+        num_drafts = int(np.count_nonzero(is_verified))
+        chances = self._chances(places, forest)
+        survival = self._survival(chances, forest)
+        accepted, seen = forest.cut(lengths).outcomes(paths)
+        if forest.confidence is not None:
+            self._calibration.fit(chances[seen], forest.confidence[seen], accepted[seen])
+        rates = np.where(seen, self._rates[forest.depths, forest.ranks], 0.0)
+        cells = np.broadcast_to(forest.depths * NUM_RANKS + forest.ranks, seen.shape)[seen]
+        keep = (1 - 1 / MEMORY) ** num_drafts
+        self._trials = keep * self._trials + self._per_cell(cells)
+        self._accepted = keep * self._accepted + self._per_cell(cells, accepted[seen])
+        curves = np.zeros((3, len(limits), self._max_nodes))
+        curves[0] = np.arange(self._max_nodes) < limits[:, None]
+        curves[1, :, : seen.shape[1]], curves[2, :, : seen.shape[1]] = forest.present, survival
+        self._curves = (1 - 1 / MEMORY) ** len(limits) * self._curves + curves.sum(axis=1)
+        outcomes = np.stack([accepted, rates, rates * (1 - rates)])  # [3, drafts, nodes]
+        of_first = np.where(forest.depths == 0, outcomes, 0.0).sum(axis=2)
+        by_level = np.stack([of_first, outcomes.sum(axis=2) - of_first], axis=2)  # [3, drafts, 2]
+        self._requests.add(places, by_level, curves)
+        if num_drafts:
+            self._learn_difference(np.flatnonzero(np.bincount(places[is_verified])), num_drafts)
+
+    def _per_cell(self, cells: Ints, values: Bools | None = None) -> Floats:
+        counts = np.bincount(cells, values, self._trials.size)
+        return np.asarray(counts.reshape(self._trials.shape), np.float64)
+
+    def _learn_difference(self, places: Ints, num_drafts: int) -> None:
         """By the method of moments: E (hits - expected)² = variance by chance + difference · expected²."""
-        own = self._requests
-        beyond = (own.hits[places] - own.expected[places]) ** 2 - own.variance[places]
-        square = own.expected[places] ** 2
-        self._surprise += (beyond.mean(axis=0) - self._surprise) / _DIFFERENCE_MEMORY
-        self._square += (square.mean(axis=0) - self._square) / _DIFFERENCE_MEMORY
+        hits, expected, variance = self._requests.outcomes[:, places]
+        rate = 1 - (1 - 1 / MEMORY) ** num_drafts
+        self._surprise += rate * (((hits - expected) ** 2 - variance).mean(axis=0) - self._surprise)
+        self._square += rate * ((expected**2).mean(axis=0) - self._square)
 
-    def _factors(self, places: Ints) -> Floats:
-        """[sequences, 2]: the least squares estimate of each request's own acceptance over everyone's."""
-        own = self._requests
-        hits, expected = own.hits[places], own.expected[places]
-        signal = np.maximum(self._surprise / np.maximum(self._square, 1e-9), DIFFERENCE[1]) * expected**2
-        trust = signal / np.maximum(signal + own.variance[places], 1e-9)
-        return np.asarray(1 + trust * (hits / np.maximum(expected, 1e-9) - 1))
+    def _forget_slowly(self) -> None:
+        """For each step goes a little back to the prior."""
+        keep = (1 - 1 / IDLE_MEMORY) ** self._num_idle
+        self._num_idle = 0
+        for sums in (self._trials, self._accepted, self._curves):
+            sums *= keep
 
-    def _method(self, name: str) -> _Method:
-        if name not in self._methods:
-            self._methods[name] = _Method(self._max_nodes)
-        return self._methods[name]
+    def _refresh(self) -> None:
+        """Works out anew what is answered until more is learnt."""
+        rates = [[PRIOR_RATE * 0.5**rank for rank in range(NUM_RANKS)]]
+        for cells in zip(self._trials.tolist(), self._accepted.tolist(), strict=True):
+            above = zip(*cells, rates[-1], strict=True)
+            rates.append([(hits + PRIOR_WEIGHT * p) / (num + PRIOR_WEIGHT) for num, hits, p in above])
+        self._rates = np.array(rates[1:])
+        asked, present, survived = self._curves
+        weight = asked + PRIOR_WEIGHT
+        expected = survived + PRIOR_WEIGHT * np.cumprod(self._rates[:, 0])
+        self._usual = (present + PRIOR_WEIGHT) / weight, expected / weight
+        factors = self._factors()[:, np.minimum(np.arange(self._max_nodes), 1)]  # [requests, depth]
+        self._table = np.minimum(np.maximum(self._rates * factors[:, :, None], LEAST), MOST)
+        self._of_chains: list[list[float]] = np.cumprod(self._table[:, :, 0], axis=1).tolist()
 
-    def _cells(self, forest: Forest) -> tuple[Ints, Ints]:
-        return np.minimum(forest.depths, self._max_nodes - 1), forest.ranks
+    def _factors(self) -> Floats:
+        """[requests, 2]: the least squares estimate of each request's own acceptance over everyone's."""
+        hits, expected, variance = self._requests.outcomes
+        signal = np.maximum(self._surprise / np.maximum(self._square, _FLOOR), DIFFERENCE[1]) * expected**2
+        trust = signal / np.maximum(signal + variance, _FLOOR)
+        return np.asarray(1 + trust * (hits / np.maximum(expected, _FLOOR) - 1))
 
-    def _seen_cells(self, forest: Forest, seen: Bools) -> tuple[Ints, Ints]:
-        depths, ranks = self._cells(forest)
-        return depths[seen], ranks[seen]
-
-    def _chances(self, ids: Sequence[str], forest: Forest, known: _Method) -> Floats:
+    def _chances(self, places: Ints, forest: Forest) -> Floats:
         """Rate · factor, [trees, nodes]."""
-        places = self._places(ids)
-        rates: Floats = known.rates[self._cells(forest)]
-        first, deeper = self._factors(places).T[:, :, None]
-        chances: Floats = np.clip(rates * np.where(forest.depths == 0, first, deeper), LEAST, MOST)
-        return chances
+        return self._table[places[:, None], forest.depths, forest.ranks]
+
+    def _survival(self, chances: Floats, forest: Forest) -> Floats:
+        return forest.along_paths(self._calibration(chances, forest.confidence))
+
+    def _places(self, ids: Sequence[str]) -> list[int]:
+        """The rows of requests, in the sums and in the table."""
+        places = self._requests.places(ids)
+        if len(self._table) < len(self._requests):
+            self._refresh()
+        return places

@@ -14,58 +14,89 @@ and the next steps, which can have the same tokens without waiting for a prompt,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
 
 _MOST_ROUNDS = 4  # the rate converges in two or three
-_CONVERGED = 0.01
+_CONVERGED = 0.01  # tokens by which a slot's rank may be off
 
 
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """What may be drafted or verified.
+class Slots(NamedTuple):
+    """What may be drafted or verified. Lists, since most steps have a handful.
 
     Attributes:
-        gain: [sequences, nodes], expected tokens won by each node, weighted.
-        rows: [sequences, nodes], expected rows paid for each node, above 0: 1 where there is one, before
-            that the chance that there will be.
-        usable: [sequences, nodes], False where a limit forbids the node; a prefix of each row.
-        context: [sequences], cached tokens that each of its rows attends to.
-        behind: [sequences], tokens that a drafter would have to catch up with first.
+        gain: For each sequence and each of its nodes the expected tokens won by it, weighted.
+        rows: Likewise the expected rows paid for it, above 0: 1 where there is one, before that the chance
+            that there will be.
+        context: For each sequence the cached tokens that each of its rows attends to.
+        behind: For each sequence the tokens that a drafter would have to catch up with first.
     """
 
-    gain: Floats
-    rows: Floats
-    usable: NDArray[np.bool_]
-    context: Floats
-    behind: Floats
+    gain: Sequence[Sequence[float]]
+    rows: Sequence[Sequence[float]]
+    context: Sequence[float]
+    behind: Sequence[float]
+
+    def ranked(self, pair_s: float) -> list[tuple[int, int]]:
+        """(sequence, node), best first, nodes of a sequence in their order.
+
+        By gain per row less what a row's context costs, in tokens per row and cached token.
+        """
+        keyed = []
+        for i, (gains, rows, context) in enumerate(zip(self.gain, self.rows, self.context, strict=True)):
+            falling = accumulate((g / r for g, r in zip(gains, rows, strict=True)), min)
+            keyed += [(pair_s * context - key, i, node) for node, key in enumerate(falling)]
+        keyed.sort()
+        return [(i, node) for _, i, node in keyed]
 
 
-@dataclass(frozen=True, slots=True)
 class Extra:
-    """Work that drafts add to a step, one entry per number of slots taken.
+    """Work that drafts add to a step, one entry per number of slots taken; worked out where it is asked for.
 
     Attributes:
+        order: The slots, best first.
         rows: Expected rows.
-        pairs: Expected rows times their context.
-        sequences: Sequences that draft.
-        behind: Tokens that these are behind.
-        nodes: Nodes asked for.
-        depth: The longest prefix.
     """
 
-    rows: Floats
-    pairs: Floats
-    sequences: Floats
-    behind: Floats
-    nodes: Floats
-    depth: Floats
+    def __init__(self, slots: Slots, order: list[tuple[int, int]]) -> None:
+        """Takes slots in an order."""
+        self._slots, self.order = slots, order
+        self._rows = [slots.rows[i][node] for i, node in order]
+        self.rows = _sums(self._rows)
+
+    @property
+    def pairs(self) -> Floats:
+        """Expected rows times their context."""
+        context = self._slots.context
+        return _sums([rows * context[i] for rows, (i, _) in zip(self._rows, self.order, strict=True)])
+
+    @property
+    def sequences(self) -> Floats:
+        """Sequences that draft."""
+        return _sums([node == 0 for _, node in self.order])
+
+    @property
+    def behind(self) -> Floats:
+        """Tokens that these are behind."""
+        return _sums([0.0 if node else self._slots.behind[i] for i, node in self.order])
+
+    @property
+    def nodes(self) -> Floats:
+        """Nodes asked for."""
+        return np.arange(len(self.order) + 1.0)
+
+    @property
+    def depth(self) -> Floats:
+        """The longest prefix."""
+        return np.array([0.0, *accumulate((node + 1.0 for _, node in self.order), max)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +117,12 @@ class Choice:
     """What to take.
 
     Attributes:
-        counts: [sequences], nodes of each.
+        counts: Nodes of each sequence.
         rate: Expected (weighted) tokens per second.
         seconds: Expected duration of the step.
     """
 
-    counts: Ints
+    counts: list[int]
     rate: float
     seconds: float
 
@@ -109,63 +140,26 @@ def allocate(
         max_rows: Most rows that drafts may take.
         rate: A guess of the rate, to rank by at first: that of the step before.
     """
+    spread_s = pair_s * (max(slots.context, default=0.0) - min(slots.context, default=0.0))
     for _ in range(_MOST_ROUNDS):
-        ranked = _Ranked.by(rate, slots, pair_s)
-        expected = base + ranked.gains
-        rates = np.where(ranked.extra.rows <= max_rows, expected / costs.decoding(ranked.extra), -1.0)
-        best = int(np.argmax(rates))
-        guess, rate = rate, float(rates[best])
-        if pair_s == 0.0 or abs(rate - guess) <= _CONVERGED * rate:
+        extra = Extra(slots, slots.ranked(rate * pair_s))
+        expected = base + _sums([slots.gain[i][node] for i, node in extra.order])
+        seconds = costs.decoding(extra)
+        fits = bisect_right(extra.rows, max_rows)
+        best = int((expected[:fits] / seconds[:fits]).argmax())
+        guess, rate = rate, float(expected[best] / seconds[best])
+        if abs(rate - guess) * spread_s <= _CONVERGED:
             break
-    if costs.whole is None:
-        seconds = float(expected[best]) / rate if rate else float(costs.decoding(ranked.extra)[best])
-    else:  # prompts in the same step: their rows are paid anyway, a token is worth what it costs without them
-        duration = costs.whole(ranked.extra)
-        value = np.where(ranked.extra.rows <= max_rows, expected - rate * duration, -np.inf)
-        best = int(np.argmax(value))
-        seconds = float(duration[best])
-    counts = np.bincount(ranked.order[:best] // max(slots.gain.shape[1], 1), minlength=len(slots.gain))
-    return Choice(counts, rate, seconds)
+    if costs.whole is not None:
+        # prompts in the same step: their rows are paid anyway, a token is worth what it costs without them
+        seconds = costs.whole(extra)
+        best = int((expected[:fits] - rate * seconds[:fits]).argmax())
+    counts = [0] * len(slots.gain)
+    for i, _ in extra.order[:best]:
+        counts[i] += 1
+    return Choice(counts, rate, float(seconds[best]))
 
 
-@dataclass(frozen=True, slots=True)
-class _Ranked:
-    """Slots, best first.
-
-    Attributes:
-        order: Their flat indices.
-        gains: Sum of the gains of the first 0, 1, 2, … of them.
-        extra: And their work.
-    """
-
-    order: Ints
-    gains: Floats
-    extra: Extra
-
-    @classmethod
-    def by(cls, rate: float, slots: Slots, pair_s: float) -> _Ranked:
-        """Ranks by gain per row less what a row's context costs at a rate of tokens per second."""
-        width = slots.gain.shape[1]
-        per_row = np.minimum.accumulate(slots.gain / slots.rows, axis=1)
-        key = per_row - rate * pair_s * slots.context[:, None]
-        usable = np.flatnonzero(slots.usable)
-        # stable: with equal keys a sequence's earlier nodes come first
-        order = usable[np.argsort(-key.ravel()[usable], kind="stable")]
-        rows = slots.rows.ravel()[order]
-        sequence, place = np.divmod(order, max(width, 1))
-        extra = Extra(
-            rows=_sums(rows),
-            pairs=_sums(rows * slots.context[sequence]),
-            sequences=_sums(place == 0),
-            behind=_sums((place == 0) * slots.behind[sequence]),
-            nodes=np.arange(len(order) + 1, dtype=np.float64),
-            depth=np.maximum.accumulate(np.concatenate(([0.0], place + 1.0))),
-        )
-        return cls(order, _sums(slots.gain.ravel()[order]), extra)
-
-
-def _sums(values: NDArray[np.generic]) -> Floats:
+def _sums(values: Sequence[float]) -> Floats:
     """Sums of the first 0, 1, 2, … values."""
-    sums = np.zeros(len(values) + 1)
-    np.cumsum(values, out=sums[1:])
-    return sums
+    return np.array([0.0, *accumulate(values)])

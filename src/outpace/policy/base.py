@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from outpace import registry
 from outpace.config import EngineConfig, SpeculativeConfig
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 _PACKAGE = "outpace.policy"
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceView:
+class SequenceView(NamedTuple):
     """One sequence that will sample in this step.
 
     Attributes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from outpace.errors import ConfigError
 from outpace.policy.base import StepRecord
@@ -31,10 +32,11 @@ FORMAT = 1  # of the JSON
 Floats = NDArray[np.float64]
 
 _FAR = 2**24  # rows; beyond the last measured count the table goes on with its last slope
-_LEVEL_RATE, _LOCAL_RATE = 0.1, 0.01  # of corrections: all row counts alike, and those nearby
+_LEVEL_RATE, _LOCAL_RATE = 0.2, 0.03  # of corrections: all row counts alike, and those nearby
 _LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
-_LINEAR_KEEP, _LINEAR_RIDGE = 0.98, 0.01  # the draft's and the host's coefficients: memory per step
-_LINEAR_ALL, _LINEAR_EVERY = 32, 4  # measurements of which each counts, and then one in so many
+_TABLE_EVERY = 8  # steps, after which the corrected table is worked out
+_LINEAR_KEEP, _LINEAR_RIDGE = 0.99, 0.01  # the draft's and the host's coefficients: memory per step
+_LINEAR_ALL, _LINEAR_EVERY = 16, 32  # measurements that are learnt from at once, later so many together
 _FIRST_DRAFTS = 16  # steps that draft, before their cost counts as known
 _OUTLIER = 3.0  # errors beyond so many times the usual one count as that much
 _SPREAD_RATE = 0.1  # of what is usual
@@ -79,30 +81,41 @@ class LinearCost:
     """
 
     def __init__(self, coefficients: Sequence[float]) -> None:
-        self.coefficients: Floats = np.array(coefficients, dtype=np.float64)
+        self.coefficients = [float(c) for c in coefficients]
         self._num_observed = 0
         self._robust = Robust()
-        self._squares: Floats = np.zeros((len(coefficients), len(coefficients)))  # discounted Σ x·xᵀ
+        self._latest: list[tuple[float, ...]] = []  # features and seconds, since coefficients were worked out
+        num_features = len(coefficients)
+        self._squares: Floats = np.zeros((num_features, num_features))  # discounted Σ x·xᵀ
+        self._products: Floats = np.zeros(num_features)  # and Σ x·seconds
 
-    def seconds(self, *features: Floats | float) -> Floats:
+    def seconds(self, *features: Any) -> Any:
         """Predicts; features may be arrays of one shape."""
         total: Any = 0.0
-        for coefficient, feature in zip(self.coefficients.tolist(), features, strict=True):
-            total = total + coefficient * feature
-        return np.asarray(total)
+        for coefficient, feature in zip(self.coefficients, features, strict=True):
+            if coefficient:
+                total = total + coefficient * feature
+        return total
 
     def observe(self, seconds: float, *features: float) -> None:
-        """Learns from a measurement; once there were many, from some of them."""
+        """Learns from a measurement: at once from the first ones, later from several together."""
+        predicted = self.seconds(*features)
+        self._latest.append((*features, predicted + self._robust(seconds - predicted)))
         self._num_observed += 1
-        if self._num_observed > _LINEAR_ALL and self._num_observed % _LINEAR_EVERY:
-            return
-        x = np.array(features, dtype=np.float64)
-        error = self._robust(seconds - float(self.coefficients @ x))
-        self._squares = _LINEAR_KEEP * self._squares + np.outer(x, x)
-        ridge = _LINEAR_RIDGE * np.diag(np.diag(self._squares)) + 1e-12 * np.eye(len(x))
-        self.coefficients = np.maximum(
-            0.0, self.coefficients + np.linalg.solve(self._squares + ridge, x * error)
-        )
+        if self._num_observed <= _LINEAR_ALL or len(self._latest) == _LINEAR_EVERY:
+            self._fit()
+
+    def _fit(self) -> None:
+        """Solves the normal equations anew: to cut an old solution off at 0 and go on from there drifts."""
+        latest = np.array(self._latest)
+        self._latest.clear()
+        x, keep = latest[:, :-1], _LINEAR_KEEP ** len(latest)
+        self._squares = keep * self._squares + x.T @ x
+        self._products = keep * self._products + x.T @ latest[:, -1]
+        ridge = _LINEAR_RIDGE * np.diag(self._squares) + 1e-12
+        root = np.linalg.cholesky(self._squares + np.diag(ridge))
+        target = np.linalg.solve(root, self._products + ridge * self.coefficients)
+        self.coefficients = nonnegative_least_squares(np.asarray(root.T, np.float64), target).tolist()
 
 
 class CostModel:
@@ -141,39 +154,31 @@ class CostModel:
             ConfigError: Something is negative, not finite or not in order.
         """
         self._rows, self._profile = _table(rows, seconds)
+        self._knots: list[float] = self._rows.tolist()
         slopes = {"per_context": per_context, "per_pair": per_pair, "per_sample": per_sample}
         for name, value in (*slopes.items(), *(("draft", x) for x in draft), *(("host", x) for x in host)):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"a cost model's {name} must be finite and at least 0, got {value}")
         if len(draft) != 4 or len(host) != 2:
             raise ConfigError(f"a cost model has 4 draft and 2 host costs, got {len(draft)} and {len(host)}")
-        self._slopes = np.array(tuple(slopes.values()))
+        self._slopes = tuple(map(float, slopes.values()))
         self._draft, self._host = LinearCost(draft), LinearCost(host)
         self._num_drafts_to_see = 0 if any(draft) else _FIRST_DRAFTS
         self.meta = dict(meta or {})
         self._level = 0.0  # log of the correction that all row counts share
         self._local = np.zeros(len(self._rows))  # and of each one's own
         self._robust = Robust()
+        self._num_observed = 0
         self._errors: deque[float] = deque(maxlen=_NUM_ERRORS)
         self._correct()
 
-    def target_s(self, rows: ArrayLike, samples: ArrayLike, context: ArrayLike, pairs: ArrayLike) -> Floats:
+    def target_s(self, rows: Any, samples: Any, context: Any, pairs: Any) -> Any:
         """Seconds of forward and verify; see Shape. Arrays give an array; non-decreasing in each argument."""
-        per_context, per_pair, per_sample = self._slopes * math.exp(self._level)
-        linear = (
-            per_context * np.asarray(context)
-            + per_pair * np.asarray(pairs)
-            + per_sample * np.asarray(samples)
-        )
-        return np.asarray(np.interp(np.asarray(rows, np.float64), self._rows, self._table) + linear)
+        per_context, per_pair, per_sample = self._slopes
+        linear = per_context * context + per_pair * pairs + per_sample * samples
+        return self._factor * (np.interp(rows, self._rows, self._table) + linear)
 
-    def draft_s(
-        self,
-        sequences: Floats | float,
-        nodes: Floats | float,
-        depth: Floats | float,
-        behind: Floats | float = 0.0,
-    ) -> Floats:
+    def draft_s(self, sequences: Any, nodes: Any, depth: Any, behind: Any = 0.0) -> Any:
         """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
         return self._draft.seconds(sequences, nodes, depth, behind)
 
@@ -184,12 +189,13 @@ class CostModel:
 
     def host_s(self, sequences: int) -> float:
         """Seconds of a step's other phases."""
-        return float(self._host.seconds(1.0, sequences))
+        fixed, each = self._host.coefficients
+        return fixed + each * sequences
 
     @property
     def per_pair_s(self) -> float:
         """Seconds per row and cached token, corrected."""
-        return float(self._slopes[1]) * math.exp(self._level)
+        return self._slopes[1] * self._factor
 
     def step_s(self, shape: Shape, sequences: int, limits: Sequence[int] = (), behind: float = 0.0) -> float:
         """Seconds of a whole step.
@@ -201,7 +207,7 @@ class CostModel:
             behind: Tokens that the drafter has not seen yet of those that draft.
         """
         target = self.target_s(shape.rows, shape.samples, shape.context, shape.pairs)
-        return float(target + self.draft_s(*_asked(limits), behind)) + self.host_s(sequences)
+        return float(target + self.draft_s(*_asked(limits), behind) + self.host_s(sequences))
 
     def observe(self, record: StepRecord, behind: float = 0.0) -> None:
         """Learns from a finished step: each part from its own phases.
@@ -210,16 +216,16 @@ class CostModel:
             record: The step.
             behind: Tokens that the drafter had not seen of those that drafted.
         """
-        view, seconds, shape = record.view, record.seconds, shape_of(record)
+        seconds, shape, num_scheduled = record.seconds, shape_of(record), record.view.num_scheduled
         asked = _asked(record.limits)
-        total = self.step_s(shape, view.num_scheduled, record.limits, behind)
-        self._errors.append(abs(total - seconds["total"]) / seconds["total"])
-        self._observe_target(shape, seconds.get("forward", 0.0) + seconds.get("verify", 0.0))
+        target = float(self.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
+        predicted = target + float(self.draft_s(*asked, behind)) + self.host_s(num_scheduled)
+        self._errors.append(abs(predicted - seconds["total"]) / seconds["total"])
+        self._observe_target(shape.rows, target, seconds.get("forward", 0.0) + seconds.get("verify", 0.0))
         if asked[0]:
             self._draft.observe(seconds.get("propose", 0.0), *asked, behind)
             self._num_drafts_to_see -= 1
-        host = sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES)
-        self._host.observe(host, 1.0, view.num_scheduled)
+        self._host.observe(sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES), 1.0, num_scheduled)
 
     def errors(self) -> tuple[float, float]:
         """Median and 90th percentile of |predicted - measured| / measured, latest steps; 0 before any."""
@@ -228,29 +234,32 @@ class CostModel:
         median, p90 = np.quantile(list(self._errors), (0.5, 0.9))
         return float(median), float(p90)
 
-    def _observe_target(self, shape: Shape, seconds: float) -> None:
-        predicted = float(self.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
+    def _observe_target(self, rows: float, predicted: float, seconds: float) -> None:
         if seconds <= 0 or predicted <= 0:
             return
         error = self._robust(math.log(seconds / predicted))
         self._level += _LEVEL_RATE * error
-        self._local *= _LOCAL_DECAY
-        right = min(int(np.searchsorted(self._rows, shape.rows)), len(self._rows) - 2)
+        self._factor = math.exp(self._level)
+        right = min(bisect_left(self._knots, rows), len(self._knots) - 2)
         left = max(right - 1, 0)
-        width = self._rows[right] - self._rows[left]
-        share = (shape.rows - self._rows[left]) / width if width else 1.0
-        share = min(share, 1.0)
+        width = self._knots[right] - self._knots[left]
+        share = min((rows - self._knots[left]) / width, 1.0) if width else 1.0
         self._local[left] += _LOCAL_RATE * (1 - share) * error
         self._local[right] += _LOCAL_RATE * share * error
-        self._correct()
+        self._num_observed += 1
+        if self._num_observed % _TABLE_EVERY == 0:
+            self._local *= _LOCAL_DECAY**_TABLE_EVERY
+            self._correct()
 
     def _correct(self) -> None:
+        self._factor = math.exp(self._level)
         self._local[-1] = self._local[-2]  # the far end follows the last measured count
-        self._table = np.maximum.accumulate(self._profile * np.exp(self._level + self._local))
+        self._table = np.maximum.accumulate(self._profile * np.exp(self._local))
 
     def to_json(self) -> str:
         """Everything it knows, corrections included."""
-        per_context, per_pair, per_sample = map(float, self._slopes)
+        self._correct()
+        per_context, per_pair, per_sample = self._slopes
         content = {
             "format": FORMAT,
             "meta": self.meta,
@@ -259,8 +268,8 @@ class CostModel:
             "per_context": per_context,
             "per_pair": per_pair,
             "per_sample": per_sample,
-            "draft": self._draft.coefficients.tolist(),
-            "host": self._host.coefficients.tolist(),
+            "draft": self._draft.coefficients,
+            "host": self._host.coefficients,
             "level": self._level,
             "local": self._local[:-1].tolist(),
         }
@@ -398,7 +407,7 @@ def shape_of(record: StepRecord) -> Shape:
     """The target's work in a finished step."""
     view, drafted = record.view, record.num_drafted
     pairs = sum(num * s.context_len for num, s in zip(drafted, view.sequences, strict=True) if num)
-    samples = len(view.sequences) + sum(drafted)
+    samples = len(drafted) + sum(drafted)
     return Shape(record.num_rows, samples, view.num_context, view.num_pairs + pairs)
 
 
@@ -434,7 +443,7 @@ def nonnegative_least_squares(design: Floats, target: Floats) -> Floats:
 
 def _asked(limits: Sequence[int]) -> tuple[int, int, int]:
     """Sequences, nodes and depth asked for."""
-    return sum(1 for limit in limits if limit), sum(limits), max(limits, default=0)
+    return len(limits) - limits.count(0), sum(limits), max(limits, default=0)
 
 
 def _table(rows: Sequence[float], seconds: Sequence[float]) -> tuple[Floats, Floats]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 
 from outpace.policy.base import BatchView, PolicyContext, StepRecord
 from outpace.policy.goodput import GoodputPolicy
@@ -26,13 +25,13 @@ class ProportionalFairness:
         self._rates: dict[str, float] = {}  # tokens per second
         self._idle_s: dict[str, float] = {}
 
-    def weights(self, view: BatchView) -> tuple[NDArray[np.float64], float]:
+    def weights(self, view: BatchView) -> tuple[list[float] | None, float]:
         """See Stakes."""
         rates = np.array([self._rates.get(s.client, 0.0) for s in view.sequences])
         if not rates.any():
-            return np.ones(len(rates)), 0.0
+            return None, 0.0
         weights = 1 / np.maximum(rates, 0.01 * rates.max())  # a newcomer does not outweigh everyone
-        return weights / weights.mean(), 0.0
+        return (weights / weights.mean()).tolist(), 0.0
 
     def observe(self, record: StepRecord) -> None:
         """See Stakes."""

@@ -13,7 +13,6 @@ first token and one for the time per later token. Two weights bring that into th
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from outpace.config import flag
 from outpace.errors import ConfigError
@@ -35,14 +34,14 @@ class Targets:
         """
         self._ttft_s, self._tpot_s = ttft_s, tpot_s
 
-    def weights(self, view: BatchView) -> tuple[NDArray[np.float64], float]:
+    def weights(self, view: BatchView) -> tuple[list[float] | None, float]:
         """See Stakes."""
-        weights = np.ones(len(view.sequences))
+        weights = None
         if self._tpot_s is not None:
             tokens = np.array([max(s.num_output - 1, 1) for s in view.sequences])
             pace = np.array([s.decode_s for s in view.sequences]) / tokens / self._tpot_s
             pace = np.where([s.num_output > 1 for s in view.sequences], pace, 1.0)
-            weights = np.clip(np.minimum(pace, 1 / np.maximum(pace, LEAST)), LEAST, 1.0)
+            weights = np.clip(np.minimum(pace, 1 / np.maximum(pace, LEAST)), LEAST, 1.0).tolist()
         return weights, self._num_waiting_in_time(view)
 
     def observe(self, record: StepRecord) -> None:
