@@ -131,7 +131,7 @@ def draft_conditions(
     """Each method alone, among 16, and under random limits where blocks are short."""
     for method in methods:
         drafting: dict[str, Any] = {"spec_method": method, "spec_tokens": 8, "spec_policy": "fixed"}
-        if method == "draft_model":  # the model itself, unless another was named
+        if "draft_model" in method.split(","):  # the model itself, unless another was named
             drafting["spec_model"] = loaded.draft_model
         alone = loaded.build(**drafting)
         yield f"{method}, alone", one_by_one(alone, cases), alone
