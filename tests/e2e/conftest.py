@@ -16,7 +16,7 @@ from outpace.bench.servers import Server
 @pytest.fixture(scope="session")
 def loaded() -> Loaded:
     """SmolLM2-135M-Instruct, fetched once into the cache."""
-    return Loaded.default()
+    return Loaded.default(max_num_seqs=16)
 
 
 @pytest.fixture(scope="session")
