@@ -68,6 +68,13 @@ class Server:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def ends_within(self, timeout_s: float) -> bool:
+        """Whether it has ended, or does so in that time."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout_s)
+        return not self.is_running
+
     def start(self, timeout_s: float = START_TIMEOUT_S) -> None:
         """Starts it and waits until /health is well.
 
