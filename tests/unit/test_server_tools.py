@@ -211,7 +211,16 @@ def test_auto_needs_a_server_that_was_started_for_it(llm: FakeLLM) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "reason"),
     [
-        ({"tool_choice": "required"}, "tool_choice", "there is no such tool"),
+        (
+            {"tool_choice": "required"},
+            "tool_choice",
+            "'required' must find its function among tools, which has none",
+        ),
+        (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+            "'f' must find its function among tools, which has",
+        ),
         (
             {"tools": [WEATHER], "response_format": {"type": "json_object"}},
             "response_format",

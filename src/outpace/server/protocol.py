@@ -474,8 +474,12 @@ class ChatCompletionRequest(GenerationRequest):
         if len(set(names)) < len(names):
             raise InvalidRequestError("tools must have different names", "tools")
         if self.tool_choice not in (None, "none", "auto") and not self.offered_tools:
-            what = "required" if self.tool_choice == "required" else "a function that is not among tools"
-            raise InvalidRequestError(f"tool_choice is {what}: there is no such tool to call", "tool_choice")
+            wanted = self.tool_choice
+            what = repr(wanted.function.name) if isinstance(wanted, NamedTool) else repr(wanted)
+            raise InvalidRequestError(
+                f"tool_choice {what} must find its function among tools, which has {', '.join(names) or 'none'}",
+                "tool_choice",
+            )
         if self.offered_tools and self.structure is not None:
             field = "response_format" if self.structured_outputs is None else "structured_outputs"
             raise InvalidRequestError(

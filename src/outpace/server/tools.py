@@ -48,9 +48,23 @@ class Parsed:
 class ToolReader(ABC):
     """Tells calls from text in one answer. What may yet become a call is held back."""
 
-    @abstractmethod
+    def __init__(self, names: AbstractSet[str], arguments_key: str) -> None:
+        self._calls = Calls(names, arguments_key)
+        self._call: CallText | None = None  # the one being read
+        self._opening = ""  # what came before it
+        self._held = ""
+
     def push(self, text: str) -> Parsed:
         """Takes more of the answer, of whatever length, and gives what is certain."""
+        self._held += text
+        parsed = Parsed()
+        while self._go_on(parsed):
+            pass
+        return parsed
+
+    @abstractmethod
+    def _go_on(self, parsed: Parsed) -> bool:
+        """Reads on in what is held; False where more text is needed."""
 
     @abstractmethod
     def finish(self) -> Parsed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from typing import final
 
-from outpace.server.tools import Calls, CallText, Parsed, ToolFormat, ToolReader
+from outpace.server.tools import CallText, Parsed, ToolFormat, ToolReader
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
@@ -26,19 +26,8 @@ class HermesReader(ToolReader):
     """Text outside of the tags, calls inside. Space around the tags belongs to them."""
 
     def __init__(self, names: AbstractSet[str], arguments_key: str) -> None:
-        self._calls = Calls(names, arguments_key)
-        self._call: CallText | None = None  # the one being read
-        self._opening = ""  # the tag before it, with the space around
+        super().__init__(names, arguments_key)
         self._awaits_close = False
-        self._held = ""
-
-    def push(self, text: str) -> Parsed:
-        """See ToolReader."""
-        self._held += text
-        parsed = Parsed()
-        while self._go_on(parsed):
-            pass
-        return parsed
 
     def finish(self) -> Parsed:
         """See ToolReader."""
@@ -48,7 +37,7 @@ class HermesReader(ToolReader):
         return Parsed("" if after_calls else self._held)
 
     def _go_on(self, parsed: Parsed) -> bool:
-        """Reads on in what is held; False where more text is needed."""
+        """See ToolReader."""
         if self._call is not None:
             return self._read_call(self._call, parsed)
         return self._skip_close() if self._awaits_close else self._read_text(parsed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from typing import final
 
-from outpace.server.tools import Calls, CallText, Parsed, ToolFormat, ToolReader
+from outpace.server.tools import CallText, Parsed, ToolFormat, ToolReader
 
 _TAG = "<|python_tag|>"  # may come first
 
@@ -26,19 +26,8 @@ class Llama3JsonReader(ToolReader):
     """Calls as long as there are any; from the first other thing on all is text."""
 
     def __init__(self, names: AbstractSet[str], arguments_key: str) -> None:
-        self._calls = Calls(names, arguments_key)
-        self._call: CallText | None = None  # the one being read
-        self._opening = ""  # what came before it
+        super().__init__(names, arguments_key)
         self._is_text = False
-        self._held = ""
-
-    def push(self, text: str) -> Parsed:
-        """See ToolReader."""
-        self._held += text
-        parsed = Parsed()
-        while self._go_on(parsed):
-            pass
-        return parsed
 
     def finish(self) -> Parsed:
         """See ToolReader."""
@@ -47,7 +36,7 @@ class Llama3JsonReader(ToolReader):
         return Parsed("" if self._calls.num_named else self._held)
 
     def _go_on(self, parsed: Parsed) -> bool:
-        """Reads on in what is held; False where more text is needed."""
+        """See ToolReader."""
         if self._is_text:
             parsed.content += self._held
             self._held = ""
