@@ -476,9 +476,9 @@ class ChatCompletionRequest(GenerationRequest):
         if self.tool_choice not in (None, "none", "auto") and not self.offered_tools:
             wanted = self.tool_choice
             what = repr(wanted.function.name) if isinstance(wanted, NamedTool) else repr(wanted)
+            there_are = ", ".join(names) or "none"
             raise InvalidRequestError(
-                f"tool_choice {what} must find its function among tools, which has {', '.join(names) or 'none'}",
-                "tool_choice",
+                f"tool_choice {what} must find its function among tools, which has {there_are}", "tool_choice"
             )
         if self.offered_tools and self.structure is not None:
             field = "response_format" if self.structured_outputs is None else "structured_outputs"
