@@ -1,19 +1,50 @@
 """How much of each draft method's drafts is accepted, by prompt set. Greedy, so any machine gives the same.
 
-python benchmarks/acceptance.py --dataset cnndm.jsonl.gz humaneval.jsonl.gz --num-prompts 32
+    python benchmarks/acceptance.py --dataset cnndm.jsonl.gz humaneval.jsonl.gz --num-prompts 32
+
+And whether drafts know how good they are: of the nodes whose parent was accepted, how many were accepted too,
+by the confidence that the method gave them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import lossless
 
+from outpace.policy.base import StepRecord
+from outpace.policy.fixed import FixedPolicy
 from outpace.sampling import SamplingParams
 from outpace.spec import proposer as proposers
+
+TENTHS = 10
+
+
+class Watched(FixedPolicy):
+    """A fixed length, and what became of its drafts.
+
+    Attributes:
+        reached: By tenth of confidence, nodes whose parent was accepted.
+        accepted: Of these, those accepted themselves.
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(num_tokens)
+        self.reached, self.accepted = Counter[int](), Counter[int]()
+
+    def observe(self, record: StepRecord) -> None:
+        for draft, path in zip(record.drafts, record.paths, strict=True):
+            if draft.confidence is None:
+                continue
+            for node, (parent, confidence) in enumerate(zip(draft.parents, draft.confidence, strict=True)):
+                if parent < 0 or parent in path:
+                    tenth = min(int(TENTHS * confidence), TENTHS - 1)
+                    self.reached[tenth] += 1
+                    self.accepted[tenth] += node in path
 
 
 def measure(
@@ -21,6 +52,7 @@ def measure(
 ) -> dict[str, Any]:
     """Answers the prompts, eight at a time; the statistics of their drafts."""
     engine = loaded.build(spec_policy="fixed", max_num_seqs=8, **drafting)
+    engine.policy = watched = Watched(drafting["spec_tokens"])
     params = SamplingParams(temperature=0, max_tokens=max_tokens)
     answers = lossless.run(engine, [(prompt, params) for prompt in prompts], lambda i: 0)
     drafts = engine.metrics.drafts
@@ -32,6 +64,8 @@ def measure(
         "drafted_steps": round(drafts.num_drafts / num_steps, 3),
         "tokens_per_step": round(num_tokens / num_steps, 2),
         "tokens": num_tokens,
+        "reached": watched.reached,
+        "accepted": watched.accepted,
     }
 
 
@@ -65,6 +99,19 @@ def main() -> None:
                 f"| {found['drafted_steps']:.0%} | {found['tokens_per_step']} |",
                 flush=True,
             )
+    print(
+        "\n| method | "
+        + " | ".join(f"{tenth / TENTHS} to {(tenth + 1) / TENTHS}" for tenth in range(TENTHS))
+        + " |"
+    )
+    print("| --- " * (TENTHS + 1) + "|")
+    for method in args.methods:
+        of_method = [found for name, found in results.items() if name.endswith(f" {method}")]
+        reached, accepted = (sum((f[key] for f in of_method), Counter()) for key in ("reached", "accepted"))
+        cells = (
+            f"{accepted[i] / reached[i]:.0%} of {reached[i]}" if reached[i] else "" for i in range(TENTHS)
+        )
+        print(f"| `{method}` | " + " | ".join(cells) + " |")
     print(json.dumps({"spec_tokens": args.spec_tokens, "num_prompts": args.num_prompts, **results}))
 
 

@@ -39,18 +39,22 @@ class SpeculativeConfig:
         "none", "Draft method, a name of spec/proposers, or several with commas; ngram is prompt_lookup"
     )
     num_speculative_tokens: int = setting(
-        5, "Most draft tokens for a sequence in a step (policy fixed: always)"
+        12, "Most draft tokens for a sequence in a step (policy fixed: always)"
     )
     model: str | None = setting(None, "draft_model: Hugging Face directory or hub id, or a GGUF file")
     num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = setting(
         (), "policy batch_table: [first batch size, last, draft tokens] each; without it, from the profile"
     )
     prompt_lookup_min: int = setting(2, "prompt_lookup: shortest match that gives a draft, in tokens")
-    prompt_lookup_max: int = setting(5, "prompt_lookup: longest match looked for")
+    prompt_lookup_max: int = setting(
+        32, "prompt_lookup: longest match looked for; the longer it is, the surer is what followed"
+    )
     suffix_decoding_max_tree_depth: int = setting(24, "suffix: longest match and longest draft")
     suffix_decoding_max_cached_requests: int = setting(10000, "suffix: finished answers kept")
     suffix_decoding_max_spec_factor: float = setting(1.0, "suffix: longest draft per token of match")
-    suffix_decoding_min_token_prob: float = setting(0.1, "suffix: least relative frequency of a drafted path")
+    suffix_decoding_min_token_prob: float = setting(
+        0.1, "suffix: least estimated probability of a drafted path"
+    )
     draft_branching: int = setting(
         1, "draft_model, self_draft: tokens drafted at each depth; a chain goes on from the first of them"
     )

@@ -208,7 +208,7 @@ def test_no_two_runs_of_a_configuration_share_a_prompt_while_the_dataset_lasts()
             _, queries, warm = plan().work(point, repetition)
             seen += [str(query.messages) for query in (*queries, *warm)]
     rates = sum(len(plan().load(Point("rate", 2), repetition)[1]) for repetition in range(2))
-    assert len(seen) == len(set(seen)) == 2 * (16 + 32 + 3 * 4) + rates
+    assert len(seen) == len(set(seen)) == 2 * (8 + 16 + 3 * 4) + rates
     assert abs(rates - 240) < 5 * 240**0.5
 
 

@@ -85,7 +85,9 @@ def test_a_tree_grows_best_first_and_obeys_its_limits() -> None:
 
 def test_prompt_lookup_drafts_what_followed_the_longest_match() -> None:
     tree = draft(PromptLookup(2, 4), running([1, 2, 3, 4, 5, 9, 2, 3, 7, 1, 2, 3]), 3)
-    assert tree == DraftTree.chain((4, 5, 9), (1.0, 1.0, 1.0))
+    assert tree.token_ids == (4, 5, 9)
+    assert tree.is_chain()
+    assert tree.confidence == pytest.approx((1 - 1 / 3, 1 - 1 / 4, 1 - 1 / 5)), "surer with every match"
 
 
 def test_prompt_lookup_branches_where_the_record_does() -> None:
@@ -126,7 +128,7 @@ def test_suffix_leaves_out_paths_that_are_rare() -> None:
     text = [token for last in (3, 3, 3, 4) for token in (1, 2, last)]
     assert draft(suffix(min_prob=0.3), running([*text, 1, 2]), 2).token_ids[0] == 3
     assert 4 not in draft(suffix(min_prob=0.3), running([*text, 1, 2]), 8).token_ids
-    assert 4 in draft(suffix(min_prob=0.2), running([*text, 1, 2]), 8).token_ids
+    assert 4 in draft(suffix(min_prob=0.1), running([*text, 1, 2]), 8).token_ids
 
 
 def test_suffix_forgets_the_oldest_answers() -> None:

@@ -83,8 +83,11 @@ def _add_queries(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset",
         type=Path,
+        nargs="+",
+        default=[],
         metavar="FILE",
-        help="JSON lines (.gz) with messages, turns, conversations or prompt; default: 8 built-in prompts",
+        help="JSON lines (.gz) with messages, turns, conversations or prompt; several are mixed; "
+        "default: 8 built-in prompts",
     )
     group.add_argument("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
     group.add_argument(
@@ -213,7 +216,8 @@ def _endpoint_options(args: argparse.Namespace) -> dict[str, Any]:
 def _conversations(args: argparse.Namespace) -> list[Any]:
     from outpace.bench import workload
 
-    return workload.read_dataset(args.dataset) if args.dataset else workload.built_in_prompts()
+    read = [conversation for path in args.dataset for conversation in workload.read_dataset(path)]
+    return read or workload.built_in_prompts()
 
 
 def _load(args: argparse.Namespace, num_conversations: int) -> tuple[Any, list[int]]:
@@ -347,7 +351,7 @@ def _add_sweep(commands: Any) -> None:
         "--num-prompts",
         type=_COUNT,
         metavar="N",
-        help="requests of a run (default: 4 per client and at least 16; rates: 60 s; traces: all)",
+        help="requests of a run (default: 2 per client and at least 8; rates: 60 s; traces: all)",
     )
     loads.add_argument("--repetitions", type=_COUNT, default=5, metavar="N", help="default: 5")
     loads.add_argument(
@@ -415,7 +419,7 @@ def _plan(args: argparse.Namespace, log_dir: Path) -> Any:
         num_warmups=args.num_warmups,
         duration_s=args.duration,
         burstiness=args.burstiness or 1.0,
-        dataset=args.dataset,
+        datasets=tuple(args.dataset),
         trace=args.trace,
         goals=report.parse_goals(args.goodput),
         timeout_s=args.timeout,

@@ -26,7 +26,7 @@ from outpace.errors import ConfigError, OutpaceError
 
 DEFAULT_RATE_DURATION_S = 60.0
 DEFAULT_OUTPUT_LEN = 128
-MIN_PROMPTS, PROMPTS_PER_CLIENT = 16, 4
+MIN_PROMPTS, PROMPTS_PER_CLIENT = 8, 2
 FIXED = "fixed"  # labels that begin so are fixed draft lengths
 BEST_FIXED, BEST_OTHER = "best fixed", "best other"
 FILE_WIDTH = 180  # of a table that is not shown on a terminal
@@ -95,7 +95,7 @@ class Plan:
     num_warmups: int = 4
     duration_s: float | None = None
     burstiness: float = 1.0
-    dataset: Path | None = None
+    datasets: tuple[Path, ...] = ()
     trace: Path | None = None
     goals: tuple[report.Goal, ...] = ()
     timeout_s: float = client.DEFAULT_TIMEOUT_S
@@ -171,7 +171,7 @@ class Plan:
             ],
             "loads": [{"label": p.label, "kind": p.kind, "value": p.value} for p in self.points],
             "baseline": self.baseline,
-            "dataset": str(self.dataset) if self.dataset else None,
+            "datasets": list(map(str, self.datasets)),
             "num_conversations": len(self.conversations),
             "endpoint": self.endpoint_options,
             "model": self.model,

@@ -9,6 +9,7 @@ from outpace.tree import DraftTree, grow
 
 KEY_LEN = 2  # tokens that index an occurrence; longer matches are found by comparing backwards
 MAX_OCCURRENCES = 32  # the most recent ones looked at
+_Match = tuple[int, Sequence[int]]  # tokens that match, and the places of what followed
 _END = -1  # between two texts of a log; equal to no token
 
 
@@ -62,25 +63,33 @@ class SuffixIndex:
                 found.append(place)
         return best, found
 
-    def tree(self, places: Sequence[int], max_nodes: int, max_depth: int, min_prob: float = 0.0) -> DraftTree:
-        """What followed at `places`, as a tree, best first; confidences are relative frequencies.
+    def tree(
+        self, length: int, places: Sequence[int], max_nodes: int, max_depth: int, min_prob: float = 0.0
+    ) -> DraftTree:
+        """What followed a match, as a tree, best first.
+
+        A confidence is the relative frequency of the token, times 1 - 1/m where m tokens match so far, those
+        drafted above it included: the rule of succession fits what is accepted (docs/log.md).
 
         Args:
-            places: From `matches`.
+            length: Of the match.
+            places: Its occurrences, both from `matches`.
             max_nodes: Size limit.
             max_depth: Depth limit.
-            min_prob: Least probability of a path, as a product of relative frequencies.
+            min_prob: Least probability of a path, as a product of confidences.
         """
+        log = self._log
 
-        def children(here: tuple[int, ...]) -> list[tuple[int, float, tuple[int, ...]]]:
-            followed = [p for p in here if p < len(self._log) and self._log[p] != _END]
-            counts = Counter(self._log[p] for p in followed)
+        def children(here: _Match) -> list[tuple[int, float, _Match]]:
+            matched, places = here
+            followed = [p for p in places if p < len(log) and log[p] != _END]
+            share = (1 - 1 / matched) / len(places)
             return [
-                (token, count / len(here), tuple(p + 1 for p in followed if self._log[p] == token))
-                for token, count in counts.items()
+                (token, share * count, (matched + 1, [p + 1 for p in followed if log[p] == token]))
+                for token, count in Counter(log[p] for p in followed).items()
             ]
 
-        return grow(tuple(places), children, max_nodes, max_depth, min_prob)
+        return grow((length, places), children, max_nodes, max_depth, min_prob)
 
     def _match_len(self, token_ids: Sequence[int], place: int, max_len: int) -> int:
         log, longest = self._log, min(max_len, place, len(token_ids))

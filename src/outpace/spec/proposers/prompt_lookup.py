@@ -41,7 +41,7 @@ class PromptLookup(Proposer):
         length, places = index.matches(sequence.token_ids, self._max_match)
         if length < self._min_match:
             return EMPTY_TREE
-        return index.tree(places, max_nodes=limit, max_depth=limit)
+        return index.tree(length, places, max_nodes=limit, max_depth=limit)
 
 
 def create(context: DraftContext) -> PromptLookup:

@@ -55,7 +55,7 @@ class Suffix(Proposer):
         best = max(range(len(indexes)), key=lambda i: found[i][0])  # equal matches: the nearest text
         length, places = found[best]
         depth = min(self._max_depth, int(self._max_factor * length), limit)
-        return indexes[best].tree(places, limit, depth, self._min_prob) if depth else EMPTY_TREE
+        return indexes[best].tree(length, places, limit, depth, self._min_prob) if depth else EMPTY_TREE
 
 
 def create(context: DraftContext) -> Suffix:
