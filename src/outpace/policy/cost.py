@@ -38,8 +38,7 @@ _TABLE_EVERY = 8  # steps, after which the corrected table is worked out
 _LINEAR_KEEP, _LINEAR_RIDGE = 0.99, 0.01  # the draft's and the host's coefficients: memory per step
 _LINEAR_ALL, _LINEAR_EVERY = 16, 32  # measurements that are learnt from at once, later so many together
 _FIRST_DRAFTS = 16  # steps that draft, before their cost counts as known
-_OUTLIER = 3.0  # errors beyond so many times the usual one count as that much
-_SPREAD_RATE = 0.1  # of what is usual
+_SPREAD_RATE = 0.2  # of the usual size of an error, at which larger ones are clipped: a median, nearly
 _NUM_ERRORS = 1024  # latest steps that the error statistics cover
 _HOST_PHASES = ("between", "plan", "policy", "advance")
 
@@ -62,7 +61,7 @@ class Shape:
 
 
 class Robust:
-    """Clips errors to a few times their usual size: a spike counts little, a lasting change soon enough."""
+    """Clips errors to their usual size: a spike counts little, a lasting change soon enough."""
 
     def __init__(self) -> None:
         self._spread: float | None = None
@@ -71,7 +70,7 @@ class Robust:
         """The error, or as much of it as counts."""
         usual = abs(error) if self._spread is None else self._spread
         self._spread = usual + _SPREAD_RATE * (abs(error) - usual)
-        return max(-_OUTLIER * usual, min(_OUTLIER * usual, error))
+        return max(-usual, min(usual, error))
 
 
 class LinearCost:
