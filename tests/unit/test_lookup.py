@@ -87,7 +87,7 @@ def test_prompt_lookup_drafts_what_followed_the_longest_match() -> None:
     tree = draft(PromptLookup(2, 4), running([1, 2, 3, 4, 5, 9, 2, 3, 7, 1, 2, 3]), 3)
     assert tree.token_ids == (4, 5, 9)
     assert tree.is_chain()
-    assert tree.confidence == pytest.approx((1 - 1 / 3, 1 - 1 / 4, 1 - 1 / 5)), "surer with every match"
+    assert tree.confidence == pytest.approx((3 / 5, 4 / 6, 5 / 7)), "surer with every match"
 
 
 def test_prompt_lookup_branches_where_the_record_does() -> None:

@@ -9,6 +9,7 @@ from outpace.tree import DraftTree, grow
 
 KEY_LEN = 2  # tokens that index an occurrence; longer matches are found by comparing backwards
 MAX_OCCURRENCES = 32  # the most recent ones looked at
+_ESCAPE = 2.0  # occurrences that each continuation counts for what may follow instead, after one token
 _Match = tuple[int, Sequence[int]]  # tokens that match, and the places of what followed
 _END = -1  # between two texts of a log; equal to no token
 
@@ -68,8 +69,9 @@ class SuffixIndex:
     ) -> DraftTree:
         """What followed a match, as a tree, best first.
 
-        A confidence is the relative frequency of the token, times 1 - 1/m where m tokens match so far, those
-        drafted above it included: the rule of succession fits what is accepted (docs/log.md).
+        A confidence is c / (n + 2d/m) for a token that followed c of n occurrences, where d different ones
+        did and m tokens match so far, those drafted above it included: the estimate of PPM (method C of
+        Moffat, 1990), whose escape shrinks as the match grows. docs/log.md has what was accepted.
 
         Args:
             length: Of the match.
@@ -83,10 +85,11 @@ class SuffixIndex:
         def children(here: _Match) -> list[tuple[int, float, _Match]]:
             matched, places = here
             followed = [p for p in places if p < len(log) and log[p] != _END]
-            share = (1 - 1 / matched) / len(places)
+            counts = Counter(log[p] for p in followed)
+            total = len(places) + _ESCAPE * len(counts) / matched
             return [
-                (token, share * count, (matched + 1, [p + 1 for p in followed if log[p] == token]))
-                for token, count in Counter(log[p] for p in followed).items()
+                (token, count / total, (matched + 1, [p + 1 for p in followed if log[p] == token]))
+                for token, count in counts.items()
             ]
 
         return grow((length, places), children, max_nodes, max_depth, min_prob)
