@@ -18,7 +18,10 @@ from outpace import cli
 from outpace.bench import commands, plots, report, sweep, workload
 from outpace.bench.servers import Server, ServerError
 from outpace.bench.sweep import Cell, Configuration, Plan, Point
+from outpace.engine.step_log import line
 from outpace.errors import ConfigError
+from outpace.policy.base import BatchView, SequenceView, StepRecord
+from outpace.tree import DraftTree
 
 FAKE = f"{sys.executable} {Path(__file__).with_name('fake_openai.py')} {{port}}"
 PNG = b"\x89PNG"
@@ -388,11 +391,13 @@ def test_the_time_left_is_that_of_the_same_load() -> None:
 
 
 def step_log(path: Path) -> Path:
+    view = BatchView((SequenceView("0-0", 99, 8), SequenceView("1-0", 5, 8)), 2, 104, 1000)
+    drafts, paths = (DraftTree.chain((1, 2)), DraftTree()), ((0,), ())
     steps = [
-        {"time": 5.0 + i, "sequences": 4, "rows": 12, "context": 99, "drafted": 8, "accepted": 3, "tokens": 7,
-         "predicted_seconds": 0.011, "seconds": 0.01 + i / 1e6} for i in range(1000)
-    ]  # fmt: skip
-    lines = [*map(json.dumps, steps), "[]", json.dumps({"time": 3000.0, "sequences": 0}), '{"time": 30']
+        StepRecord(view, (2, 2), drafts, paths, {"forward": 0.01, "total": 0.01 + i / 1e6}, 4, 3, 0.011)
+        for i in range(1000)
+    ]
+    lines = [*(json.dumps(line(step)) for step in steps), "[]", json.dumps({"sequences": 0}), '{"time": 30']
     path.write_text("\n".join(lines))
     return path
 
@@ -429,10 +434,11 @@ def test_a_run_is_drawn_over_time(tmp_path: Path) -> None:
 
 def test_steps_without_drafts_or_predictions_are_drawn_too(tmp_path: Path) -> None:
     log = tmp_path / "bare.jsonl"
-    log.write_text('{"time": 1.0, "sequences": 2, "seconds": 0.01}\n{"time": 2.0}\n')
+    view = BatchView((), 7, 0, 1000)  # a part of a prompt
+    log.write_text(json.dumps(line(StepRecord(view, (), (), (), {"total": 0.01}, 7, 0))))
     (path,) = plots.draw({"kind": "serve"}, tmp_path, "run", {"bare": log})
     assert path.read_bytes().startswith(PNG)
-    assert len(plots.read_steps(step_log(tmp_path / "whole.jsonl"))) == 1001, "what is no step is left out"
+    assert len(plots.read_steps(step_log(tmp_path / "whole.jsonl"))) == 1000, "what is no step is left out"
 
 
 @pytest.mark.parametrize(

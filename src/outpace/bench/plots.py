@@ -15,6 +15,7 @@ from outpace.errors import ConfigError
 DPI = 120
 NUM_BINS = 400  # of k over time
 MAX_DOTS = 20_000  # of predicted against measured
+_NEEDED = {"sequences", "drafted", "seconds", "predicted_s"}  # of a line of a step log
 
 
 def require_matplotlib() -> None:
@@ -178,7 +179,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
                     step = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(step, dict):
+                if isinstance(step, dict) and step.keys() >= _NEEDED:
                     steps.append(step)
     except OSError as error:
         raise ConfigError(f"cannot read the step log {path}: {error.strerror or error}") from None
@@ -186,22 +187,18 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def _steps_figure(label: str, steps: Sequence[Mapping[str, Any]]) -> Any:
-    """K over the time spent in steps, and predicted against measured time of a step."""
+    """K over the time spent in steps, and predicted against measured time of a step; see engine/step_log.py."""
     figure, (left, right) = _figure(2, f"{label}: {len(steps)} steps")
-    drafting = [s for s in steps if s.get("sequences") and s.get("seconds") is not None]
+    drafting = [s for s in steps if s["sequences"]]
     if drafting:
-        when = np.cumsum([s["seconds"] for s in drafting])
-        lengths = np.array([s.get("drafted", 0) / s["sequences"] for s in drafting])
+        when = np.cumsum([s["seconds"]["total"] for s in drafting])
+        lengths = np.array([s["drafted"] / s["sequences"] for s in drafting])
         edges = np.linspace(0, len(drafting), min(NUM_BINS, len(drafting)) + 1).astype(int)[:-1]
         counts = np.diff([*edges, len(drafting)])
         left.step(when[edges], np.add.reduceat(lengths, edges) / counts, where="post", linewidth=0.8)
     left.set_xlabel("s, time in steps")
     left.set_ylabel("k: draft tokens per sequence")
-    both = [
-        (s["predicted_seconds"], s["seconds"])
-        for s in steps
-        if s.get("predicted_seconds") and s.get("seconds")
-    ]
+    both = [(s["predicted_s"], s["seconds"]["total"]) for s in steps if s["predicted_s"]]
     if both:
         predicted, measured = np.array(both).T * 1e3
         errors = np.abs(predicted / measured - 1)
