@@ -187,7 +187,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
 
 
 def _steps_figure(label: str, steps: Sequence[Mapping[str, Any]]) -> Any:
-    """K over the time spent in steps, and predicted against measured time of a step; see engine/step_log.py."""
+    """K over the time spent in steps, and predicted against measured times of steps."""
     figure, (left, right) = _figure(2, f"{label}: {len(steps)} steps")
     drafting = [s for s in steps if s["sequences"]]
     if drafting:
