@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import chain, repeat
 
 import numpy as np
@@ -115,7 +116,13 @@ class Forest:
 
 
 def _is_chain(draft: Draft) -> bool:
-    return draft.parents == tuple(range(-1, len(draft.parents) - 1))
+    return draft.parents == _chain(len(draft.parents))
+
+
+@cache
+def _chain(length: int) -> tuple[int, ...]:
+    """The parents of a chain."""
+    return tuple(range(-1, length - 1))
 
 
 def _confidence(draft: Draft) -> Iterable[float]:

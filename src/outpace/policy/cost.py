@@ -176,7 +176,16 @@ class CostModel:
         """Seconds of forward and verify; see Shape. Arrays give an array; non-decreasing in each argument."""
         per_context, per_pair, per_sample = self._slopes
         linear = per_context * context + per_pair * pairs + per_sample * samples
-        return self._factor * (np.interp(rows, self._rows, self._table) + linear)
+        if isinstance(rows, np.ndarray):
+            return self._factor * (np.interp(rows, self._rows, self._table) + linear)
+        return self._factor * (self._between(rows) + linear)
+
+    def _between(self, rows: float) -> float:
+        """The table at one row count, without numpy: most questions come with cold caches."""
+        knots, seconds = self._knots, self._seconds
+        right = min(max(bisect_left(knots, rows), 1), len(knots) - 1)
+        slope = (seconds[right] - seconds[right - 1]) / (knots[right] - knots[right - 1])
+        return seconds[right - 1] + slope * max(rows - knots[right - 1], 0.0)
 
     def draft_s(self, sequences: Any, nodes: Any, depth: Any, behind: Any = 0.0) -> Any:
         """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
@@ -255,6 +264,7 @@ class CostModel:
         self._factor = math.exp(self._level)
         self._local[-1] = self._local[-2]  # the far end follows the last measured count
         self._table = np.maximum.accumulate(self._profile * np.exp(self._local))
+        self._seconds: list[float] = self._table.tolist()
 
     def to_json(self) -> str:
         """Everything it knows, corrections included."""
