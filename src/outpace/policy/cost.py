@@ -17,7 +17,7 @@ import json
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,32 @@ class CostModel:
         slope = (seconds[right] - seconds[right - 1]) / (knots[right] - knots[right - 1])
         return seconds[right - 1] + slope * max(rows - knots[right - 1], 0.0)
 
+    def growing_s(
+        self, rows: int, samples: int, context: float, pairs: Iterable[float], on_top_s: float
+    ) -> list[float]:
+        """Seconds of steps that grow by one sampled row each, in plain numbers: the choice of every step.
+
+        Args:
+            rows: Of the first one; `samples` and `context` likewise.
+            samples: Rows whose logits are wanted.
+            context: Cached tokens read, the same for all.
+            pairs: Of each of them.
+            on_top_s: Seconds outside the model, the same for all.
+        """
+        per_context, per_pair, per_sample = self._slopes
+        factor, pairs = self._factor, list(pairs)
+        on_top_s += factor * (per_context * context + per_sample * samples)
+        table = self._from(rows, len(pairs))
+        return [factor * (row + per_pair * pair) + on_top_s for row, pair in zip(table, pairs, strict=False)]
+
+    def _from(self, rows: int, num: int) -> list[float]:
+        """The table at `rows`, `rows` + 1, …, so many at least, each with its samples beyond the first."""
+        if rows != self._first or num > len(self._dense):
+            more = np.arange(num)
+            dense = np.interp(rows + more, self._rows, self._table) + self._slopes[2] * more
+            self._first, self._dense = rows, dense.tolist()
+        return self._dense
+
     def draft_s(self, sequences: Any, nodes: Any, depth: Any, behind: Any = 0.0) -> Any:
         """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
         return self._draft.seconds(sequences, nodes, depth, behind)
@@ -265,6 +291,7 @@ class CostModel:
         self._local[-1] = self._local[-2]  # the far end follows the last measured count
         self._table = np.maximum.accumulate(self._profile * np.exp(self._local))
         self._seconds: list[float] = self._table.tolist()
+        self._first, self._dense = 0, list[float]()  # of `_from`, until the table changes
 
     def to_json(self) -> str:
         """Everything it knows, corrections included."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import compress
+from itertools import accumulate, compress
 from typing import Protocol
 
 import numpy as np
@@ -115,7 +115,7 @@ class GoodputPolicy(SpeculationPolicy):
         ids, trees = [self._ids[i] for i in drafting], [drafts[i] for i in drafting]
         survival = self.acceptance.survival(ids, trees)
         contexts = [view.sequences[i].context_len for i in drafting]
-        slots = Slots(survival, [[1.0] * len(row) for row in survival], contexts, [0] * len(contexts))
+        slots = Slots(survival, None, contexts, [0] * len(contexts))
         usual_s = self._draft_s(self._limits, HORIZON)
         choice = self._allocate(view, drafting, slots, lambda _: usual_s)
         self._rate = choice.rate
@@ -195,15 +195,20 @@ class GoodputPolicy(SpeculationPolicy):
         is_decoding = view.num_rows == num_samples
         context = view.num_context if is_decoding else sum(s.context_len for s in view.sequences)
 
-        def decoding(extra: Extra) -> Floats:
-            rows = num_samples + extra.rows
-            target = cost.target_s(rows, rows, context, context + extra.pairs)
-            return np.asarray(target + (draft_s(extra) + cost.host_s(num_samples)))
+        def seconds(extra: Extra, rows: int, scheduled: int, context: int, pairs: int) -> list[float]:
+            on_top_s = draft_s(extra) + cost.host_s(scheduled)
+            if slots.rows is None:
+                all_pairs = accumulate(extra.contexts, initial=pairs)
+                return cost.growing_s(rows, num_samples, context, all_pairs, float(on_top_s))
+            more = extra.rows
+            target = cost.target_s(rows + more, num_samples + more, context, pairs + extra.pairs)
+            return np.asarray(target + on_top_s).tolist()
 
-        def whole(extra: Extra) -> Floats:
-            rows, samples = view.num_rows + extra.rows, num_samples + extra.rows
-            target = cost.target_s(rows, samples, view.num_context, view.num_pairs + extra.pairs)
-            return np.asarray(target + (draft_s(extra) + cost.host_s(view.num_scheduled)))
+        def decoding(extra: Extra) -> list[float]:
+            return seconds(extra, num_samples, num_samples, context, context)
+
+        def whole(extra: Extra) -> list[float]:
+            return seconds(extra, view.num_rows, view.num_scheduled, view.num_context, view.num_pairs)
 
         if weights is not None:
             gain = [[weights[i] * g for g in row] for i, row in zip(drafting, slots.gain, strict=True)]
