@@ -193,6 +193,24 @@ def allocate(
     return Choice(counts, float(rate), float(seconds[best]))
 
 
+def take_all(slots: Slots, base: float, seconds: float, steepest_s: float) -> Choice | None:
+    """Everything, where even the least gain is worth the dearest row: no need to rank then.
+
+    With λ = E(N)/c(N), no n is better if E(N) - E(n) ≥ λ·(c(N) - c(n)), and so it is if every slot wins at
+    least λ times what any row costs.
+
+    Args:
+        slots: What there is to choose from, one row each, at least one.
+        base: Expected tokens, weighted, without any draft.
+        seconds: Of the step with all of them.
+        steepest_s: The most that any of their rows costs.
+    """
+    rate = (base + sum(map(sum, slots.gain))) / seconds
+    if min(map(min, slots.gain)) < rate * steepest_s:
+        return None
+    return Choice(list(map(len, slots.gain)), rate, seconds)
+
+
 def _sums(values: Sequence[float]) -> Floats:
     """Sums of the first 0, 1, 2, … values."""
     return np.array([0.0, *accumulate(values)])

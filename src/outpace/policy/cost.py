@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,10 +182,8 @@ class CostModel:
 
     def _between(self, rows: float) -> float:
         """The table at one row count, without numpy: most questions come with cold caches."""
-        knots, seconds = self._knots, self._seconds
-        right = min(max(bisect_left(knots, rows), 1), len(knots) - 1)
-        slope = (seconds[right] - seconds[right - 1]) / (knots[right] - knots[right - 1])
-        return seconds[right - 1] + slope * max(rows - knots[right - 1], 0.0)
+        left = min(max(bisect_left(self._knots, rows) - 1, 0), len(self._rises) - 1)
+        return self._seconds[left] + self._rises[left] * max(rows - self._knots[left], 0.0)
 
     def growing_s(
         self, rows: int, samples: int, context: float, pairs: Iterable[float], on_top_s: float
@@ -212,6 +210,12 @@ class CostModel:
             dense = np.interp(rows + more, self._rows, self._table) + self._slopes[2] * more
             self._first, self._dense = rows, dense.tolist()
         return self._dense
+
+    def steepest_s(self, rows: int, more: int, context: float) -> float:
+        """The most that one of `more` sampled rows beyond `rows` costs, if none attends to more `context`."""
+        _, per_pair, per_sample = self._slopes
+        first, last = bisect_right(self._knots, rows) - 1, bisect_left(self._knots, rows + more)
+        return self._factor * (max(self._rises[max(first, 0) : last]) + per_pair * context + per_sample)
 
     def draft_s(self, sequences: Any, nodes: Any, depth: Any, behind: Any = 0.0) -> Any:
         """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
@@ -291,6 +295,7 @@ class CostModel:
         self._local[-1] = self._local[-2]  # the far end follows the last measured count
         self._table = np.maximum.accumulate(self._profile * np.exp(self._local))
         self._seconds: list[float] = self._table.tolist()
+        self._rises: list[float] = (np.diff(self._table) / np.diff(self._rows)).tolist()
         self._first, self._dense = 0, list[float]()  # of `_from`, until the table changes
 
     def to_json(self) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, compress
+from operator import mul
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outpace.policy.acceptance import AcceptanceEstimator
-from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate
+from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate, take_all
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
 from outpace.policy.cost import CostModel
 
@@ -214,6 +215,15 @@ class GoodputPolicy(SpeculationPolicy):
             gain = [[weights[i] * g for g in row] for i, row in zip(drafting, slots.gain, strict=True)]
             slots = slots._replace(gain=gain)
         base = (num_samples if weights is None else sum(weights)) + waiting
+        num_slots = sum(map(len, slots.gain))
+        if slots.rows is None and is_decoding and num_slots <= view.num_free_slots:
+            pairs = context + sum(map(mul, map(len, slots.gain), slots.context))
+            rows = num_samples + num_slots
+            target_s = float(cost.target_s(rows, rows, context, pairs))
+            steepest_s = cost.steepest_s(num_samples, num_slots, max(slots.context))
+            choice = take_all(slots, base, target_s + float(draft_s(None)) + cost.host_s(num_samples), steepest_s)
+            if choice is not None:
+                return choice
         costs = Costs(decoding, None if is_decoding else whole)
         return allocate(slots, base, costs, cost.per_pair_s, view.num_free_slots, self._rate)
 
