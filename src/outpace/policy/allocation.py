@@ -17,14 +17,16 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain, repeat
 from operator import truediv
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 T = TypeVar("T")
 
 _MOST_ROUNDS = 4  # the rate converges in two or three
@@ -81,7 +83,7 @@ class Extra:
         """The context of each slot, best slot first."""
         return list(map(self._slots.context.__getitem__, self.owners))
 
-    @property
+    @cached_property
     def rows(self) -> Floats:
         """Expected rows."""
         return _sums(self._rows)
@@ -89,18 +91,17 @@ class Extra:
     @property
     def pairs(self) -> Floats:
         """Expected rows times their context."""
-        return _sums([rows * context for rows, context in zip(self._rows, self.contexts, strict=True)])
+        return _sums(self._rows * np.array(self.contexts))
 
     @property
     def sequences(self) -> Floats:
         """Sequences that draft."""
-        return _sums([node == 0 for node in self._nodes])
+        return _sums(self._nodes == 0)
 
     @property
     def behind(self) -> Floats:
         """Tokens that these are behind."""
-        behind = self._slots.behind
-        return _sums([0.0 if node else behind[i] for i, node in zip(self.owners, self._nodes, strict=True)])
+        return _sums(np.array(self._slots.behind, np.float64)[self.owners] * (self._nodes == 0))
 
     @property
     def nodes(self) -> Floats:
@@ -110,7 +111,7 @@ class Extra:
     @property
     def depth(self) -> Floats:
         """The longest prefix."""
-        return np.array([0.0, *accumulate((node + 1.0 for node in self._nodes), max)])
+        return np.maximum.accumulate(np.concatenate(([0.0], self._nodes + 1.0)))
 
     def num_within(self, max_rows: float) -> int:
         """Entries that take no more rows than that."""
@@ -118,13 +119,14 @@ class Extra:
             return min(len(self._order), int(max_rows)) + 1
         return bisect_right(self.rows, max_rows)
 
-    @property
-    def _rows(self) -> list[float]:
-        return [1.0] * len(self._order) if self._slots.rows is None else self._ranked(self._slots.rows)
+    @cached_property
+    def _rows(self) -> Floats:
+        rows = self._slots.rows
+        return np.ones(len(self._order)) if rows is None else np.array(self._ranked(rows), np.float64)
 
-    @property
-    def _nodes(self) -> list[int]:
-        return self._ranked(map(range, self._lengths))
+    @cached_property
+    def _nodes(self) -> Ints:
+        return np.array(self._ranked(map(range, self._lengths)), np.int64)
 
     def _ranked(self, values: Iterable[Iterable[T]]) -> list[T]:
         """Values by sequence and node, best slot first."""
@@ -211,6 +213,6 @@ def take_all(slots: Slots, base: float, seconds: float, steepest_s: float) -> Ch
     return Choice(list(map(len, slots.gain)), rate, seconds)
 
 
-def _sums(values: Sequence[float]) -> Floats:
+def _sums(values: NDArray[Any]) -> Floats:
     """Sums of the first 0, 1, 2, … values."""
-    return np.array([0.0, *accumulate(values)])
+    return np.concatenate(([0.0], np.cumsum(values)))

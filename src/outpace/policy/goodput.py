@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, compress
+from itertools import accumulate, compress, repeat
 from operator import mul
 from typing import Protocol
 
@@ -79,8 +79,10 @@ class GoodputPolicy(SpeculationPolicy):
         self.cost, self.acceptance = cost, AcceptanceEstimator(max_tokens)
         self._view: BatchView | None = None  # of the step at hand, as are these:
         self._ids: list[str] = []
+        self._contexts: list[int] = []
         self._behind: list[int] = []  # tokens computed since each last drafted, all of them if it never did
         self._limits: list[int] = []
+        self._usual_s = self._drafting_s = 0.0  # of making its drafts: what is behind spread, and all at once
         self._drafts: Sequence[Draft] = ()
         self._probe: int | None = None  # index of the sequence that verifies only to learn
         self._choice: list[int] = []  # made before drafting, without probes
@@ -96,15 +98,20 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         self._view, self._drafts, self._probe = view, (), None
         self._ids = [s.id for s in view.sequences]
-        seen = self._seen.get
-        self._behind = [max(0, s.context_len - seen(s.id, 0)) for s in view.sequences]
-        most = [min(s.max_draft, self._max_tokens) for s in view.sequences]
+        self._contexts = [s.context_len for s in view.sequences]
+        seen = map(self._seen.get, self._ids, repeat(0))
+        self._behind = [c - s if c > s else 0 for c, s in zip(self._contexts, seen, strict=False)]
+        cap = self._max_tokens
+        most = [cap if s.max_draft > cap else s.max_draft for s in view.sequences]
         plain_s = self._plain_s(view)
-        if not self.cost.knows_draft or self._draft_s(most, HORIZON) <= FREE * plain_s:
+        self._usual_s = self._draft_s(most, HORIZON)
+        if not self.cost.knows_draft or self._usual_s <= FREE * plain_s:
             self._limits = most
         else:
             self._limits = self._worthwhile(view, most)
-        self.predicted_s = plain_s + self._draft_s(self._limits)
+            self._usual_s = self._draft_s(self._limits, HORIZON)
+        self._drafting_s = self._draft_s(self._limits)
+        self.predicted_s = plain_s + self._drafting_s
         return self._limits
 
     def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
@@ -115,12 +122,11 @@ class GoodputPolicy(SpeculationPolicy):
             return None
         ids, trees = [self._ids[i] for i in drafting], [drafts[i] for i in drafting]
         survival = self.acceptance.survival(ids, trees)
-        contexts = [view.sequences[i].context_len for i in drafting]
+        contexts = [self._contexts[i] for i in drafting]
         slots = Slots(survival, None, contexts, [0] * len(contexts))
-        usual_s = self._draft_s(self._limits, HORIZON)
-        choice = self._allocate(view, drafting, slots, lambda _: usual_s)
+        choice = self._allocate(view, drafting, slots, lambda _: self._usual_s)
         self._rate = choice.rate
-        self.predicted_s = choice.seconds - usual_s + self._draft_s(self._limits)
+        self.predicted_s = choice.seconds - self._usual_s + self._drafting_s
         counts = [0] * len(drafts)
         for i, count in zip(drafting, choice.counts, strict=True):
             counts[i] = count
@@ -134,7 +140,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._records.append((record, sum(compress(self._behind, limits))))
         if len(self._records) == COSTS_EVERY:
             self._learn_costs()
-        self._seen.update((s.id, s.context_len) for s in compress(record.view.sequences, limits))
+        self._seen.update(compress(zip(self._ids, self._contexts, strict=True), limits))
         self._stakes.observe(record)
         self.acceptance.observe(self._ids, limits, self._drafts, record.num_drafted, record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
