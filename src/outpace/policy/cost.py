@@ -167,6 +167,8 @@ class CostModel:
         self.meta = dict(meta or {})
         self._level = 0.0  # log of the correction that all row counts share
         self._local = np.zeros(len(self._rows))  # and of each one's own
+        self._first = 0
+        self._dense: list[float] = []  # the table at this row count and at those after it
         self._robust = Robust()
         self._num_observed = 0
         self._errors: deque[float] = deque(maxlen=_NUM_ERRORS)
@@ -215,7 +217,8 @@ class CostModel:
         """The most that one of `more` sampled rows beyond `rows` costs, if none attends to more `context`."""
         _, per_pair, per_sample = self._slopes
         first, last = bisect_right(self._knots, rows) - 1, bisect_left(self._knots, rows + more)
-        return self._factor * (max(self._rises[max(first, 0) : last]) + per_pair * context + per_sample)
+        rise = max(self._rises[max(first, 0) : last], default=0.0)  # level before the first measured count
+        return self._factor * (rise + per_pair * context + per_sample)
 
     def draft_s(self, sequences: Any, nodes: Any, depth: Any, behind: Any = 0.0) -> Any:
         """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
@@ -296,7 +299,7 @@ class CostModel:
         self._table = np.maximum.accumulate(self._profile * np.exp(self._local))
         self._seconds: list[float] = self._table.tolist()
         self._rises: list[float] = (np.diff(self._table) / np.diff(self._rows)).tolist()
-        self._first, self._dense = 0, list[float]()  # of `_from`, until the table changes
+        self._first, self._dense = 0, []  # of `_from`, until the table changes
 
     def to_json(self) -> str:
         """Everything it knows, corrections included."""

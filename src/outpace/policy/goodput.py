@@ -124,7 +124,7 @@ class GoodputPolicy(SpeculationPolicy):
         survival = self.acceptance.survival(ids, trees)
         contexts = [self._contexts[i] for i in drafting]
         slots = Slots(survival, None, contexts, [0] * len(contexts))
-        choice = self._allocate(view, drafting, slots, lambda _: self._usual_s)
+        choice = self._allocate(view, drafting, slots)
         self._rate = choice.rate
         self.predicted_s = choice.seconds - self._usual_s + self._drafting_s
         counts = [0] * len(drafts)
@@ -194,22 +194,35 @@ class GoodputPolicy(SpeculationPolicy):
         return longer if more_s <= _CHEAP * choice.seconds else counts
 
     def _allocate(
-        self, view: BatchView, drafting: list[int], slots: Slots, draft_s: Callable[[Extra], Floats | float]
+        self,
+        view: BatchView,
+        drafting: list[int],
+        slots: Slots,
+        draft_s: Callable[[Extra], Floats | float] | None = None,
     ) -> Choice:
-        """The argmax over the slots of some of the sequences."""
+        """The argmax over the slots of some of the sequences; without `draft_s` of drafts that are made."""
         weights, waiting = self._stakes.weights(view)
         num_samples, cost = len(view.sequences), self.cost
         is_decoding = view.num_rows == num_samples
         context = view.num_context if is_decoding else sum(s.context_len for s in view.sequences)
+        if weights is not None:
+            gain = [[weights[i] * g for g in row] for i, row in zip(drafting, slots.gain, strict=True)]
+            slots = slots._replace(gain=gain)
+        base = (num_samples if weights is None else sum(weights)) + waiting
+        if draft_s is None and is_decoding:
+            everything = self._everything(view, slots, base)
+            if everything is not None:
+                return everything
 
         def seconds(extra: Extra, rows: int, scheduled: int, context: int, pairs: int) -> list[float]:
-            on_top_s = draft_s(extra) + cost.host_s(scheduled)
-            if slots.rows is None:
+            host_s = cost.host_s(scheduled)
+            if draft_s is None:
                 all_pairs = accumulate(extra.contexts, initial=pairs)
-                return cost.growing_s(rows, num_samples, context, all_pairs, float(on_top_s))
+                return cost.growing_s(rows, num_samples, context, all_pairs, self._usual_s + host_s)
             more = extra.rows
             target = cost.target_s(rows + more, num_samples + more, context, pairs + extra.pairs)
-            return np.asarray(target + on_top_s).tolist()
+            total: list[float] = (target + (draft_s(extra) + host_s)).tolist()
+            return total
 
         def decoding(extra: Extra) -> list[float]:
             return seconds(extra, num_samples, num_samples, context, context)
@@ -217,21 +230,19 @@ class GoodputPolicy(SpeculationPolicy):
         def whole(extra: Extra) -> list[float]:
             return seconds(extra, view.num_rows, view.num_scheduled, view.num_context, view.num_pairs)
 
-        if weights is not None:
-            gain = [[weights[i] * g for g in row] for i, row in zip(drafting, slots.gain, strict=True)]
-            slots = slots._replace(gain=gain)
-        base = (num_samples if weights is None else sum(weights)) + waiting
-        num_slots = sum(map(len, slots.gain))
-        if slots.rows is None and is_decoding and num_slots <= view.num_free_slots:
-            pairs = context + sum(map(mul, map(len, slots.gain), slots.context))
-            rows = num_samples + num_slots
-            target_s = float(cost.target_s(rows, rows, context, pairs))
-            steepest_s = cost.steepest_s(num_samples, num_slots, max(slots.context))
-            choice = take_all(slots, base, target_s + float(draft_s(None)) + cost.host_s(num_samples), steepest_s)
-            if choice is not None:
-                return choice
         costs = Costs(decoding, None if is_decoding else whole)
         return allocate(slots, base, costs, cost.per_pair_s, view.num_free_slots, self._rate)
+
+    def _everything(self, view: BatchView, slots: Slots, base: float) -> Choice | None:
+        """All of drafts that are made, if every node is worth its row wherever it stands; see `take_all`."""
+        lengths = list(map(len, slots.gain))
+        num_nodes, num_samples, cost = sum(lengths), len(view.sequences), self.cost
+        if num_nodes > view.num_free_slots:
+            return None
+        rows, pairs = num_samples + num_nodes, view.num_context + sum(map(mul, lengths, slots.context))
+        target_s = cost.target_s(rows, rows, view.num_context, pairs)
+        seconds = target_s + (self._usual_s + cost.host_s(num_samples))
+        return take_all(slots, base, seconds, cost.steepest_s(num_samples, num_nodes, max(slots.context)))
 
     def _draft_to_learn(self, view: BatchView, limits: list[int], idle: list[int]) -> None:
         """Lets the least known of those who do not draft do so, if there is time to spare for it."""
