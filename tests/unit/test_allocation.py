@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from outpace.policy.allocation import Costs, Extra, Slots, allocate
+from outpace.policy.allocation import Costs, Extra, Slots, allocate, take_all
 
 ROWS = np.array([0.0, 2.0, 3.0, 6.0, 8.0, 20.0, 40.0])
 
@@ -121,3 +121,29 @@ def test_nothing_to_choose_from_is_no_draft() -> None:
         choice = allocate(slots, float(num_sequences), Costs(lambda x: 1.0 + x.rows), 1e-6, 100)
         assert choice.counts == [0] * num_sequences
         assert choice.seconds == 1.0
+
+
+def test_everything_is_taken_unranked_only_where_ranking_would_take_everything() -> None:
+    rng = random.Random(2)
+    num_taken = 0
+    for _ in range(500):
+        gain = [[0.9 ** rng.randint(1, 9)] * rng.randint(1, 3) for _ in range(rng.randint(1, 3))]
+        slots = slots_of(gain)._replace(rows=None)
+        rises = [rng.choice([0.0, 0.1, 0.5]) for _ in range(sum(map(len, gain)))]
+        table = np.cumsum([rng.uniform(0.5, 5), *rises])
+        everything = take_all(slots, len(gain), float(table[-1]), max(rises))
+        if everything is not None:
+            num_taken += 1
+            ranked = allocate(slots, len(gain), Costs(lambda x, table=table: table[: len(x.rows)]), 0.0, 100)
+            assert everything.counts == ranked.counts
+            assert everything.rate == pytest.approx(ranked.rate)
+            assert everything.seconds == pytest.approx(ranked.seconds)
+    assert 50 < num_taken < 450
+
+
+def test_rows_that_need_not_be_named_are_one_for_each_node() -> None:
+    rng = random.Random(3)
+    for _ in range(100):
+        slots, table = instance(rng)
+        arguments = (table, rng.choice([0.0, 1e-4]), rng.randint(1, 4), rng.choice([0, 2, 100]))
+        assert chosen(slots._replace(rows=None), *arguments) == chosen(slots, *arguments)

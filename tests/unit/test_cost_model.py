@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -229,3 +230,26 @@ def test_a_roofline_reads_the_weights_until_it_must_compute() -> None:
     for wrong in ("[]", '{"params": 1}', '{"params": 0, "bandwidth": 1, "flops": 1}'):
         with pytest.raises(ConfigError, match="roofline"):
             Roofline.from_json(wrong)
+
+
+def test_steps_are_predicted_alike_one_by_one_side_by_side_and_growing() -> None:
+    model = CostModel([2, 3, 8, 64], [1.0, 1.0, 2.0, 9.0], per_context=1e-3, per_pair=1e-4, per_sample=0.1)
+    rows, pairs = np.arange(1, 101), 50.0 * np.arange(1, 101)
+    together = model.target_s(rows, rows, 70, pairs)
+    assert [model.target_s(int(n), int(n), 70, p) for n, p in zip(rows, pairs, strict=True)] == pytest.approx(
+        together
+    )
+    for first in (1, 5, 90):
+        grown = model.growing_s(first, first, 70, pairs[first - 1 :].tolist(), 0.25)
+        assert grown == pytest.approx(together[first - 1 :] + 0.25)
+
+
+def test_no_row_within_reach_costs_more_than_the_steepest() -> None:
+    model = CostModel([2, 3, 8, 64], [1.0, 1.0, 2.0, 9.0], per_pair=1e-4, per_sample=0.1)
+    for first, more in itertools.product(range(1, 12), range(1, 80, 7)):
+        counts = np.arange(first, first + more + 1)
+        seconds = model.target_s(counts, counts, 0, 300.0 * counts)
+        steepest = model.steepest_s(first, more, 300)
+        assert np.diff(seconds).max() <= steepest * (1 + 1e-9)
+        if first == 3 and more < 5:
+            assert steepest == pytest.approx(0.2 + 0.13)

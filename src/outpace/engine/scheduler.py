@@ -6,6 +6,7 @@ import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import mul
 
 from outpace.batch import Decision, Scheduled, Verdict
 from outpace.config import EngineConfig, flag
@@ -40,12 +41,14 @@ class Plan:
         now = time.monotonic()
         prefilling = [s.sequence.request.arrival for s in self.scheduled if not s.samples]
         arrivals = [*prefilling, *(() if self.first_arrival is None else (self.first_arrival,))]
+        rows = [item.num_known for item in self.scheduled]
+        context = [item.sequence.num_computed for item in self.scheduled]
         return BatchView(
             sequences=tuple([_show(sequence, now) for sequence in self.decoding]),
-            num_rows=sum(item.num_known for item in self.scheduled),
-            num_context=sum(item.sequence.num_computed for item in self.scheduled),
+            num_rows=sum(rows),
+            num_context=sum(context),
             num_free_slots=self.num_free_slots,
-            num_pairs=sum(item.num_known * item.sequence.num_computed for item in self.scheduled),
+            num_pairs=sum(map(mul, rows, context)),
             num_scheduled=len(self.scheduled),
             num_waiting=len(prefilling) + self.num_waiting,
             oldest_wait_s=now - min(arrivals, default=now),

@@ -24,7 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
+from functools import cache
+from itertools import chain, compress, repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +116,13 @@ class Forest:
 
 
 def _is_chain(draft: Draft) -> bool:
-    return draft.parents == tuple(range(-1, len(draft.parents) - 1))
+    return draft.parents == _chain(len(draft.parents))
+
+
+@cache
+def _chain(length: int) -> tuple[int, ...]:
+    """The parents of a chain."""
+    return tuple(range(-1, length - 1))
 
 
 def _confidence(draft: Draft) -> Iterable[float]:
@@ -177,9 +184,9 @@ def _sigmoid(x: Floats) -> Floats:
     return np.asarray(1 / (1 + np.exp(-x)))
 
 
-# The place of a request, the nodes it was asked for, the draft that came, the nodes of it that were verified
-# and those that were accepted.
-_Outcome = tuple[int, int, Draft, int, Sequence[int]]
+# Of the sequences of a step the places, the nodes that each was asked for, the drafts that came, the nodes of
+# them that were verified and those that were accepted.
+_Outcomes = tuple[Sequence[int], Sequence[int], Sequence[Draft], Sequence[int], Sequence[Sequence[int]]]
 
 
 class _Requests:
@@ -214,7 +221,7 @@ class _Requests:
                 if not self._unused:
                     self._grow(len(self))
                 known[key] = self._unused.pop()
-        return [known[key] for key in ids]
+        return list(map(known.__getitem__, ids))
 
     def release(self, key: str) -> None:
         """Forgets a request; its row is free once `clear` was called."""
@@ -240,7 +247,8 @@ class _Requests:
         of_request = np.equal(np.arange(len(self))[:, None], places).astype(np.float64)  # [rows, drafts]
         keep = 1 - 1 / REQUEST_MEMORY
         decay = keep ** (of_request @ (outcomes[1, :, :1] > 0))
-        self.outcomes *= np.stack([decay, decay, decay * decay])  # the last: the variance of a discounted sum
+        self.outcomes *= decay
+        self.outcomes[2] *= decay  # once more: the variance of a discounted sum
         self.outcomes += of_request @ outcomes
         self.curves *= keep ** (of_request @ curves[0])
         self.curves += of_request @ curves
@@ -266,7 +274,7 @@ class AcceptanceEstimator:
         # expected of them.
         self._surprise, self._square = np.full(2, DIFFERENCE[0]), np.ones(2)
         self._calibration = _Calibration()
-        self._outcomes: list[_Outcome] = []  # to learn from
+        self._outcomes: list[_Outcomes] = []  # to learn from, by step
         self._num_steps = self._num_idle = 0  # with drafts; and of all kinds since it learnt
         self._refresh()
 
@@ -280,7 +288,7 @@ class AcceptanceEstimator:
         places = self._places(ids)
         asked, present, survived = self._requests.curves[:, places]
         weight = asked + REQUEST_WEIGHT
-        usual_present, usual_survived = self._usual
+        usual_present, usual_survived = self._usual()
         present = (present + REQUEST_WEIGHT * usual_present) / weight
         survived = (survived + REQUEST_WEIGHT * usual_survived) / weight
         survival = np.minimum.accumulate(np.minimum(survived / present, MOST), axis=1)
@@ -315,8 +323,7 @@ class AcceptanceEstimator:
         """
         self._num_idle += 1
         if any(limits):
-            outcomes = zip(self._places(ids), limits, drafts, lengths, paths, strict=True)
-            self._outcomes += [outcome for outcome in outcomes if outcome[1]]
+            self._outcomes.append((self._places(ids), limits, drafts, lengths, paths))
             self._num_steps += 1
         waits = 1 if self._num_steps <= LEARN_EVERY else LEARN_EVERY
         if self._num_idle >= (waits if self._outcomes else _IDLE_STEPS):
@@ -340,7 +347,10 @@ class AcceptanceEstimator:
         """Learns from the steps that were gathered."""
         self._forget_slowly()
         if self._outcomes:
-            places, limits, drafts, lengths, paths = zip(*self._outcomes, strict=True)
+            asked = [limit > 0 for _, limits, *_ in self._outcomes for limit in limits]
+            steps = zip(*self._outcomes, strict=True)
+            columns = (list(compress(chain.from_iterable(column), asked)) for column in steps)
+            places, limits, drafts, lengths, paths = columns
             self._outcomes.clear()
             self._learn_from(np.array(places), np.array(limits), Forest.of(drafts), np.array(lengths), paths)
         self._requests.clear()
@@ -366,9 +376,11 @@ class AcceptanceEstimator:
         curves[0] = np.arange(self._max_nodes) < limits[:, None]
         curves[1, :, : seen.shape[1]], curves[2, :, : seen.shape[1]] = forest.present, survival
         self._curves = (1 - 1 / MEMORY) ** len(limits) * self._curves + curves.sum(axis=1)
-        outcomes = np.stack([accepted, rates, rates * (1 - rates)])  # [3, drafts, nodes]
-        of_first = np.where(forest.depths == 0, outcomes, 0.0).sum(axis=2)
-        by_level = np.stack([of_first, outcomes.sum(axis=2) - of_first], axis=2)  # [3, drafts, 2]
+        outcomes = np.empty((3, *seen.shape))  # [3, drafts, nodes]
+        outcomes[0], outcomes[1], outcomes[2] = accepted, rates, rates * (1 - rates)
+        by_level = np.empty((3, len(limits), 2))
+        by_level[:, :, 0] = (outcomes * (forest.depths == 0)).sum(axis=2)
+        by_level[:, :, 1] = outcomes.sum(axis=2) - by_level[:, :, 0]
         self._requests.add(places, by_level, curves)
         if num_drafts:
             self._learn_difference(np.flatnonzero(np.bincount(places[is_verified])), num_drafts)
@@ -398,13 +410,16 @@ class AcceptanceEstimator:
             above = zip(*cells, rates[-1], strict=True)
             rates.append([(hits + PRIOR_WEIGHT * p) / (num + PRIOR_WEIGHT) for num, hits, p in above])
         self._rates = np.array(rates[1:])
-        asked, present, survived = self._curves
-        weight = asked + PRIOR_WEIGHT
-        expected = survived + PRIOR_WEIGHT * np.cumprod(self._rates[:, 0])
-        self._usual = (present + PRIOR_WEIGHT) / weight, expected / weight
         factors = self._factors()[:, np.minimum(np.arange(self._max_nodes), 1)]  # [requests, depth]
         self._table = np.minimum(np.maximum(self._rates * factors[:, :, None], LEAST), MOST)
         self._of_chains: list[list[float]] = np.cumprod(self._table[:, :, 0], axis=1).tolist()
+
+    def _usual(self) -> tuple[Floats, Floats]:
+        """[nodes] each: present and survived, over all requests."""
+        asked, present, survived = self._curves
+        weight = asked + PRIOR_WEIGHT
+        expected = survived + PRIOR_WEIGHT * np.cumprod(self._rates[:, 0])
+        return (present + PRIOR_WEIGHT) / weight, expected / weight
 
     def _factors(self) -> Floats:
         """[requests, 2]: the least squares estimate of each request's own acceptance over everyone's."""

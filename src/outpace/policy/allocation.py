@@ -15,88 +15,122 @@ and the next steps, which can have the same tokens without waiting for a prompt,
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
+from functools import cached_property
+from itertools import accumulate, chain, repeat
+from operator import truediv
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+T = TypeVar("T")
 
 _MOST_ROUNDS = 4  # the rate converges in two or three
 _CONVERGED = 0.01  # tokens by which a slot's rank may be off
 
 
 class Slots(NamedTuple):
-    """What may be drafted or verified. Lists, since most steps have a handful.
+    """What may be drafted or verified. Lists: after a pass of the model numpy comes back to cold caches.
 
     Attributes:
         gain: For each sequence and each of its nodes the expected tokens won by it, weighted.
-        rows: Likewise the expected rows paid for it, above 0: 1 where there is one, before that the chance
-            that there will be.
+        rows: Likewise the expected rows paid for it, above 0: before a draft is there the chance that it
+            will be. None: one for each node.
         context: For each sequence the cached tokens that each of its rows attends to.
         behind: For each sequence the tokens that a drafter would have to catch up with first.
     """
 
     gain: Sequence[Sequence[float]]
-    rows: Sequence[Sequence[float]]
+    rows: Sequence[Sequence[float]] | None
     context: Sequence[float]
     behind: Sequence[float]
 
-    def ranked(self, pair_s: float) -> list[tuple[int, int]]:
-        """(sequence, node), best first, nodes of a sequence in their order.
+    def keys(self, pair_s: float) -> list[float]:
+        """What slots are ranked by, the sequences' one after another: never rising within a sequence.
 
-        By gain per row less what a row's context costs, in tokens per row and cached token.
+        Gain per row less what a row's context costs, in tokens per row and cached token.
         """
-        keyed = []
-        for i, (gains, rows, context) in enumerate(zip(self.gain, self.rows, self.context, strict=True)):
-            falling = accumulate((g / r for g, r in zip(gains, rows, strict=True)), min)
-            keyed += [(pair_s * context - key, i, node) for node, key in enumerate(falling)]
-        keyed.sort()
-        return [(i, node) for _, i, node in keyed]
+        gain: Sequence[Sequence[float]] = self.gain
+        if self.rows is not None:
+            gain = [list(map(truediv, *pair)) for pair in zip(gain, self.rows, strict=True)]
+        costs = [pair_s * context for context in self.context]
+        return [key - cost for row, cost in zip(gain, costs, strict=True) for key in accumulate(row, min)]
 
 
 class Extra:
     """Work that drafts add to a step, one entry per number of slots taken; worked out where it is asked for.
 
     Attributes:
-        order: The slots, best first.
-        rows: Expected rows.
+        owners: The slots' sequences, best slot first.
+        gains: What each slot wins, in the same order.
     """
 
-    def __init__(self, slots: Slots, order: list[tuple[int, int]]) -> None:
-        """Takes slots in an order."""
-        self._slots, self.order = slots, order
-        self._rows = [slots.rows[i][node] for i, node in order]
-        self.rows = _sums(self._rows)
+    def __init__(self, slots: Slots, pair_s: float) -> None:
+        """Ranks slots; see `Slots.keys`. Those of a sequence stay in their order."""
+        self._slots = slots
+        self._lengths = list(map(len, slots.gain))
+        keys = slots.keys(pair_s)
+        self._order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
+        self.owners = self._ranked(map(repeat, range(len(self._lengths)), self._lengths))
+        self.gains = self._ranked(slots.gain)
+
+    @property
+    def contexts(self) -> list[float]:
+        """The context of each slot, best slot first."""
+        return list(map(self._slots.context.__getitem__, self.owners))
+
+    @cached_property
+    def rows(self) -> Floats:
+        """Expected rows."""
+        return _sums(self._rows)
 
     @property
     def pairs(self) -> Floats:
         """Expected rows times their context."""
-        context = self._slots.context
-        return _sums([rows * context[i] for rows, (i, _) in zip(self._rows, self.order, strict=True)])
+        return _sums(self._rows * np.array(self.contexts))
 
     @property
     def sequences(self) -> Floats:
         """Sequences that draft."""
-        return _sums([node == 0 for _, node in self.order])
+        return _sums(self._nodes == 0)
 
     @property
     def behind(self) -> Floats:
         """Tokens that these are behind."""
-        return _sums([0.0 if node else self._slots.behind[i] for i, node in self.order])
+        return _sums(np.array(self._slots.behind, np.float64)[self.owners] * (self._nodes == 0))
 
     @property
     def nodes(self) -> Floats:
         """Nodes asked for."""
-        return np.arange(len(self.order) + 1.0)
+        return np.arange(len(self._order) + 1.0)
 
     @property
     def depth(self) -> Floats:
         """The longest prefix."""
-        return np.array([0.0, *accumulate((node + 1.0 for _, node in self.order), max)])
+        return np.maximum.accumulate(np.concatenate(([0.0], self._nodes + 1.0)))
+
+    def num_within(self, max_rows: float) -> int:
+        """Entries that take no more rows than that."""
+        if self._slots.rows is None:
+            return min(len(self._order), int(max_rows)) + 1
+        return bisect_right(self.rows, max_rows)
+
+    @cached_property
+    def _rows(self) -> Floats:
+        rows = self._slots.rows
+        return np.ones(len(self._order)) if rows is None else np.array(self._ranked(rows), np.float64)
+
+    @cached_property
+    def _nodes(self) -> Ints:
+        return np.array(self._ranked(map(range, self._lengths)), np.int64)
+
+    def _ranked(self, values: Iterable[Iterable[T]]) -> list[T]:
+        """Values by sequence and node, best slot first."""
+        return list(map(list(chain.from_iterable(values)).__getitem__, self._order))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +142,8 @@ class Costs:
         whole: With the prompts that it also computes; None without such.
     """
 
-    decoding: Callable[[Extra], Floats]
-    whole: Callable[[Extra], Floats] | None = None
+    decoding: Callable[[Extra], Iterable[float]]
+    whole: Callable[[Extra], Iterable[float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,24 +176,43 @@ def allocate(
     """
     spread_s = pair_s * (max(slots.context, default=0.0) - min(slots.context, default=0.0))
     for _ in range(_MOST_ROUNDS):
-        extra = Extra(slots, slots.ranked(rate * pair_s))
-        expected = base + _sums([slots.gain[i][node] for i, node in extra.order])
-        seconds = costs.decoding(extra)
-        fits = bisect_right(extra.rows, max_rows)
-        best = int((expected[:fits] / seconds[:fits]).argmax())
-        guess, rate = rate, float(expected[best] / seconds[best])
+        extra = Extra(slots, rate * pair_s)
+        expected = list(accumulate(extra.gains, initial=base))[: extra.num_within(max_rows)]
+        seconds = list(costs.decoding(extra))
+        rates = list(map(truediv, expected, seconds))
+        guess, rate = rate, max(rates)
+        best = rates.index(rate)
         if abs(rate - guess) * spread_s <= _CONVERGED:
             break
     if costs.whole is not None:
         # prompts in the same step: their rows are paid anyway, a token is worth what it costs without them
-        seconds = costs.whole(extra)
-        best = int((expected[:fits] - rate * seconds[:fits]).argmax())
+        seconds = list(costs.whole(extra))
+        profits = [tokens - rate * spent for tokens, spent in zip(expected, seconds, strict=False)]
+        best = profits.index(max(profits))
     counts = [0] * len(slots.gain)
-    for i, _ in extra.order[:best]:
+    for i in extra.owners[:best]:
         counts[i] += 1
-    return Choice(counts, rate, float(seconds[best]))
+    return Choice(counts, float(rate), float(seconds[best]))
 
 
-def _sums(values: Sequence[float]) -> Floats:
+def take_all(slots: Slots, base: float, seconds: float, steepest_s: float) -> Choice | None:
+    """Everything, where even the least gain is worth the dearest row: no need to rank then.
+
+    With λ = E(N)/c(N), no n is better if E(N) - E(n) ≥ λ·(c(N) - c(n)), and so it is if every slot wins at
+    least λ times what any row costs.
+
+    Args:
+        slots: What there is to choose from, one row each, at least one.
+        base: Expected tokens, weighted, without any draft.
+        seconds: Of the step with all of them.
+        steepest_s: The most that any of their rows costs.
+    """
+    rate = (base + sum(map(sum, slots.gain))) / seconds
+    if min(map(min, slots.gain)) < rate * steepest_s:
+        return None
+    return Choice(list(map(len, slots.gain)), rate, seconds)
+
+
+def _sums(values: NDArray[Any]) -> Floats:
     """Sums of the first 0, 1, 2, … values."""
-    return np.array([0.0, *accumulate(values)])
+    return np.concatenate(([0.0], np.cumsum(values)))

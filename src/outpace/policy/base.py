@@ -88,6 +88,7 @@ class StepRecord:
         num_rows: Rows of the forward, drafts included.
         num_tokens: Tokens emitted.
         predicted_s: What the policy expected of the total; None if it does not predict.
+        num_drafted: Draft nodes verified, per sampling sequence.
     """
 
     view: BatchView
@@ -98,11 +99,11 @@ class StepRecord:
     num_rows: int
     num_tokens: int
     predicted_s: float | None = None
+    num_drafted: tuple[int, ...] = field(init=False)
 
-    @property
-    def num_drafted(self) -> tuple[int, ...]:
-        """Draft nodes verified, per sampling sequence."""
-        return tuple(len(draft.parents) for draft in self.drafts)
+    def __post_init__(self) -> None:
+        """Counts once what many ask for."""
+        object.__setattr__(self, "num_drafted", tuple([len(draft.parents) for draft in self.drafts]))
 
     @property
     def num_accepted(self) -> tuple[int, ...]:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,8 @@ class CostModel:
         self.meta = dict(meta or {})
         self._level = 0.0  # log of the correction that all row counts share
         self._local = np.zeros(len(self._rows))  # and of each one's own
+        self._first = 0
+        self._dense: list[float] = []  # the table at this row count and at those after it
         self._robust = Robust()
         self._num_observed = 0
         self._errors: deque[float] = deque(maxlen=_NUM_ERRORS)
@@ -175,7 +177,47 @@ class CostModel:
         """Seconds of forward and verify; see Shape. Arrays give an array; non-decreasing in each argument."""
         per_context, per_pair, per_sample = self._slopes
         linear = per_context * context + per_pair * pairs + per_sample * samples
-        return self._factor * (np.interp(rows, self._rows, self._table) + linear)
+        if isinstance(rows, np.ndarray):
+            return self._factor * (np.interp(rows, self._rows, self._table) + linear)
+        return self._factor * (self._between(rows) + linear)
+
+    def _between(self, rows: float) -> float:
+        """The table at one row count, without numpy: most questions come with cold caches."""
+        left = min(max(bisect_left(self._knots, rows) - 1, 0), len(self._rises) - 1)
+        return self._seconds[left] + self._rises[left] * max(rows - self._knots[left], 0.0)
+
+    def growing_s(
+        self, rows: int, samples: int, context: float, pairs: Iterable[float], on_top_s: float
+    ) -> list[float]:
+        """Seconds of steps that grow by one sampled row each, in plain numbers: the choice of every step.
+
+        Args:
+            rows: Of the first one; `samples` and `context` likewise.
+            samples: Rows whose logits are wanted.
+            context: Cached tokens read, the same for all.
+            pairs: Of each of them.
+            on_top_s: Seconds outside the model, the same for all.
+        """
+        per_context, per_pair, per_sample = self._slopes
+        factor, pairs = self._factor, list(pairs)
+        on_top_s += factor * (per_context * context + per_sample * samples)
+        table = self._from(rows, len(pairs))
+        return [factor * (row + per_pair * pair) + on_top_s for row, pair in zip(table, pairs, strict=False)]
+
+    def _from(self, rows: int, num: int) -> list[float]:
+        """The table at `rows`, `rows` + 1, …, so many at least, each with its samples beyond the first."""
+        if rows != self._first or num > len(self._dense):
+            more = np.arange(num)
+            dense = np.interp(rows + more, self._rows, self._table) + self._slopes[2] * more
+            self._first, self._dense = rows, dense.tolist()
+        return self._dense
+
+    def steepest_s(self, rows: int, more: int, context: float) -> float:
+        """The most that one of `more` sampled rows beyond `rows` costs, if none attends to more `context`."""
+        _, per_pair, per_sample = self._slopes
+        first, last = bisect_right(self._knots, rows) - 1, bisect_left(self._knots, rows + more)
+        rise = max(self._rises[max(first, 0) : last], default=0.0)  # level before the first measured count
+        return self._factor * (rise + per_pair * context + per_sample)
 
     def draft_s(self, sequences: Any, nodes: Any, depth: Any, behind: Any = 0.0) -> Any:
         """Seconds of drafting: sequences, nodes in all, deepest limit and tokens to catch up with."""
@@ -254,6 +296,9 @@ class CostModel:
         self._factor = math.exp(self._level)
         self._local[-1] = self._local[-2]  # the far end follows the last measured count
         self._table = np.maximum.accumulate(self._profile * np.exp(self._local))
+        self._seconds: list[float] = self._table.tolist()
+        self._rises: list[float] = (np.diff(self._table) / np.diff(self._rows)).tolist()
+        self._first, self._dense = 0, []  # of `_from`, until the table changes
 
     def to_json(self) -> str:
         """Everything it knows, corrections included."""

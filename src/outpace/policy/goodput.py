@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import compress
+from itertools import accumulate, compress, repeat
+from operator import mul
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from outpace.policy.acceptance import AcceptanceEstimator
-from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate
+from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate, take_all
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
 from outpace.policy.cost import CostModel
 
@@ -27,7 +28,7 @@ PROBE_SHARE = 0.005  # of all time may be lost on drafts made only to learn
 HORIZON = 32  # steps over which what a drafter has to catch up with is written off
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
 FREE = 0.005  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
-COSTS_EVERY = 4  # steps whose costs are learnt together
+COSTS_EVERY = 8  # steps whose costs are learnt together
 HOLD = 16  # steps for which a choice made before drafting stands while the sequences are the same
 NEARLY = 0.1  # by which the rows of prompts in the step may differ meanwhile
 _CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes they may
@@ -78,8 +79,10 @@ class GoodputPolicy(SpeculationPolicy):
         self.cost, self.acceptance = cost, AcceptanceEstimator(max_tokens)
         self._view: BatchView | None = None  # of the step at hand, as are these:
         self._ids: list[str] = []
+        self._contexts: list[int] = []
         self._behind: list[int] = []  # tokens computed since each last drafted, all of them if it never did
         self._limits: list[int] = []
+        self._usual_s = self._drafting_s = 0.0  # of making its drafts: what is behind spread, and all at once
         self._drafts: Sequence[Draft] = ()
         self._probe: int | None = None  # index of the sequence that verifies only to learn
         self._choice: list[int] = []  # made before drafting, without probes
@@ -95,15 +98,20 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         self._view, self._drafts, self._probe = view, (), None
         self._ids = [s.id for s in view.sequences]
-        seen = self._seen.get
-        self._behind = [max(0, s.context_len - seen(s.id, 0)) for s in view.sequences]
-        most = [min(s.max_draft, self._max_tokens) for s in view.sequences]
+        self._contexts = [s.context_len for s in view.sequences]
+        seen = map(self._seen.get, self._ids, repeat(0))
+        self._behind = [c - s if c > s else 0 for c, s in zip(self._contexts, seen, strict=False)]
+        cap = self._max_tokens
+        most = [cap if s.max_draft > cap else s.max_draft for s in view.sequences]
         plain_s = self._plain_s(view)
-        if not self.cost.knows_draft or self._draft_s(most, HORIZON) <= FREE * plain_s:
+        self._usual_s = self._draft_s(most, HORIZON)
+        if not self.cost.knows_draft or self._usual_s <= FREE * plain_s:
             self._limits = most
         else:
             self._limits = self._worthwhile(view, most)
-        self.predicted_s = plain_s + self._draft_s(self._limits)
+            self._usual_s = self._draft_s(self._limits, HORIZON)
+        self._drafting_s = self._draft_s(self._limits)
+        self.predicted_s = plain_s + self._drafting_s
         return self._limits
 
     def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
@@ -114,12 +122,11 @@ class GoodputPolicy(SpeculationPolicy):
             return None
         ids, trees = [self._ids[i] for i in drafting], [drafts[i] for i in drafting]
         survival = self.acceptance.survival(ids, trees)
-        contexts = [view.sequences[i].context_len for i in drafting]
-        slots = Slots(survival, [[1.0] * len(row) for row in survival], contexts, [0] * len(contexts))
-        usual_s = self._draft_s(self._limits, HORIZON)
-        choice = self._allocate(view, drafting, slots, lambda _: usual_s)
+        contexts = [self._contexts[i] for i in drafting]
+        slots = Slots(survival, None, contexts, [0] * len(contexts))
+        choice = self._allocate(view, drafting, slots)
         self._rate = choice.rate
-        self.predicted_s = choice.seconds - usual_s + self._draft_s(self._limits)
+        self.predicted_s = choice.seconds - self._usual_s + self._drafting_s
         counts = [0] * len(drafts)
         for i, count in zip(drafting, choice.counts, strict=True):
             counts[i] = count
@@ -133,7 +140,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._records.append((record, sum(compress(self._behind, limits))))
         if len(self._records) == COSTS_EVERY:
             self._learn_costs()
-        self._seen.update((s.id, s.context_len) for s in compress(record.view.sequences, limits))
+        self._seen.update(compress(zip(self._ids, self._contexts, strict=True), limits))
         self._stakes.observe(record)
         self.acceptance.observe(self._ids, limits, self._drafts, record.num_drafted, record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
@@ -187,30 +194,55 @@ class GoodputPolicy(SpeculationPolicy):
         return longer if more_s <= _CHEAP * choice.seconds else counts
 
     def _allocate(
-        self, view: BatchView, drafting: list[int], slots: Slots, draft_s: Callable[[Extra], Floats | float]
+        self,
+        view: BatchView,
+        drafting: list[int],
+        slots: Slots,
+        draft_s: Callable[[Extra], Floats | float] | None = None,
     ) -> Choice:
-        """The argmax over the slots of some of the sequences."""
+        """The argmax over the slots of some of the sequences; without `draft_s` of drafts that are made."""
         weights, waiting = self._stakes.weights(view)
         num_samples, cost = len(view.sequences), self.cost
         is_decoding = view.num_rows == num_samples
         context = view.num_context if is_decoding else sum(s.context_len for s in view.sequences)
-
-        def decoding(extra: Extra) -> Floats:
-            rows = num_samples + extra.rows
-            target = cost.target_s(rows, rows, context, context + extra.pairs)
-            return np.asarray(target + (draft_s(extra) + cost.host_s(num_samples)))
-
-        def whole(extra: Extra) -> Floats:
-            rows, samples = view.num_rows + extra.rows, num_samples + extra.rows
-            target = cost.target_s(rows, samples, view.num_context, view.num_pairs + extra.pairs)
-            return np.asarray(target + (draft_s(extra) + cost.host_s(view.num_scheduled)))
-
         if weights is not None:
             gain = [[weights[i] * g for g in row] for i, row in zip(drafting, slots.gain, strict=True)]
             slots = slots._replace(gain=gain)
         base = (num_samples if weights is None else sum(weights)) + waiting
+        if draft_s is None and is_decoding:
+            everything = self._everything(view, slots, base)
+            if everything is not None:
+                return everything
+
+        def seconds(extra: Extra, rows: int, scheduled: int, context: int, pairs: int) -> list[float]:
+            host_s = cost.host_s(scheduled)
+            if draft_s is None:
+                all_pairs = accumulate(extra.contexts, initial=pairs)
+                return cost.growing_s(rows, num_samples, context, all_pairs, self._usual_s + host_s)
+            more = extra.rows
+            target = cost.target_s(rows + more, num_samples + more, context, pairs + extra.pairs)
+            total: list[float] = (target + (draft_s(extra) + host_s)).tolist()
+            return total
+
+        def decoding(extra: Extra) -> list[float]:
+            return seconds(extra, num_samples, num_samples, context, context)
+
+        def whole(extra: Extra) -> list[float]:
+            return seconds(extra, view.num_rows, view.num_scheduled, view.num_context, view.num_pairs)
+
         costs = Costs(decoding, None if is_decoding else whole)
         return allocate(slots, base, costs, cost.per_pair_s, view.num_free_slots, self._rate)
+
+    def _everything(self, view: BatchView, slots: Slots, base: float) -> Choice | None:
+        """All of drafts that are made, if every node is worth its row wherever it stands; see `take_all`."""
+        lengths = list(map(len, slots.gain))
+        num_nodes, num_samples, cost = sum(lengths), len(view.sequences), self.cost
+        if num_nodes > view.num_free_slots:
+            return None
+        rows, pairs = num_samples + num_nodes, view.num_context + sum(map(mul, lengths, slots.context))
+        target_s = cost.target_s(rows, rows, view.num_context, pairs)
+        seconds = target_s + (self._usual_s + cost.host_s(num_samples))
+        return take_all(slots, base, seconds, cost.steepest_s(num_samples, num_nodes, max(slots.context)))
 
     def _draft_to_learn(self, view: BatchView, limits: list[int], idle: list[int]) -> None:
         """Lets the least known of those who do not draft do so, if there is time to spare for it."""
