@@ -175,3 +175,24 @@ def test_later_siblings_are_less_likely_from_the_start() -> None:
     estimator = AcceptanceEstimator(DEPTH)
     survival = estimator.survival(["a"], [DraftTree((-1, -1, -1), (1, 2, 3))])[0]
     assert survival[0] > survival[1] > survival[2]
+
+
+def test_the_survival_of_single_drafts_is_that_of_the_forest() -> None:
+    """Plain numbers before verification, arrays when it is learnt from: one and the same estimate."""
+    rng = random.Random(3)
+    estimator = AcceptanceEstimator(6)
+    ids = ["a", "b", "c"]
+    for _ in range(60):
+        trees = [
+            DraftTree((-1, 0, -1, 1, 2), (1, 2, 3, 4, 5), tuple(rng.random() for _ in range(5))),
+            DraftTree.chain((1, 2, 3)),
+            DraftTree((-1, -1, 0), (1, 2, 3)),
+        ]
+        paths = [path if rng.random() < 0.6 else () for path in ((0, 1), (0,), (1,))]
+        estimator.observe(ids, [6, 6, 6], trees, [5, 3, 3], paths)
+        one_by_one = estimator.survival(ids, trees)
+        for request, tree, survival in zip(ids, trees, one_by_one, strict=True):
+            forest = Forest.of([tree])
+            places = np.array(estimator._places([request]))
+            expected = estimator._survival(estimator._chances(places, forest), forest)
+            assert survival == pytest.approx(expected[0].tolist(), rel=1e-9)

@@ -16,7 +16,7 @@ mean S of i-th nodes that there were. They average what was drafted, verified or
 not bias them.
 
 Steps are gathered and learnt from several at a time: an array operation costs about the same for one step as
-for sixteen. Between, a table per request, depth and rank answers.
+for sixteen. Between, tables per request, depth and rank answer.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ REQUEST_MEMORY = 16.0  # drafts over which a request's own averages reach back
 REQUEST_WEIGHT = 3.0  # drafts that the population is worth to a request
 DIFFERENCE = 0.05, 0.005  # variance of requests' factors: at first, and the least that is assumed
 LEAST, MOST = 1e-3, 0.995  # bounds of a chance
-_CALIBRATION_RIDGE = 20.0  # observations before confidences count for much
-LEARN_EVERY = 16  # steps that are learnt from together, once there were as many
+_CALIBRATION_RIDGE = 5.0  # observations before confidences count for much
+LEARN_EVERY = 4, 16  # steps that are learnt from together: at least, and at most
+LEARN_DRAFTS = 64  # drafts that are enough between these
 _IDLE_STEPS = 256  # without a draft, after which rates are worked out anew
+_EDGE = 0.02  # chances and confidences closer to 0 or 1 are taken for this in the logistic fit
 _FLOOR = 1e-9  # in place of a zero to divide by
 
 
@@ -151,15 +153,25 @@ class _Calibration:
 
     def __init__(self) -> None:
         self._weights = np.array([0.0, 1.0, 0.0])  # leaves p as it is
+        self._of_confidence = 0.0  # the last of them, as a plain number
         self._information = np.zeros((3, 3))
 
     def __call__(self, chances: Floats, confidence: Floats | None) -> Floats:
         """Refines chances where there is a confidence; NaN leaves them."""
         if confidence is None:
             return chances
-        constant, of_chance, of_confidence = self._weights.tolist()
-        refined = _sigmoid(constant + of_chance * _logit(chances) + of_confidence * _logit(confidence))
+        refined = _sigmoid(self.odds(chances) + self._weights[2] * _logit(confidence))
         return np.where(np.isnan(confidence), chances, np.minimum(np.maximum(refined, LEAST), MOST))
+
+    def odds(self, chances: Floats) -> Floats:
+        """What chances have to say, in log odds."""
+        return np.asarray(self._weights[0] + self._weights[1] * _logit(chances))
+
+    def chance(self, odds: float, confidence: float) -> float:
+        """Refines one chance, given as `odds` has it; the same as for arrays."""
+        q = min(max(confidence, _EDGE), 1 - _EDGE)
+        refined = 1 / (1 + math.pow(1 / q - 1, self._of_confidence) * math.exp(-odds))
+        return min(max(refined, LEAST), MOST)
 
     def fit(self, chances: Floats, confidence: Floats, accepted: Bools) -> None:
         """Learns from nodes, flat."""
@@ -173,10 +185,11 @@ class _Calibration:
         step = np.linalg.solve(self._information + _CALIBRATION_RIDGE * np.eye(3), gradient)
         self._weights = self._weights + step
         self._weights[1:] = np.maximum(self._weights[1:], 0.0)  # a higher chance never counts against a node
+        self._of_confidence = self._weights.item(2)
 
 
 def _logit(chances: Floats) -> Floats:
-    chances = np.minimum(np.maximum(chances, 0.02), 0.98)
+    chances = np.minimum(np.maximum(chances, _EDGE), 1 - _EDGE)
     return np.asarray(np.log(chances / (1 - chances)))
 
 
@@ -275,7 +288,8 @@ class AcceptanceEstimator:
         self._surprise, self._square = np.full(2, DIFFERENCE[0]), np.ones(2)
         self._calibration = _Calibration()
         self._outcomes: list[_Outcomes] = []  # to learn from, by step
-        self._num_steps = self._num_idle = 0  # with drafts; and of all kinds since it learnt
+        self._num_steps = 0  # with drafts
+        self._num_idle = self._num_drafts = 0  # steps of all kinds and drafts, since it learnt
         self._refresh()
 
     def before(self, ids: Sequence[str]) -> tuple[Floats, Floats]:
@@ -296,13 +310,8 @@ class AcceptanceEstimator:
 
     def survival(self, ids: Sequence[str], drafts: Sequence[Draft]) -> list[list[float]]:
         """For each draft the chance of each node to be on the accepted path."""
-        places, lengths = self._places(ids), [len(draft.parents) for draft in drafts]
-        if all(draft.confidence is None and _is_chain(draft) for draft in drafts):
-            survival = [self._of_chains[place] for place in places]  # known in advance
-        else:
-            forest = Forest.of(drafts)
-            survival = self._survival(self._chances(np.array(places), forest), forest).tolist()
-        return [row[:length] for row, length in zip(survival, lengths, strict=True)]
+        places = self._places(ids)
+        return [self._of_draft(place, draft) for place, draft in zip(places, drafts, strict=True)]
 
     def observe(
         self,
@@ -325,7 +334,9 @@ class AcceptanceEstimator:
         if any(limits):
             self._outcomes.append((self._places(ids), limits, drafts, lengths, paths))
             self._num_steps += 1
-        waits = 1 if self._num_steps <= LEARN_EVERY else LEARN_EVERY
+            self._num_drafts += len(limits) - limits.count(0)
+        least, most = LEARN_EVERY
+        waits = 1 if self._num_steps <= most else least if self._num_drafts >= LEARN_DRAFTS else most
         if self._num_idle >= (waits if self._outcomes else _IDLE_STEPS):
             self._learn()
 
@@ -352,6 +363,7 @@ class AcceptanceEstimator:
             columns = (list(compress(chain.from_iterable(column), asked)) for column in steps)
             places, limits, drafts, lengths, paths = columns
             self._outcomes.clear()
+            self._num_drafts = 0
             self._learn_from(np.array(places), np.array(limits), Forest.of(drafts), np.array(lengths), paths)
         self._requests.clear()
         self._refresh()
@@ -413,6 +425,7 @@ class AcceptanceEstimator:
         factors = self._factors()[:, np.minimum(np.arange(self._max_nodes), 1)]  # [requests, depth]
         self._table = np.minimum(np.maximum(self._rates * factors[:, :, None], LEAST), MOST)
         self._of_chains: list[list[float]] = np.cumprod(self._table[:, :, 0], axis=1).tolist()
+        self._odds: list[list[list[float]]] = self._calibration.odds(self._table).tolist()
 
     def _usual(self) -> tuple[Floats, Floats]:
         """[nodes] each: present and survived, over all requests."""
@@ -427,6 +440,26 @@ class AcceptanceEstimator:
         signal = np.maximum(self._surprise / np.maximum(self._square, _FLOOR), DIFFERENCE[1]) * expected**2
         trust = signal / np.maximum(signal + variance, _FLOOR)
         return np.asarray(1 + trust * (hits / np.maximum(expected, _FLOOR) - 1))
+
+    def _of_draft(self, place: int, draft: Draft) -> list[float]:
+        """Survival of a draft's nodes. Plain numbers: a draft has a handful of nodes."""
+        parents, confidence = draft.parents, draft.confidence
+        if confidence is None and _is_chain(draft):
+            return self._of_chains[place][: len(parents)]
+        survival, depths = list[float](), list[int]()
+        ranks: dict[int, int] = {}  # by parent, of its next child
+        for node, parent in enumerate(parents):
+            depth = depths[parent] + 1 if parent >= 0 else 0
+            rank = ranks.get(parent, 0)
+            ranks[parent] = rank + 1
+            cell = min(rank, NUM_RANKS - 1)
+            if confidence is None:
+                chance = self._table.item(place, depth, cell)
+            else:
+                chance = self._calibration.chance(self._odds[place][depth][cell], confidence[node])
+            depths.append(depth)
+            survival.append(chance * survival[parent] if parent >= 0 else chance)
+        return survival
 
     def _chances(self, places: Ints, forest: Forest) -> Floats:
         """Rate · factor, [trees, nodes]."""
