@@ -281,6 +281,7 @@ def _show(sequence: Sequence, now: float) -> SequenceView:
         request.client,
         num_output,
         0.0 if first_token is None else now - first_token,
+        request.speculation.method or "",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -27,6 +27,7 @@ class SequenceView(NamedTuple):
         client: Who asked for it; empty where the request does not say.
         num_output: Tokens answered so far.
         decode_s: Seconds since its first token; 0 before.
+        method: The draft method that its request insists on; empty where it leaves the choice.
     """
 
     id: str
@@ -35,6 +36,7 @@ class SequenceView(NamedTuple):
     client: str = ""
     num_output: int = 0
     decode_s: float = 0.0
+    method: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,32 @@ class Draft(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class MethodRecord:
+    """What one of several draft methods did in a step.
+
+    The tokens of the step are known, so what would have become of a draft is known whether it was verified
+    or not, down to the depth that these tokens reach.
+
+    Attributes:
+        name: The method.
+        limits: Nodes that it was asked for, per sampling sequence.
+        drafts: The trees it made.
+        lengths: Leading nodes of each of which it is known whether they fit.
+        paths: Of these the ones that do, root side first.
+        taken: Whether the tree was the one to go on with.
+        seconds: What it took.
+    """
+
+    name: str
+    limits: tuple[int, ...]
+    drafts: tuple[Draft, ...]
+    lengths: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+    taken: tuple[bool, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """What a step did.
 
@@ -88,6 +116,7 @@ class StepRecord:
         num_rows: Rows of the forward, drafts included.
         num_tokens: Tokens emitted.
         predicted_s: What the policy expected of the total; None if it does not predict.
+        methods: What each draft method did, where there are several.
     """
 
     view: BatchView
@@ -98,6 +127,7 @@ class StepRecord:
     num_rows: int
     num_tokens: int
     predicted_s: float | None = None
+    methods: tuple[MethodRecord, ...] = ()
 
     @property
     def num_drafted(self) -> tuple[int, ...]:
@@ -123,6 +153,30 @@ class SpeculationPolicy(ABC):
     @abstractmethod
     def limits(self, view: BatchView) -> list[int]:
         """Draft tokens allowed for each of `view.sequences`; 0 is plain decoding."""
+
+    def methods(self, view: BatchView) -> Mapping[str, list[int]] | None:
+        """Of several draft methods those to ask; one that is left out is not asked and costs nothing.
+
+        Args:
+            view: The same view that `limits` saw.
+
+        Returns:
+            For each method the draft tokens allowed per sequence, none above what `limits` said; None asks
+            every method for that.
+        """
+        return None
+
+    def pick(self, view: BatchView, drafts: Mapping[str, Sequence[Draft]]) -> list[str] | None:
+        """Whose draft to go on with, where several methods were asked.
+
+        Args:
+            view: The same view that `limits` saw.
+            drafts: By method what it drafted: one tree per sequence, some perhaps empty.
+
+        Returns:
+            A method per sequence; None leaves it to the drafts' own confidences.
+        """
+        return None
 
     def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
         """A second cut once drafts exist: nodes to keep per sequence, or None to keep all.

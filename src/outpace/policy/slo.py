@@ -66,5 +66,6 @@ def create(context: PolicyContext) -> GoodputPolicy:
             f"policy slo needs a target: give {flag('slo_ttft_ms')} or {flag('slo_tpot_ms')} or both"
         )
     ttft_s, tpot_s = (None if ms is None else ms / 1e3 for ms in targets)
-    most = context.speculative.num_speculative_tokens
-    return GoodputPolicy(most, context.cost_model(), Targets(ttft_s, tpot_s))
+    speculative = context.speculative
+    most, methods = speculative.num_speculative_tokens, speculative.methods
+    return GoodputPolicy(most, context.cost_model(), Targets(ttft_s, tpot_s), methods)
