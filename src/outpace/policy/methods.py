@@ -72,6 +72,10 @@ class Method:
         """Whether drafting was seen often enough to tell its usual cost from that of catching up."""
         return self._num_to_see <= 0
 
+    def to_see(self, limits: list[int]) -> list[int]:
+        """Limits for a method that is free. Until its cost is known they vary, to tell its parts apart."""
+        return limits if self.knows_cost else [1 + self._num_to_see % k if k else 0 for k in limits]
+
     def behind(self, view: BatchView) -> list[int]:
         """Tokens of each sequence that it has not seen yet."""
         return [max(0, s.context_len - self._seen.get(s.id, 0)) for s in view.sequences]
@@ -137,11 +141,10 @@ class Curves(NamedTuple):
 
 
 class _Chosen(NamedTuple):
-    """Whom to ask: by method that costs, the nodes per sequence; and what the step then gives."""
+    """Whom to ask: by method that costs, the nodes per sequence; and the rate that this gives."""
 
     limits: dict[str, list[int]]
     rate: float
-    seconds: float
 
 
 class Methods:
@@ -165,7 +168,7 @@ class Methods:
         self._picked: dict[str, Method] = {}  # by sequence, as is the next:
         self._view: BatchView | None = None
         self._chosen: _Chosen | None = None
-        self._held_for: tuple[set[str], list[str], int] = set(), [], 0  # free methods, sequences and rows
+        self._held_for: tuple[list[str], list[str], int] = [], [], 0  # free methods, sequences and rows
         self._num_held = 0
         self._probe: tuple[str, int] | None = None
 
@@ -180,12 +183,12 @@ class Methods:
             name: [k if s.method in ("", name) else 0 for k, s in zip(most, view.sequences, strict=True)]
             for name in self._methods
         }
-        free = {
+        free = [
             name
             for name, method in self._methods.items()
             if not method.knows_cost or method.limits_s(view, allowed[name]) <= FREE * market.plain_s
-        }
-        self.asked = {name: allowed[name] for name in free}
+        ]
+        self.asked = {name: self._methods[name].to_see(allowed[name]) for name in free}
         if len(free) == len(self._methods) or not most:
             return 0.0
         chosen = self._held(view, allowed, free, market)
@@ -280,6 +283,9 @@ class Methods:
             if self._probe is not None and self._probe[0] == of_method.name:
                 index = self._probe[1]
                 won = max(0, len(of_method.paths[index]) - len(record.paths[index]))
+        asked = [of_method.name for of_method in record.methods]
+        for name in (name for name in self._methods if name not in asked):
+            self._methods[name].acceptance.observe((), (), (), (), ())  # time goes by for it too
         return won
 
     def release(self, sequence_id: str) -> None:
@@ -288,7 +294,7 @@ class Methods:
             method.release(sequence_id)
 
     def _held(
-        self, view: BatchView, allowed: Mapping[str, list[int]], free: set[str], market: Market
+        self, view: BatchView, allowed: Mapping[str, list[int]], free: list[str], market: Market
     ) -> _Chosen:
         """The choice, made anew every few steps: what it rests on changes slowly."""
         ids = [s.id for s in view.sequences]
@@ -302,7 +308,7 @@ class Methods:
         return self._chosen
 
     def _choose(
-        self, view: BatchView, allowed: Mapping[str, list[int]], free: set[str], market: Market
+        self, view: BatchView, allowed: Mapping[str, list[int]], free: list[str], market: Market
     ) -> _Chosen:
         """The best subset of the methods that cost."""
         ids, weights = [s.id for s in view.sequences], np.array(market.weights)
@@ -312,7 +318,7 @@ class Methods:
         costly = [name for name in self._methods if name not in free]
         for name in free:
             base = curves[name].where(curves[name].worth(0.0)[0] > base.worth(0.0)[0], base)
-        best = _Chosen({}, 0.0, 0.0)
+        best = _Chosen({}, 0.0)
         for size in range(len(costly) + 1):
             for names in itertools.combinations(costly, size):
                 row_tokens = best.rate * market.row_s
@@ -365,11 +371,11 @@ class Methods:
             name: [count if m == number else 0 for count, m in zip(choice.counts, of.tolist(), strict=True)]
             for number, name in enumerate(names)
         }
-        return _Chosen(limits, choice.rate, choice.seconds)
+        return _Chosen(limits, choice.rate)
 
     def _curves(self, name: str, ids: Sequence[str], allowed: Sequence[int], weights: Floats) -> Curves:
         """What a method's drafts are expected to be."""
-        present, survival = self._methods[name].acceptance.before(ids)
+        present, survival = self._methods[name].acceptance.onward(ids)
         lengths = np.array(allowed)
         rows = present * (np.arange(self._max_tokens) < lengths[:, None])
         return Curves(weights[:, None] * rows * survival, rows, lengths)
