@@ -32,6 +32,7 @@ Floats = NDArray[np.float64]
 
 _FIRST_DRAFTS = 16  # steps that draft, before a method's cost counts as known
 _FLOOR = 1e-9  # rows of a node that hardly ever comes
+_DEEPER_EVERY = 4  # steps, at one of which a node more is asked for, to see whether that pays now
 _MOST_PROBES = 3  # that credit is saved for
 
 
@@ -193,7 +194,9 @@ class Methods:
             return 0.0
         chosen = self._held(view, allowed, free, market)
         for name, limits in chosen.limits.items():
-            self.asked[name] = [min(pair) for pair in zip(limits, allowed[name], strict=True)]
+            deeper = int(self._num_held % _DEEPER_EVERY == 0)
+            asked = (limit + deeper if limit else 0 for limit in limits)
+            self.asked[name] = [min(pair) for pair in zip(asked, allowed[name], strict=True)]
         return chosen.rate
 
     def probe(self, view: BatchView, most: list[int], credit_s: float) -> float:
