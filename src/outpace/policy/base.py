@@ -28,6 +28,7 @@ class SequenceView(NamedTuple):
         num_output: Tokens answered so far.
         decode_s: Seconds since its first token; 0 before.
         method: The draft method that its request insists on; empty where it leaves the choice.
+        tpot_s: Its request's own target for the time per token after the first, if it has one.
     """
 
     id: str
@@ -37,6 +38,19 @@ class SequenceView(NamedTuple):
     num_output: int = 0
     decode_s: float = 0.0
     method: str = ""
+    tpot_s: float | None = None
+
+
+class Wait(NamedTuple):
+    """A request that waits for its first token and has a target of its own for that.
+
+    Attributes:
+        wait_s: Seconds since it arrived.
+        ttft_s: Seconds from then in which it wants that token.
+    """
+
+    wait_s: float
+    ttft_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +66,7 @@ class BatchView:
         num_scheduled: Sequences of the step, those that do not sample included.
         num_waiting: Requests without a first token that do not sample in this step.
         oldest_wait_s: Seconds since the first of those arrived; 0 without any.
+        own_targets: Of those the requests that bring a target for their first token.
     """
 
     sequences: tuple[SequenceView, ...]
@@ -62,6 +77,7 @@ class BatchView:
     num_scheduled: int = 0
     num_waiting: int = 0
     oldest_wait_s: float = 0.0
+    own_targets: tuple[Wait, ...] = ()
 
 
 class Draft(Protocol):
