@@ -73,8 +73,8 @@ def test_where_each_method_suits_some_requests_each_gets_those() -> None:
 
 def test_methods_that_are_free_are_all_asked_and_the_better_tree_is_taken() -> None:
     drafters = dict.fromkeys(NAMES, Drafter((Acceptance((0.5,), spread=0.4),), CHEAP))
-    alone = [serve(drafters, (name,)).tokens_per_s for name in NAMES]
-    both = serve(drafters)
+    alone = [serve(drafters, (name,), num_requests=4).tokens_per_s for name in NAMES]
+    both = serve(drafters, num_requests=4)
     assert min(shares(both).values()) > 0.95
     assert both.tokens_per_s > 1.05 * max(alone)
 
@@ -187,6 +187,7 @@ def test_of_trees_that_came_the_one_that_wins_most_beyond_its_rows_is_taken() ->
     drafts = {"suffix": [long, EMPTY_TREE], "prompt_lookup": [short, short]}
     assert methods.pick(["0", "1"], drafts, 0.1) == ["suffix", "prompt_lookup"]
     assert [len(row) for row in methods.survival(["0", "1"], [long, short])] == [4, 1]
+    assert [len(row) for row in methods.survival(["new"], [short])] == [1], "one that no method has made"
 
 
 # --- What would have become of a draft ------------------------------------------------------------------

@@ -265,10 +265,12 @@ class Methods:
         return names
 
     def survival(self, ids: Sequence[str], drafts: Sequence[Draft]) -> list[list[float]]:
-        """For each draft that was picked the chance of each node to be on the accepted path."""
+        """For each draft that goes on the chance of each node to be on the accepted path."""
         rows: list[list[float]] = [[]] * len(ids)
+        anyone = next(iter(self._methods.values()))  # a grammar also drafts what it forces where nobody did
+        picked = [self._picked.get(key, anyone) for key in ids]
         for method in self._methods.values():
-            mine = [i for i, key in enumerate(ids) if self._picked[key] is method]
+            mine = [i for i, of_one in enumerate(picked) if of_one is method]
             known = method.acceptance.survival([ids[i] for i in mine], [drafts[i] for i in mine])
             for i, row in zip(mine, known, strict=True):
                 rows[i] = row
