@@ -77,7 +77,9 @@ def settled(steps: Sequence[float]) -> tuple[int, float]:
     return number, sum(1 - share for share in steps[:number])
 
 
-def run(policy: str, cost: CostModel, workload: Workload, changes: Sequence[float]) -> list[tuple[int, float]]:
+def run(
+    policy: str, cost: CostModel, workload: Workload, changes: Sequence[float]
+) -> list[tuple[int, float]]:
     """Steps and loss for the phase that begins at each of `changes`."""
     config = SpeculativeConfig(method="prompt_lookup", num_speculative_tokens=MOST)
     made: list[Judged] = []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from outpace.llm import LLM, CompletionResult, RequestResult
-    from outpace.request import DraftStep, FinishReason, Output, Speculation, TokenLogprob
+    from outpace.request import DraftStep, FinishReason, LatencyTargets, Output, Speculation, TokenLogprob
     from outpace.sampling import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [  # noqa: RUF022 (in plain alphabetical order)
     "FinishReason",
     "InvalidRequestError",
     "LLM",
+    "LatencyTargets",
     "NotFoundError",
     "OutpaceError",
     "Output",
@@ -58,6 +59,7 @@ _MODULES = {
     "Engine": "engine.engine",
     "EngineConfig": "config",
     "FinishReason": "request",
+    "LatencyTargets": "request",
     "Output": "request",
     "RequestResult": "llm",
     "SamplingParams": "sampling",

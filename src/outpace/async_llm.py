@@ -19,7 +19,7 @@ from outpace.config import EngineConfig, SpeculativeConfig
 from outpace.engine.engine import Engine
 from outpace.engine.metrics import Metrics
 from outpace.errors import EngineDeadError, InvalidRequestError, OutpaceError, ShuttingDownError
-from outpace.request import Output, Request, Speculation
+from outpace.request import LatencyTargets, Output, Request, Speculation
 from outpace.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ class AsyncLLM:
         priority: int = 0,
         speculation: Speculation | None = None,
         client: str = "",
+        slo: LatencyTargets | None = None,
     ) -> AsyncGenerator[Output]:
         """Yields what each step adds to each of the n answers, until all have ended.
 
@@ -170,6 +171,7 @@ class AsyncLLM:
             priority: Lower runs first; not 0 only under the `priority` scheduling policy.
             speculation: What the request asks of its drafts.
             client: Who asked; the policy `fair` shares between clients.
+            slo: How soon the request wants its answer; only under the policy `slo`.
 
         Raises:
             InvalidRequestError: The request cannot be served as asked (before anything is yielded).
@@ -179,7 +181,7 @@ class AsyncLLM:
         """
         if sampling.structured_outputs is not None:
             await asyncio.to_thread(self._admission.prepare, sampling.structured_outputs)
-        stream = self._submit(prompt_ids, sampling, request_id, priority, speculation, client)
+        stream = self._submit(prompt_ids, sampling, request_id, priority, speculation, client, slo)
         try:
             while (output := await stream.get()) is not None:
                 yield output
@@ -218,6 +220,7 @@ class AsyncLLM:
         priority: int,
         speculation: Speculation | None,
         client: str,
+        slo: LatencyTargets | None,
     ) -> _Stream:
         self._loop = asyncio.get_running_loop()  # before the check: see _run
         if self._death is not None:
@@ -226,7 +229,9 @@ class AsyncLLM:
             raise ShuttingDownError("the server is shutting down and accepts no new requests")
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id} is in use", "request_id")
-        requests = self._admission.requests(request_id, prompt_ids, sampling, priority, speculation, client)
+        requests = self._admission.requests(
+            request_id, prompt_ids, sampling, priority, speculation, client, slo
+        )
         stream = self._streams[request_id] = _Stream(requests)
         self._drained.clear()
         self._inbox.put(_Command(add=requests))

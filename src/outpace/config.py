@@ -228,8 +228,12 @@ class EngineConfig:
     spec_profile: str | None = setting(
         None, "JSON file with what steps cost; without it this is measured at first start and kept"
     )
-    slo_ttft_ms: float | None = setting(None, "Policy slo: target for the time to the first token")
-    slo_tpot_ms: float | None = setting(None, "Policy slo: target for the time per token after the first")
+    slo_ttft_ms: float | None = setting(
+        None, "Policy slo: target for the time to the first token, if a request has none"
+    )
+    slo_tpot_ms: float | None = setting(
+        None, "Policy slo: target for the time per token after the first, likewise"
+    )
     step_log: str | None = setting(None, "File that gets one JSON line per step")
     speculative_config: dict[str, Any] | None = setting(  # noqa: RUF009 (a field, as all of these)
         None, "JSON object with these and the other settings of drafting, as vLLM has it"

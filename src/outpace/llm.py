@@ -11,7 +11,7 @@ from outpace.config import EngineConfig
 from outpace.engine.engine import Engine
 from outpace.errors import InvalidRequestError
 from outpace.models.tokenizer import encode, encode_chat
-from outpace.request import FinishReason, Output, Request, Speculation, TokenLogprob
+from outpace.request import FinishReason, LatencyTargets, Output, Request, Speculation, TokenLogprob
 from outpace.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -102,6 +102,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         speculation: Speculation | None = None,
+        slo: LatencyTargets | None = None,
         progress: bool = False,
     ) -> list[RequestResult]:
         """Answers prompts, as many at a time as the engine runs.
@@ -110,6 +111,7 @@ class LLM:
             prompts: One or several, each as text or as token ids.
             sampling_params: For all of them, or one per prompt; the default is `SamplingParams()`.
             speculation: What all of them ask of their drafts.
+            slo: How soon each of them wants its answer; only under the policy `slo`.
             progress: Whether to show a progress bar.
 
         Returns:
@@ -126,7 +128,10 @@ class LLM:
             text = prompt if isinstance(prompt, str) else None
             ids = encode(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
             request_id = str(next(self._numbers))
-            groups.append(self.engine.admission.requests(request_id, ids, sampling, speculation=speculation))
+            requests = self.engine.admission.requests(
+                request_id, ids, sampling, speculation=speculation, slo=slo
+            )
+            groups.append(requests)
             answers = [
                 CompletionResult(i, logprobs=None if sampling.logprobs is None else [])
                 for i in range(sampling.n)
@@ -141,6 +146,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         speculation: Speculation | None = None,
+        slo: LatencyTargets | None = None,
         progress: bool = False,
     ) -> list[RequestResult]:
         """Answers conversations, laid out by the model's chat template.
@@ -149,6 +155,7 @@ class LLM:
             messages: One conversation or several; each message has `role` and `content`.
             sampling_params: As for `generate`.
             speculation: As for `generate`.
+            slo: As for `generate`.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -156,7 +163,7 @@ class LLM:
         """
         conversations: Any = messages if messages and isinstance(messages[0], list) else [messages]
         prompts = [encode_chat(self.tokenizer, conversation) for conversation in conversations]
-        return self.generate(prompts, sampling_params, speculation=speculation, progress=progress)
+        return self.generate(prompts, sampling_params, speculation=speculation, slo=slo, progress=progress)
 
     def _run(self, groups: list[list[Request]], results: list[RequestResult], progress: bool) -> None:
         answers = {

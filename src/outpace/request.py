@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,6 +61,32 @@ class Speculation:
         return num_tokens if self.max_draft_tokens is None else min(num_tokens, self.max_draft_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class LatencyTargets:
+    """How soon a request wants its answer: what the policy `slo` aims at. The answer does not depend on it.
+
+    Attributes:
+        ttft_ms: Milliseconds from arrival to the first token; None: the server's target, if it has one.
+        tpot_ms: Milliseconds per token after the first, likewise.
+    """
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            InvalidRequestError: A target is not above 0, or not finite.
+        """
+        for name, value in (("ttft_ms", self.ttft_ms), ("tpot_ms", self.tpot_ms)):
+            if value is not None and not 0 < value < math.inf:
+                raise InvalidRequestError(
+                    f"slo.{name} must be above 0 and finite, got {value}: leave it out for the server's",
+                    f"slo.{name}",
+                )
+
+
 class DraftStep(NamedTuple):
     """A draft that was verified.
 
@@ -93,6 +120,7 @@ class Request:
         speculation: What it asks of its drafts; the engine can honour it.
         allowed_ids: [tokens] int64, `sampling.allowed_token_ids` made a tensor once; None if there are none.
         client: Who asked, if the request says so.
+        slo: How soon it wants its answer.
     """
 
     id: str
@@ -108,6 +136,7 @@ class Request:
     arrival: float = 0.0
     speculation: Speculation = Speculation()
     client: str = ""
+    slo: LatencyTargets = LatencyTargets()
     allowed_ids: torch.Tensor | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -74,6 +74,7 @@ VALUES: dict[str, list[Any]] = {
         {"max_draft_tokens": 6},
         {"method": "x"},
     ],
+    "slo": [{}, {"ttft_ms": 300, "tpot_ms": 0}, {"tpot_ms": 50}, {"e2e_ms": 1}],
     "stream": [True, False],
 }
 CHAT: dict[str, list[Any]] = {

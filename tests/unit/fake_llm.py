@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from outpace.config import ServerConfig, SpeculativeConfig
 from outpace.errors import InvalidRequestError
-from outpace.request import FinishReason, Output, Speculation, TokenLogprob
+from outpace.request import FinishReason, LatencyTargets, Output, Speculation, TokenLogprob
 from outpace.sampling import SamplingParams
 from outpace.server.app import create_app
 from outpace.server.run import bind
@@ -81,6 +81,7 @@ class FakeLLM:
         priority: int = 0,
         speculation: Speculation | None = None,
         client: str = "",
+        slo: LatencyTargets | None = None,
     ) -> AsyncGenerator[Output]:
         self.calls.append(
             SimpleNamespace(
@@ -89,6 +90,7 @@ class FakeLLM:
                 priority=priority,
                 speculation=speculation,
                 client=client,
+                slo=slo,
             )
         )
         if self.error is not None:

@@ -10,7 +10,7 @@ import pytest
 
 from outpace.config import EngineConfig, SpeculativeConfig
 from outpace.errors import ConfigError
-from outpace.policy.base import BatchView, PolicyContext, SequenceView, StepRecord, load_policy
+from outpace.policy.base import BatchView, PolicyContext, SequenceView, StepRecord, Wait, load_policy
 from outpace.policy.batch_table import profiled_table
 from outpace.policy.cost import CostModel
 from outpace.policy.fair import ProportionalFairness
@@ -306,9 +306,30 @@ def test_waiting_prompts_make_steps_shorter() -> None:
     assert lengths[1] < lengths[0]
 
 
-def test_slo_needs_a_target_and_targets_must_be_positive() -> None:
-    with pytest.raises(ConfigError, match="--slo-ttft-ms or --slo-tpot-ms"):
-        load_policy("slo", context(FREE))
+def test_a_request_may_bring_targets_of_its_own() -> None:
+    sequences = tuple(
+        SequenceView(str(i), 10, 9, num_output=101, decode_s=5.0, tpot_s=own)
+        for i, own in enumerate((None, 0.050, 0.500))
+    )
+    seen = BatchView(sequences, 3, 30, 100)
+    with_default, without = (Targets(None, default).weights(seen)[0] for default in (0.100, None))
+    assert with_default == pytest.approx([0.5, 1.0, LEAST])
+    assert without == pytest.approx([LEAST, 1.0, LEAST]), "nothing hangs on the first"
+    assert Targets(None, None).weights(BatchView(sequences[:1], 1, 10, 100)) == (None, 0.0)
+    young = (SequenceView("0", 10, 9, num_output=1, tpot_s=0.05), SequenceView("1", 10, 9, num_output=1))
+    assert Targets(None, None).weights(BatchView(young, 2, 20, 100))[0] == [1.0, LEAST]
+
+
+def test_waiting_requests_with_their_own_target_are_counted_one_by_one() -> None:
+    own = (Wait(0.2, 0.5), Wait(0.6, 0.5), Wait(3.0, 10.0))
+    seen = BatchView((), 1, 0, 0, num_waiting=5, oldest_wait_s=3.0, own_targets=own)
+    assert Targets(None, None).weights(seen)[1] == 2
+    assert Targets(1.5, None).weights(seen)[1] == pytest.approx(2 + 2 * 0.5)
+    assert Targets(1.5, None).weights(replace(seen, num_waiting=3))[1] == 2
+
+
+def test_slo_needs_no_target_of_the_server_and_such_must_be_positive() -> None:
+    assert isinstance(load_policy("slo", context(FREE)), GoodputPolicy)
     with pytest.raises(ConfigError, match="--slo-tpot-ms must be above 0, got 0"):
         EngineConfig(slo_tpot_ms=0.0)
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from outpace.config import EngineConfig, flag
 from outpace.errors import InvalidRequestError
 from outpace.models.config import ModelConfig
-from outpace.request import Request, Speculation
+from outpace.request import LatencyTargets, Request, Speculation
 from outpace.sampling import SamplingParams, StructuredOutputsParams
 from outpace.spec.grammar import Grammars
 
@@ -37,7 +37,7 @@ class Admission:
         self._max_model_len = max_model_len
         self._max_n = config.max_num_seqs + config.max_num_queued_reqs
         self._has_priorities = config.scheduling_policy == "priority"
-        self._speculative = config.speculative
+        self._speculative, self._policy = config.speculative, config.policy
         self._random = random.Random(config.seed)
 
     def requests(
@@ -48,6 +48,7 @@ class Admission:
         priority: int = 0,
         speculation: Speculation | None = None,
         client: str = "",
+        slo: LatencyTargets | None = None,
     ) -> list[Request]:
         """The engine requests of one client request: one for each of its n answers.
 
@@ -58,6 +59,7 @@ class Admission:
             priority: Lower runs first; not 0 only under the `priority` scheduling policy.
             speculation: What it asks of its drafts.
             client: Who asked, if known.
+            slo: How soon it wants its answer; only under the policy `slo`.
 
         Raises:
             InvalidRequestError: It cannot be served as asked; `param` names the field.
@@ -74,6 +76,8 @@ class Admission:
             )
         speculation = speculation or Speculation()
         self._check_speculation(speculation)
+        slo = slo or LatencyTargets()
+        self._check_slo(slo)
         max_tokens = self._max_tokens(len(prompt_ids), sampling)
         bad_words_ids = tuple(self._bad_words_ids(sampling.bad_words))
         asked = sampling.structured_outputs
@@ -95,6 +99,7 @@ class Admission:
                 arrival=arrival,
                 speculation=speculation,
                 client=client,
+                slo=slo,
             )
             for index in range(sampling.n)
         ]
@@ -130,6 +135,16 @@ class Admission:
                 f"got {asked.method!r}: leave it out for what the server chooses",
                 "speculation.method",
             )
+
+    def _check_slo(self, asked: LatencyTargets) -> None:
+        is_heeded = self._policy == "slo" or "." in self._policy  # one from outside may do as it likes
+        for name, value in (("ttft_ms", asked.ttft_ms), ("tpot_ms", asked.tpot_ms)):
+            if value is not None and not is_heeded:
+                raise InvalidRequestError(
+                    f"slo.{name} is only for the policy slo, this server runs {self._policy}: leave it out "
+                    f"or start with {flag('spec_policy')} slo",
+                    f"slo.{name}",
+                )
 
     def _max_tokens(self, num_prompt: int, sampling: SamplingParams) -> int:
         """What the request asks, or without a limit all that the context leaves."""

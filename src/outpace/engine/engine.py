@@ -28,11 +28,12 @@ from outpace.models.loader import load_config, load_weights
 from outpace.models.tokenizer import load_tokenizer
 from outpace.policy.base import BatchView, PolicyContext, StepRecord, check_policy, load_policy
 from outpace.policy.cost import CostModel
-from outpace.request import Output, Request
+from outpace.request import Output, Request, Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.spec.grammar import GrammarStates
 from outpace.spec.proposer import DraftContext, check_methods, load_proposer
+from outpace.spec.several import Several
 from outpace.spec.verifier import Verifier, load_verifier
 from outpace.tree import DraftTree
 
@@ -97,13 +98,14 @@ class Engine:
         self.admission = Admission(config, model, tokenizer, self.max_model_len)
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
         self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv))
+        self._several = self.proposer if isinstance(self.proposer, Several) else None
         self.grammars = GrammarStates(tokenizer, model.vocab_size)
         self.runner, self.verifier = runner, verifier
         cost_model = cost_model or functools.partial(load_or_measure, config, kv, runner, verifier)
         speculative = config.speculative
         self.policy = load_policy(config.policy, PolicyContext(speculative, config, cost_model))
         max_depth = speculative.num_speculative_tokens if speculative.methods else 0
-        self.metrics = Metrics(self.model_name, self.scheduler, max_depth)
+        self.metrics = Metrics(self.model_name, self.scheduler, max_depth, speculative.methods)
         self.step_log = None if config.step_log is None else StepLog(Path(config.step_log))
 
     @classmethod
@@ -173,7 +175,7 @@ class Engine:
         view = plan.view()
         limits = self.policy.limits(view)
         lap("policy")
-        trees = self.proposer.propose(plan.decoding, limits)
+        trees = self._propose(view, plan.decoding, limits)
         trees = self.grammars.fit(plan.decoding, limits, trees)
         lap("propose")
         trees = self._trim(view, trees)
@@ -188,13 +190,24 @@ class Engine:
         lap("propose")
         outputs = self.grammars.judge(self.scheduler.advance(plan, verdict))
         lap("advance")
-        self._learn(self.metrics.record(view, limits, batch, verdict, self.policy.predicted_s))
+        methods = self._several.records if self._several is not None else ()
+        self._learn(self.metrics.record(view, limits, batch, verdict, self.policy.predicted_s, methods))
         lap("policy")
         self.metrics.finish_step(plan.decoding, outputs)
         for output in outputs:
             if output.finish_reason is not None:
                 self._release(output.request_id)
         return outputs
+
+    def _propose(self, view: BatchView, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
+        """Asks the draft method; of several those that the policy wants, and takes the trees it prefers."""
+        if self._several is None:
+            return self.proposer.propose(sequences, limits)
+        drafts = self._several.ask(sequences, limits, self.policy.methods(view))
+        self.metrics.lap("propose")
+        picked = self.policy.pick(view, {name: _shown(trees) for name, trees in drafts.items()})
+        self.metrics.lap("policy")
+        return self._several.take(picked)
 
     def _learn(self, record: StepRecord) -> None:
         self.policy.observe(record)
@@ -209,12 +222,16 @@ class Engine:
     def _trim(self, view: BatchView, trees: list[DraftTree]) -> list[DraftTree]:
         """Cuts trees to what the policy keeps, and never lets one reach beyond its answer's end."""
         most = [sequence.max_draft for sequence in view.sequences]
-        # tokens that were drawn would no longer follow their q if they had a say in what is cut
-        shown = [tree if tree.probs is None else replace(tree, confidence=None) for tree in trees]
-        kept = self.policy.trim(view, shown)
+        kept = self.policy.trim(view, _shown(trees))
         if kept is not None:
             most = [min(pair) for pair in zip(most, kept, strict=True)]
         return [tree.cut(num_nodes) for tree, num_nodes in zip(trees, most, strict=True)]
+
+
+def _shown(trees: list[DraftTree]) -> list[DraftTree]:
+    """Drafts as a policy may see them."""
+    # tokens that were drawn would no longer follow their q if they had a say in what is cut
+    return [tree if tree.probs is None else replace(tree, confidence=None) for tree in trees]
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:

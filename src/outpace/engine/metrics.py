@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from outpace.batch import Batch, Verdict
 from outpace.engine.scheduler import Scheduler
-from outpace.policy.base import BatchView, StepRecord
+from outpace.policy.base import BatchView, MethodRecord, StepRecord
 from outpace.request import DraftStep, FinishReason, Output, Sequence
 
 _TOKENS = tuple(float(m * 10**e) for e in range(5) for m in (1, 2, 5))
@@ -100,16 +100,20 @@ class Metrics(Collector):
 
     Attributes:
         drafts: What became of the drafts so far.
+        drafts_by_method: The same by draft method, where there are several.
         registry: Prometheus' view of these metrics.
     """
 
-    def __init__(self, model_name: str, scheduler: Scheduler, max_depth: int = 0) -> None:
+    def __init__(
+        self, model_name: str, scheduler: Scheduler, max_depth: int = 0, methods: tuple[str, ...] = ()
+    ) -> None:
         """Starts at zero.
 
         Args:
             model_name: The label of that name.
             scheduler: Knows the queues and the cache.
             max_depth: Draft positions that are exposed before anything is accepted there.
+            methods: The draft methods; several are told apart.
         """
         self._model_name = model_name
         self._scheduler = scheduler
@@ -121,6 +125,7 @@ class Metrics(Collector):
         self._num_generation_tokens = 0
         self._num_finished: Counter[FinishReason] = Counter()
         self.drafts = Drafts(num_accepted_per_depth=[0] * max_depth)
+        self.drafts_by_method = {name: Drafts() for name in methods} if len(methods) > 1 else {}
         self._iteration_tokens = Histogram(_ROWS)
         self._time_to_first_token = Histogram(_FIRST_TOKEN_S)
         self._inter_token_latency = Histogram(_TOKEN_S)
@@ -158,6 +163,7 @@ class Metrics(Collector):
         batch: Batch,
         verdict: Verdict,
         predicted_s: float | None,
+        methods: tuple[MethodRecord, ...] = (),
     ) -> StepRecord:
         """What the step did, but for the time that learning from it takes.
 
@@ -174,6 +180,10 @@ class Metrics(Collector):
                 step = DraftStep(len(entry.tree), len(decision.path))
                 self.drafts.observe(*step)
                 entry.sequence.draft_steps.append(step)
+        for method in methods:
+            for (entry, decision), is_taken in zip(pairs, method.taken, strict=True):
+                if is_taken and len(entry.tree):
+                    self.drafts_by_method[method.name].observe(len(entry.tree), len(decision.path))
         total = sum(self._laps.values())
         self._step_time.observe(total)
         if pairs:
@@ -190,6 +200,7 @@ class Metrics(Collector):
             num_rows=batch.num_rows,
             num_tokens=sum(len(decision.token_ids) for _, decision in pairs),
             predicted_s=predicted_s,
+            methods=methods,
         )
 
     def finish_step(self, sequences: list[Sequence], outputs: list[Output]) -> None:
@@ -259,6 +270,8 @@ class Metrics(Collector):
             "spec_decode_num_accepted_tokens", "Draft tokens accepted", drafts.num_accepted_tokens
         )
         yield self._accepted_per_position()
+        if self.drafts_by_method:
+            yield from self._by_method()
         yield self._request_success()
         for name, help, histogram in (
             ("iteration_tokens_total", "Token rows per step", self._iteration_tokens),
@@ -320,6 +333,22 @@ class Metrics(Collector):
         for position, num_accepted in enumerate(list(self.drafts.num_accepted_per_depth)):
             family.add_metric([self._model_name, str(position)], num_accepted)
         return family
+
+    def _by_method(self) -> Iterator[Metric]:
+        """What each of several draft methods had verified and accepted."""
+        labels = ["model_name", "method"]
+        drafted = CounterMetricFamily(
+            "outpace:spec_decode_num_draft_tokens_by_method", "Their tokens, by draft method", labels=labels
+        )
+        accepted = CounterMetricFamily(
+            "outpace:spec_decode_num_accepted_tokens_by_method",
+            "Draft tokens accepted, by draft method",
+            labels=labels,
+        )
+        for name, drafts in self.drafts_by_method.items():
+            drafted.add_metric([self._model_name, name], drafts.num_draft_tokens)
+            accepted.add_metric([self._model_name, name], drafts.num_accepted_tokens)
+        yield from (drafted, accepted)
 
     def _phase_seconds(self) -> Metric:
         family = HistogramMetricFamily(

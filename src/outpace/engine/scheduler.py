@@ -12,7 +12,7 @@ from outpace.batch import Decision, Scheduled, Verdict
 from outpace.config import EngineConfig, flag
 from outpace.engine.detokenizer import Detokenizer
 from outpace.errors import InvalidRequestError, OverloadedError
-from outpace.policy.base import BatchView, SequenceView
+from outpace.policy.base import BatchView, SequenceView, Wait
 from outpace.request import FinishReason, Output, Request, Sequence
 from outpace.runtime.block_manager import BlockManager
 from outpace.sampling import SamplingParams, TokenLogprob
@@ -28,6 +28,7 @@ class Plan:
         num_free_slots: Cache slots left once every known token has its own.
         num_waiting: Requests in line.
         first_arrival: Seconds on the monotonic clock when the first of them arrived, if there is one.
+        targeted: Those of them that bring a target for the time to their first token.
     """
 
     scheduled: list[Scheduled]
@@ -35,12 +36,15 @@ class Plan:
     num_free_slots: int
     num_waiting: int = 0
     first_arrival: float | None = None
+    targeted: tuple[Request, ...] = ()
 
     def view(self) -> BatchView:
         """What a policy may see of it."""
         now = time.monotonic()
-        prefilling = [s.sequence.request.arrival for s in self.scheduled if not s.samples]
-        arrivals = [*prefilling, *(() if self.first_arrival is None else (self.first_arrival,))]
+        prefilling = [s.sequence.request for s in self.scheduled if not s.samples]
+        arrivals = [r.arrival for r in prefilling]
+        if self.first_arrival is not None:
+            arrivals.append(self.first_arrival)
         rows = [item.num_known for item in self.scheduled]
         context = [item.sequence.num_computed for item in self.scheduled]
         return BatchView(
@@ -52,6 +56,13 @@ class Plan:
             num_scheduled=len(self.scheduled),
             num_waiting=len(prefilling) + self.num_waiting,
             oldest_wait_s=now - min(arrivals, default=now),
+            own_targets=tuple(
+                [
+                    Wait(now - r.arrival, r.slo.ttft_ms / 1e3)
+                    for r in (*prefilling, *self.targeted)
+                    if r.slo.ttft_ms is not None
+                ]
+            ),
         )
 
 
@@ -99,6 +110,7 @@ class Scheduler:
         self._running: list[_Entry] = []  # in order of admission
         self._waiting: list[_Entry] = []  # a heap
         self._num_added = 0
+        self._num_targeted = 0  # unfinished requests with a target for their first token
         # The head of the line that found no room and the free blocks then: no use to try with no more.
         self._refused: tuple[_Entry | None, int] = (None, 0)
         self.num_preemptions = 0
@@ -159,6 +171,7 @@ class Scheduler:
             self._num_added += 1
             entry = _Entry(rank, Sequence.start(request), self._new_detokenizer(request.sampling))
             self._entries[request.id] = entry
+            self._num_targeted += request.slo.ttft_ms is not None
             heapq.heappush(self._waiting, entry)
 
     def abort(self, request_id: str) -> Output | None:
@@ -175,6 +188,7 @@ class Scheduler:
         else:
             self._waiting.remove(entry)
             heapq.heapify(self._waiting)
+        self._num_targeted -= entry.sequence.request.slo.ttft_ms is not None
         self._blocks.free(entry.sequence)
         return _output(entry, entry.text.finish(), (), None, FinishReason.ABORT)
 
@@ -186,7 +200,9 @@ class Scheduler:
             self._admit_waiting(scheduled)
         decoding = [item.sequence for item in scheduled if item.samples]
         first = self._waiting[0].sequence.request.arrival if self._waiting else None
-        return Plan(scheduled, decoding, self._blocks.num_free_slots, len(self._waiting), first)
+        return Plan(
+            scheduled, decoding, self._blocks.num_free_slots, len(self._waiting), first, self._targeted()
+        )
 
     def advance(self, plan: Plan, verdict: Verdict) -> list[Output]:
         """Appends the verified tokens, ends what is to end, and frees its blocks.
@@ -209,9 +225,17 @@ class Scheduler:
                 if output.finish_reason is not None:
                     self._blocks.free(item.sequence)
                     del self._entries[item.sequence.id]
+                    self._num_targeted -= item.sequence.request.slo.ttft_ms is not None
         if len(self._entries) < num_entries:
             self._running = [entry for entry in self._running if entry.sequence.id in self._entries]
         return outputs
+
+    def _targeted(self) -> tuple[Request, ...]:
+        """The waiting requests with a target for their first token; looked for only if there may be one."""
+        if not self._num_targeted or not self._waiting:
+            return ()
+        waiting = (entry.sequence.request for entry in self._waiting)
+        return tuple(request for request in waiting if request.slo.ttft_ms is not None)
 
     def _continue_running(self) -> list[Scheduled]:
         """Schedules running sequences, preempting where blocks are short."""
@@ -284,6 +308,8 @@ def _show(sequence: Sequence, now: float) -> SequenceView:
         request.client,
         num_output,
         0.0 if first_token is None else now - first_token,
+        request.speculation.method or "",
+        None if request.slo.tpot_ms is None else request.slo.tpot_ms / 1e3,
     )
 
 

@@ -308,6 +308,29 @@ class AcceptanceEstimator:
         survival = np.minimum.accumulate(np.minimum(survived / present, MOST), axis=1)
         return present, survival
 
+    def onward(self, ids: Sequence[str]) -> tuple[Floats, Floats]:
+        """The same for requests that were asked for short drafts only: their deeper nodes go on from there.
+
+        What everyone's drafts lose from one node to the next is the prior of each node, given the one before
+        it; `before` takes everyone's nodes as they are, which tells a request that was never asked for its
+        fourth node nothing of how good its first ones were.
+        """
+        places = self._places(ids)
+        asked, present, survived = self._requests.curves[:, places]
+        usual_present, usual_survived = self._usual()
+        usual = usual_survived / usual_present
+        chance, survival = np.ones_like(asked), np.ones_like(asked)
+        chance_above = survival_above = usual_above = usual_chance_above = np.ones(1)
+        for node in range(self._max_nodes):
+            prior = chance_above * usual_present[node] / usual_chance_above
+            weight = asked[:, node] + REQUEST_WEIGHT
+            chance[:, node] = (present[:, node] + REQUEST_WEIGHT * prior) / weight
+            expected = prior * survival_above * usual[node] / usual_above
+            survival[:, node] = (survived[:, node] + REQUEST_WEIGHT * expected) / weight / chance[:, node]
+            chance_above, survival_above = chance[:, node], np.minimum(survival[:, node], MOST)
+            usual_chance_above, usual_above = usual_present[node], usual[node]
+        return chance, np.minimum.accumulate(np.minimum(survival, MOST), axis=1)
+
     def survival(self, ids: Sequence[str], drafts: Sequence[Draft]) -> list[list[float]]:
         """For each draft the chance of each node to be on the accepted path."""
         places = self._places(ids)

@@ -78,6 +78,11 @@ class Extra:
         self.owners = self._ranked(map(repeat, range(len(self._lengths)), self._lengths))
         self.gains = self._ranked(slots.gain)
 
+    @cached_property
+    def places(self) -> Ints:
+        """The place of each slot among those of its sequence, best slot first."""
+        return np.array(self._ranked(map(range, self._lengths)), np.int64)
+
     @property
     def contexts(self) -> list[float]:
         """The context of each slot, best slot first."""
@@ -96,12 +101,12 @@ class Extra:
     @property
     def sequences(self) -> Floats:
         """Sequences that draft."""
-        return _sums(self._nodes == 0)
+        return _sums(self.places == 0)
 
     @property
     def behind(self) -> Floats:
         """Tokens that these are behind."""
-        return _sums(np.array(self._slots.behind, np.float64)[self.owners] * (self._nodes == 0))
+        return _sums(np.array(self._slots.behind, np.float64)[self.owners] * (self.places == 0))
 
     @property
     def nodes(self) -> Floats:
@@ -111,7 +116,7 @@ class Extra:
     @property
     def depth(self) -> Floats:
         """The longest prefix."""
-        return np.maximum.accumulate(np.concatenate(([0.0], self._nodes + 1.0)))
+        return np.maximum.accumulate(np.concatenate(([0.0], self.places + 1.0)))
 
     def num_within(self, max_rows: float) -> int:
         """Entries that take no more rows than that."""
@@ -123,10 +128,6 @@ class Extra:
     def _rows(self) -> Floats:
         rows = self._slots.rows
         return np.ones(len(self._order)) if rows is None else np.array(self._ranked(rows), np.float64)
-
-    @cached_property
-    def _nodes(self) -> Ints:
-        return np.array(self._ranked(map(range, self._lengths)), np.int64)
 
     def _ranked(self, values: Iterable[Iterable[T]]) -> list[T]:
         """Values by sequence and node, best slot first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -27,6 +27,8 @@ class SequenceView(NamedTuple):
         client: Who asked for it; empty where the request does not say.
         num_output: Tokens answered so far.
         decode_s: Seconds since its first token; 0 before.
+        method: The draft method that its request insists on; empty where it leaves the choice.
+        tpot_s: Its request's own target for the time per token after the first, if it has one.
     """
 
     id: str
@@ -35,6 +37,20 @@ class SequenceView(NamedTuple):
     client: str = ""
     num_output: int = 0
     decode_s: float = 0.0
+    method: str = ""
+    tpot_s: float | None = None
+
+
+class Wait(NamedTuple):
+    """A request that waits for its first token and has a target of its own for that.
+
+    Attributes:
+        wait_s: Seconds since it arrived.
+        ttft_s: Seconds from then in which it wants that token.
+    """
+
+    wait_s: float
+    ttft_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +66,7 @@ class BatchView:
         num_scheduled: Sequences of the step, those that do not sample included.
         num_waiting: Requests without a first token that do not sample in this step.
         oldest_wait_s: Seconds since the first of those arrived; 0 without any.
+        own_targets: Of those the requests that bring a target for their first token.
     """
 
     sequences: tuple[SequenceView, ...]
@@ -60,6 +77,7 @@ class BatchView:
     num_scheduled: int = 0
     num_waiting: int = 0
     oldest_wait_s: float = 0.0
+    own_targets: tuple[Wait, ...] = ()
 
 
 class Draft(Protocol):
@@ -72,6 +90,32 @@ class Draft(Protocol):
     @property
     def confidence(self) -> tuple[float, ...] | None:
         """For each node the drafter's estimate that it is accepted given that its parent is."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRecord:
+    """What one of several draft methods did in a step.
+
+    The tokens of the step are known, so what would have become of a draft is known whether it was verified
+    or not, down to the depth that these tokens reach.
+
+    Attributes:
+        name: The method.
+        limits: Nodes that it was asked for, per sampling sequence.
+        drafts: The trees it made.
+        lengths: Leading nodes of each of which it is known whether they fit.
+        paths: Of these the ones that do, root side first.
+        taken: Whether the tree was the one to go on with.
+        seconds: What it took.
+    """
+
+    name: str
+    limits: tuple[int, ...]
+    drafts: tuple[Draft, ...]
+    lengths: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+    taken: tuple[bool, ...]
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +132,7 @@ class StepRecord:
         num_rows: Rows of the forward, drafts included.
         num_tokens: Tokens emitted.
         predicted_s: What the policy expected of the total; None if it does not predict.
+        methods: What each draft method did, where there are several.
         num_drafted: Draft nodes verified, per sampling sequence.
     """
 
@@ -99,6 +144,7 @@ class StepRecord:
     num_rows: int
     num_tokens: int
     predicted_s: float | None = None
+    methods: tuple[MethodRecord, ...] = ()
     num_drafted: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,6 +170,30 @@ class SpeculationPolicy(ABC):
     @abstractmethod
     def limits(self, view: BatchView) -> list[int]:
         """Draft tokens allowed for each of `view.sequences`; 0 is plain decoding."""
+
+    def methods(self, view: BatchView) -> Mapping[str, list[int]] | None:
+        """Of several draft methods those to ask; one that is left out is not asked and costs nothing.
+
+        Args:
+            view: The same view that `limits` saw.
+
+        Returns:
+            For each method the draft tokens allowed per sequence, none above what `limits` said; None asks
+            every method for that.
+        """
+        return None
+
+    def pick(self, view: BatchView, drafts: Mapping[str, Sequence[Draft]]) -> list[str] | None:
+        """Whose draft to go on with, where several methods were asked.
+
+        Args:
+            view: The same view that `limits` saw.
+            drafts: By method what it drafted: one tree per sequence, some perhaps empty.
+
+        Returns:
+            A method per sequence; None leaves it to the drafts' own confidences.
+        """
+        return None
 
     def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
         """A second cut once drafts exist: nodes to keep per sequence, or None to keep all.

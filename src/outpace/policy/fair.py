@@ -49,5 +49,6 @@ class ProportionalFairness:
 
 def create(context: PolicyContext) -> GoodputPolicy:
     """Builds the policy; measures the machine if it is not known."""
-    most = context.speculative.num_speculative_tokens
-    return GoodputPolicy(most, context.cost_model(), ProportionalFairness())
+    speculative = context.speculative
+    most, methods = speculative.num_speculative_tokens, speculative.methods
+    return GoodputPolicy(most, context.cost_model(), ProportionalFairness(), methods)

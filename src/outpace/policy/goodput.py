@@ -9,10 +9,10 @@ and one acceptance rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, compress, repeat
 from operator import mul
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from outpace.policy.acceptance import AcceptanceEstimator
 from outpace.policy.allocation import Choice, Costs, Extra, Slots, allocate, take_all
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
 from outpace.policy.cost import CostModel
+
+if TYPE_CHECKING:
+    from outpace.policy.methods import Methods
 
 Floats = NDArray[np.float64]
 
@@ -63,16 +66,19 @@ class GoodputPolicy(SpeculationPolicy):
 
     Attributes:
         cost: What steps cost.
-        acceptance: What drafts are worth.
+        acceptance: What drafts are worth, where there is one method to make them.
     """
 
-    def __init__(self, max_tokens: int, cost: CostModel, stakes: Stakes) -> None:
+    def __init__(
+        self, max_tokens: int, cost: CostModel, stakes: Stakes, methods: tuple[str, ...] = ()
+    ) -> None:
         """Starts from a profile and from the prior of acceptance.
 
         Args:
             max_tokens: Most draft tokens of a sequence in a step.
             cost: What steps cost; learns along.
             stakes: What tokens are worth.
+            methods: The draft methods; of several it also chooses, see policy/methods.py.
         """
         self._max_tokens = max_tokens
         self._stakes = stakes
@@ -93,6 +99,11 @@ class GoodputPolicy(SpeculationPolicy):
         self._rate = 0.0  # expected tokens per second
         self._credit_s = 0.0  # time that probing may take
         self._probe_s = 0.0  # and what the next probe needs of it
+        self._methods: Methods | None = None
+        if len(methods) > 1:
+            from outpace.policy.methods import Methods  # not at the top: it imports this module
+
+            self._methods = Methods(methods, max_tokens)
 
     def limits(self, view: BatchView) -> list[int]:
         """See SpeculationPolicy."""
@@ -104,15 +115,26 @@ class GoodputPolicy(SpeculationPolicy):
         cap = self._max_tokens
         most = [cap if s.max_draft > cap else s.max_draft for s in view.sequences]
         plain_s = self._plain_s(view)
-        self._usual_s = self._draft_s(most, HORIZON)
-        if not self.cost.knows_draft or self._usual_s <= FREE * plain_s:
-            self._limits = most
-        else:
+        if self._methods is not None:
+            self._limits = self._ask_several(self._methods, view, most, plain_s)
+        elif self.cost.knows_draft and self._draft_s(most, HORIZON) > FREE * plain_s:
             self._limits = self._worthwhile(view, most)
-            self._usual_s = self._draft_s(self._limits, HORIZON)
+        else:
+            self._limits = most
+        self._usual_s = self._draft_s(self._limits, HORIZON)
         self._drafting_s = self._draft_s(self._limits)
         self.predicted_s = plain_s + self._drafting_s
         return self._limits
+
+    def methods(self, view: BatchView) -> Mapping[str, list[int]] | None:
+        """See SpeculationPolicy."""
+        return None if self._methods is None else self._methods.asked
+
+    def pick(self, view: BatchView, drafts: Mapping[str, Sequence[Draft]]) -> list[str] | None:
+        """See SpeculationPolicy."""
+        if self._methods is None or not drafts:
+            return None
+        return self._methods.pick(self._ids, drafts, self._rate * self._row_s(view))
 
     def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
         """See SpeculationPolicy."""
@@ -121,7 +143,7 @@ class GoodputPolicy(SpeculationPolicy):
         if not drafting:
             return None
         ids, trees = [self._ids[i] for i in drafting], [drafts[i] for i in drafting]
-        survival = self.acceptance.survival(ids, trees)
+        survival = (self._methods or self.acceptance).survival(ids, trees)
         contexts = [self._contexts[i] for i in drafting]
         slots = Slots(survival, None, contexts, [0] * len(contexts))
         choice = self._allocate(view, drafting, slots)
@@ -130,7 +152,8 @@ class GoodputPolicy(SpeculationPolicy):
         counts = [0] * len(drafts)
         for i, count in zip(drafting, choice.counts, strict=True):
             counts[i] = count
-        self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
+        if self._methods is None:  # else the tokens of the step teach as much without
+            self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
         return counts
 
     def observe(self, record: StepRecord) -> None:
@@ -142,8 +165,11 @@ class GoodputPolicy(SpeculationPolicy):
             self._learn_costs()
         self._seen.update(compress(zip(self._ids, self._contexts, strict=True), limits))
         self._stakes.observe(record)
-        self.acceptance.observe(self._ids, limits, self._drafts, record.num_drafted, record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
+        if self._methods is not None:
+            self._credit_s += self._methods.observe(record) / max(self._rate, 1.0)
+            return
+        self.acceptance.observe(self._ids, limits, self._drafts, record.num_drafted, record.paths)
         if self._probe is not None and self._rate:  # what it won pays for the next one
             self._credit_s += len(record.paths[self._probe]) / self._rate
 
@@ -151,6 +177,8 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         self.acceptance.release(sequence_id)
         self._seen.pop(sequence_id, None)
+        if self._methods is not None:
+            self._methods.release(sequence_id)
 
     def _learn_costs(self) -> None:
         """In one go: code and data that the model's pass has pushed out of the caches come back once."""
@@ -173,6 +201,23 @@ class GoodputPolicy(SpeculationPolicy):
         if self._credit_s >= self._probe_s:
             self._draft_to_learn(view, limits, [i for i, m in enumerate(most) if m and not limits[i]])
         return limits
+
+    def _ask_several(self, methods: Methods, view: BatchView, most: list[int], plain_s: float) -> list[int]:
+        """Whom to ask for how much, several methods being there; the most that any is asked for."""
+        from outpace.policy.methods import Market
+
+        weights, _ = self._stakes.weights(view)
+        everyone = list(range(len(most)))
+        market = Market(
+            plain_s,
+            self._row_s(view),
+            weights or [1.0] * len(most),
+            lambda slots, draft_s: self._allocate(view, everyone, slots, draft_s),
+        )
+        self._behind = [0] * len(most)  # each method keeps its own account
+        self._rate = methods.ask(view, most, market) or self._rate
+        self._credit_s = methods.probe(view, most, self._credit_s)
+        return methods.limits()
 
     def _choose(self, view: BatchView, most: list[int]) -> list[int]:
         everyone = list(range(len(most)))
@@ -277,6 +322,13 @@ class GoodputPolicy(SpeculationPolicy):
         after = self.cost.target_s(rows + PROBE_NODES, samples + PROBE_NODES, 0, PROBE_NODES * context_len)
         return float(after - before)
 
+    def _row_s(self, view: BatchView) -> float:
+        """What one more row adds to a step."""
+        rows, samples = view.num_rows, len(view.sequences)
+        return float(
+            self.cost.target_s(rows + 1, samples + 1, 0, 0) - self.cost.target_s(rows, samples, 0, 0)
+        )
+
     def _plain_s(self, view: BatchView) -> float:
         """Seconds of the step without drafts."""
         num_samples = len(view.sequences)
@@ -285,6 +337,8 @@ class GoodputPolicy(SpeculationPolicy):
 
     def _draft_s(self, limits: list[int], horizon: int = 1) -> float:
         """Seconds of drafting; what the drafter has to catch up with is spread over so many steps."""
+        if self._methods is not None:
+            return self._methods.asked_s(horizon)
         behind = sum(compress(self._behind, limits)) / horizon
         num_asked = len(limits) - limits.count(0)
         return float(self.cost.draft_s(num_asked, sum(limits), max(limits, default=0), behind))
@@ -292,4 +346,7 @@ class GoodputPolicy(SpeculationPolicy):
 
 def create(context: PolicyContext) -> GoodputPolicy:
     """Builds the policy; measures the machine if it is not known."""
-    return GoodputPolicy(context.speculative.num_speculative_tokens, context.cost_model(), Equal())
+    speculative = context.speculative
+    return GoodputPolicy(
+        speculative.num_speculative_tokens, context.cost_model(), Equal(), speculative.methods
+    )

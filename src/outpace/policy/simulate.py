@@ -14,15 +14,15 @@ import gzip
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from outpace.errors import ConfigError
-from outpace.policy.base import BatchView, SequenceView, SpeculationPolicy, StepRecord
-from outpace.policy.cost import CostModel, Shape
+from outpace.policy.base import BatchView, MethodRecord, SequenceView, SpeculationPolicy, StepRecord
+from outpace.policy.cost import CostModel, LinearCost, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,26 @@ class Arrival:
         time_s: When; with a closed loop, when it may come at the earliest.
         prompt_len: Tokens of its prompt.
         output_len: Tokens of its answer.
+        method: The draft method that it insists on; empty where it leaves the choice.
     """
 
     time_s: float
     prompt_len: int
     output_len: int
+    method: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """One of several draft methods; requests have their luck with each of them apart.
+
+    Attributes:
+        acceptance: How its drafts fare, by time.
+        cost: What drafting costs, as `draft` of a CostModel.
+    """
+
+    acceptance: tuple[Acceptance, ...] = (Acceptance(),)
+    cost: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +95,15 @@ class Workload:
 
     Attributes:
         arrivals: The requests, in order of time.
-        acceptance: How drafts fare, by time.
+        acceptance: How drafts fare, by time, where there is one method to make them.
+        drafters: By name the draft methods, where there are several.
         concurrency: Most requests in the system at once, the others come as these end; None: no limit.
     """
 
     arrivals: tuple[Arrival, ...]
     acceptance: tuple[Acceptance, ...] = (Acceptance(),)
     concurrency: int | None = None
+    drafters: Mapping[str, Drafter] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +133,7 @@ class Step:
     num_drafted: int
     num_tokens: int
     predicted_s: float | None
+    num_asked: Mapping[str, int] = field(default_factory=dict)  # sequences, by method where there are several
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,31 +180,53 @@ class Chain:
     confidence: tuple[float, ...] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """How a request fares with a draft method.
+
+    Attributes:
+        luck: Its place within the spread, in [-1, 1].
+        covered: [output] Uniform draws: whether there is a draft at this position.
+        accepted: [output] Uniform draws: whether a draft of this position's token is right.
+    """
+
+    luck: float
+    covered: np.ndarray
+    accepted: np.ndarray
+
+    @classmethod
+    def draw(cls, output_len: int, *seed: int) -> Fate:
+        """From the numbers of the run, of the request and, of several, of the method."""
+        draws = np.random.default_rng(seed)
+        uniform = draws.random((2, output_len))
+        return cls(2 * draws.random() - 1, uniform[0], uniform[1])
+
+
 @dataclass(slots=True, eq=False)
 class _Running:
     """A request on its way.
 
     Attributes:
-        luck: Its place within the spread.
-        covered: [output] Uniform draws: whether there is a draft at this position.
-        accepted: [output] Uniform draws: whether a draft of this position's token is right.
+        fates: By draft method; of the only one under an empty name.
     """
 
     id: str
     arrival: Arrival
     came_s: float
-    luck: float
-    covered: np.ndarray
-    accepted: np.ndarray
+    fates: dict[str, Fate]
     num_computed: int = 0
     num_output: int = 0
     first_token_s: float | None = None
 
     @classmethod
-    def start(cls, number: int, arrival: Arrival, came_s: float, seed: int) -> _Running:
-        draws = np.random.default_rng((seed, number))
-        uniform = draws.random((2, arrival.output_len))
-        return cls(str(number), arrival, came_s, 2 * draws.random() - 1, uniform[0], uniform[1])
+    def start(
+        cls, number: int, arrival: Arrival, came_s: float, seed: int, methods: Iterable[str]
+    ) -> _Running:
+        fates = {
+            name: Fate.draw(arrival.output_len, seed, number, index) for index, name in enumerate(methods)
+        }
+        fates = fates or {"": Fate.draw(arrival.output_len, seed, number)}
+        return cls(str(number), arrival, came_s, fates)
 
     @property
     def num_missing(self) -> int:
@@ -217,7 +257,8 @@ class Simulator:
     _waiting: deque[_Running] = field(default_factory=deque)
     _running: list[_Running] = field(default_factory=list)
     _num_arrived: int = 0
-    _seen: dict[str, int] = field(default_factory=dict)  # context of each sequence when it last drafted
+    # by method and sequence its context when that last drafted
+    _seen: dict[tuple[str, str], int] = field(default_factory=dict)
     _result: Result = field(default_factory=lambda: Result([], [], [], []))
 
     def run(self) -> Result:
@@ -239,7 +280,8 @@ class Simulator:
                 break
             self._now = max(self._now, arrival.time_s)
             came_s = arrival.time_s if limit is None else self._now
-            self._waiting.append(_Running.start(self._num_arrived, arrival, came_s, self.seed))
+            names = self.workload.drafters
+            self._waiting.append(_Running.start(self._num_arrived, arrival, came_s, self.seed, names))
             self._num_arrived += 1
         while self._waiting and len(self._running) < self.machine.max_num_seqs:
             self._running.append(self._waiting.popleft())
@@ -250,14 +292,16 @@ class Simulator:
         sampling = [r for r, num_known in plan if num_known == r.num_missing]
         view = self._view(plan, sampling)
         limits = self.policy.limits(view)
-        acceptance = next(a for a in reversed(self.workload.acceptance) if a.since_s <= self._now)
-        chances = acceptance.chances(max(limits, default=0), 0.0) if acceptance.spread == 0 else None
-        drafts = [_draft(r, limit, acceptance) for r, limit in zip(sampling, limits, strict=True)]
+        made = self._drafts(view, sampling, limits)
+        picked = self._pick(view, made)
+        drafts = [made[name].trees[i] for i, name in enumerate(picked)]
         kept = self.policy.trim(view, drafts)
         if kept is not None:
             drafts = [_cut(draft, num) for draft, num in zip(drafts, kept, strict=True)]
-        paths = [_path(r, draft, acceptance, chances) for r, draft in zip(sampling, drafts, strict=True)]
+        paths = [made[name].paths[i][: len(drafts[i].parents)] for i, name in enumerate(picked)]
         record = self._record(view, limits, drafts, paths, noise)
+        if self.workload.drafters:
+            record = self._with_methods(record, made, picked, noise)
         self._now += record.seconds["total"]
         self._advance(plan, sampling, paths)
         self.policy.observe(record)
@@ -269,8 +313,74 @@ class Simulator:
                 sum(record.num_drafted),
                 record.num_tokens,
                 record.predicted_s,
+                {name: sum(map(bool, drafted.limits)) for name, drafted in made.items()},
             )
         )
+
+    def _drafts(self, view: BatchView, sampling: list[_Running], limits: list[int]) -> dict[str, _Drafted]:
+        """What every method that is asked drafts, and how much of it is right."""
+        drafters = self.workload.drafters or {"": Drafter(self.workload.acceptance)}
+        asked = self.policy.methods(view)
+        made = {}
+        for name, drafter in drafters.items():
+            wanted = limits if asked is None else asked.get(name, [0] * len(limits))
+            mine = [k if s.method in ("", name) else 0 for k, s in zip(wanted, view.sequences, strict=True)]
+            acceptance = next(a for a in reversed(drafter.acceptance) if a.since_s <= self._now)
+            chances = acceptance.chances(max(mine, default=0), 0.0) if acceptance.spread == 0 else None
+            trees = [_draft(r, name, limit, acceptance) for r, limit in zip(sampling, mine, strict=True)]
+            paths = [
+                _path(r, name, tree, acceptance, chances) for r, tree in zip(sampling, trees, strict=True)
+            ]
+            made[name] = _Drafted(mine, trees, paths)
+        return made
+
+    def _pick(self, view: BatchView, made: Mapping[str, _Drafted]) -> list[str]:
+        """Whose draft is verified: where the policy does not say, that of the first who has one."""
+        names = list(made)
+        asked = {name: drafted.trees for name, drafted in made.items() if any(drafted.limits)}
+        picked = self.policy.pick(view, asked) if asked and self.workload.drafters else None
+        if picked is not None:
+            return picked
+        return [
+            next((name for name in names if made[name].trees[i].parents), names[0])
+            for i in range(len(view.sequences))
+        ]
+
+    def _with_methods(
+        self, record: StepRecord, made: Mapping[str, _Drafted], picked: list[str], noise: float
+    ) -> StepRecord:
+        """Adds what each method did, and what that took."""
+        num_came = [len(path) + 1 for path in record.paths]
+        methods = []
+        for name, drafted in made.items():
+            if not any(drafted.limits):
+                continue
+            lengths = [min(len(t.parents), n) for t, n in zip(drafted.trees, num_came, strict=True)]
+            methods.append(
+                MethodRecord(
+                    name=name,
+                    limits=tuple(drafted.limits),
+                    drafts=tuple(drafted.trees),
+                    lengths=tuple(lengths),
+                    paths=tuple(path[:n] for path, n in zip(drafted.paths, lengths, strict=True)),
+                    taken=tuple(taken == name for taken in picked),
+                    seconds=noise * self._draft_s(name, record.view, drafted.limits),
+                )
+            )
+        seconds = {**record.seconds, "propose": sum(method.seconds for method in methods)}
+        seconds["total"] = sum(seconds.values()) - record.seconds["total"]
+        return replace(record, methods=tuple(methods), seconds=seconds)
+
+    def _draft_s(self, name: str, view: BatchView, limits: Sequence[int]) -> float:
+        """What drafting takes; the drafter has seen those sequences then."""
+        asked = [limit for limit in limits if limit]
+        drafting = [s for s, limit in zip(view.sequences, limits, strict=True) if limit]
+        behind = sum(s.context_len - self._seen.get((name, s.id), 0) for s in drafting)
+        self._seen.update(((name, s.id), s.context_len) for s in drafting)
+        amounts = len(asked), sum(asked), max(asked, default=0), behind
+        drafter = self.workload.drafters.get(name)
+        cost = self.machine.cost.draft_s if drafter is None else LinearCost(drafter.cost).seconds
+        return float(cost(*amounts))
 
     def _plan(self) -> list[tuple[_Running, int]]:
         budget = self.machine.max_num_batched_tokens
@@ -294,6 +404,7 @@ class Simulator:
                     r.max_draft,
                     num_output=r.num_output,
                     decode_s=0.0 if r.first_token_s is None else self._now - r.first_token_s,
+                    method=r.arrival.method,
                 )
                 for r in sampling
             ),
@@ -322,13 +433,9 @@ class Simulator:
             view.num_context,
             view.num_pairs + pairs,
         )
-        asked = [limit for limit in limits if limit]
-        drafting = [s for s, limit in zip(view.sequences, limits, strict=True) if limit]
-        behind = sum(s.context_len - self._seen.get(s.id, 0) for s in drafting)
-        self._seen.update((s.id, s.context_len) for s in drafting)
         seconds = {
             "forward": noise * float(cost.target_s(shape.rows, shape.samples, shape.context, shape.pairs)),
-            "propose": noise * float(cost.draft_s(len(asked), sum(asked), max(asked, default=0), behind)),
+            "propose": 0.0 if self.workload.drafters else noise * self._draft_s("", view, limits),
             "advance": noise * cost.host_s(view.num_scheduled),
         }
         return StepRecord(
@@ -365,8 +472,17 @@ class Simulator:
         result.tpot_s.append((self._now - running.first_token_s) / max(running.num_output - 1, 1))
 
 
-def _draft(running: _Running, limit: int, acceptance: Acceptance) -> Chain:
-    if not limit or running.covered[running.num_output] >= acceptance.coverage:
+@dataclass(frozen=True, slots=True)
+class _Drafted:
+    """What a method was asked for, per sequence, what it made of that, and the nodes that are right."""
+
+    limits: list[int]
+    trees: list[Chain]
+    paths: list[tuple[int, ...]]
+
+
+def _draft(running: _Running, method: str, limit: int, acceptance: Acceptance) -> Chain:
+    if not limit or running.fates[method].covered[running.num_output] >= acceptance.coverage:
         return Chain(())
     return Chain(tuple(range(-1, limit - 1)))
 
@@ -376,14 +492,14 @@ def _cut(draft: Chain, num_nodes: int) -> Chain:
 
 
 def _path(
-    running: _Running, draft: Chain, acceptance: Acceptance, chances: np.ndarray | None
+    running: _Running, method: str, draft: Chain, acceptance: Acceptance, chances: np.ndarray | None
 ) -> tuple[int, ...]:
     depth = len(draft.parents)
     if not depth:
         return ()
     if chances is None:
-        chances = acceptance.chances(depth, running.luck)
-    draws = running.accepted[running.num_output : running.num_output + depth]
+        chances = acceptance.chances(depth, running.fates[method].luck)
+    draws = running.fates[method].accepted[running.num_output : running.num_output + depth]
     misses = np.flatnonzero(draws >= chances[:depth])
     return tuple(range(int(misses[0]) if len(misses) else depth))
 

@@ -5,17 +5,20 @@ first token and one for the time per later token. Two weights bring that into th
 
 - A sequence at pace ρ (its time per token over the target) weighs min(ρ, 1/ρ), at least LEAST: most on the
   brink, less when it is ahead and has time to spare, less when it is too late.
+  A sequence without a target weighs LEAST where others have one.
 - Every request that waits for its first token and can still have it in time counts as a token at stake:
   E(n) grows by their number whatever is drafted, so time costs more and steps are kept short while prompts
   queue.
+
+Targets are the server's, or a request's own.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from outpace.config import flag
-from outpace.errors import ConfigError
 from outpace.policy.base import BatchView, PolicyContext, StepRecord
 from outpace.policy.goodput import GoodputPolicy
 
@@ -26,7 +29,7 @@ class Targets:
     """Weights from latency targets; see the module's text."""
 
     def __init__(self, ttft_s: float | None, tpot_s: float | None) -> None:
-        """Sets the targets.
+        """Sets the targets of requests that have none of their own.
 
         Args:
             ttft_s: Time to the first token, or None for no such target.
@@ -37,10 +40,13 @@ class Targets:
     def weights(self, view: BatchView) -> tuple[list[float] | None, float]:
         """See Stakes."""
         weights = None
-        if self._tpot_s is not None:
+        targets = [self._tpot_s if s.tpot_s is None else s.tpot_s for s in view.sequences]
+        if any(targets):
+            tpot_s = np.array([target or math.inf for target in targets])
             tokens = np.array([max(s.num_output - 1, 1) for s in view.sequences])
-            pace = np.array([s.decode_s for s in view.sequences]) / tokens / self._tpot_s
-            pace = np.where([s.num_output > 1 for s in view.sequences], pace, 1.0)
+            pace = np.array([s.decode_s for s in view.sequences]) / tokens / tpot_s
+            is_early = np.array([s.num_output <= 1 for s in view.sequences])  # too early to tell its pace
+            pace = np.where(is_early & np.isfinite(tpot_s), 1.0, pace)
             weights = np.clip(np.minimum(pace, 1 / np.maximum(pace, LEAST)), LEAST, 1.0).tolist()
         return weights, self._num_waiting_in_time(view)
 
@@ -48,23 +54,21 @@ class Targets:
         """See Stakes."""
 
     def _num_waiting_in_time(self, view: BatchView) -> float:
-        """Requests that can still meet the first target, as if they had arrived at a steady rate."""
-        if self._ttft_s is None or not view.num_waiting:
-            return 0.0
-        return view.num_waiting * min(1.0, self._ttft_s / max(view.oldest_wait_s, 1e-9))
+        """Requests that can still meet the first target.
+
+        Those without one of their own are counted as if they had arrived at a steady rate.
+        """
+        in_time = float(sum(wait.wait_s <= wait.ttft_s for wait in view.own_targets))
+        num_others = view.num_waiting - len(view.own_targets)
+        if self._ttft_s is None or not num_others:
+            return in_time
+        return in_time + num_others * min(1.0, self._ttft_s / max(view.oldest_wait_s, 1e-9))
 
 
 def create(context: PolicyContext) -> GoodputPolicy:
-    """Builds the policy; measures the machine if it is not known.
-
-    Raises:
-        ConfigError: There is no target.
-    """
+    """Builds the policy; measures the machine if it is not known."""
     targets = context.engine.slo_ttft_ms, context.engine.slo_tpot_ms
-    if targets == (None, None):
-        raise ConfigError(
-            f"policy slo needs a target: give {flag('slo_ttft_ms')} or {flag('slo_tpot_ms')} or both"
-        )
     ttft_s, tpot_s = (None if ms is None else ms / 1e3 for ms in targets)
-    most = context.speculative.num_speculative_tokens
-    return GoodputPolicy(most, context.cost_model(), Targets(ttft_s, tpot_s))
+    speculative = context.speculative
+    most, methods = speculative.num_speculative_tokens, speculative.methods
+    return GoodputPolicy(most, context.cost_model(), Targets(ttft_s, tpot_s), methods)

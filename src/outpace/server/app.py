@@ -223,7 +223,7 @@ class Api:
         request: Request,
     ) -> Response:
         """Starts one engine request per prompt and sends what comes of them."""
-        speculation = body.wanted_speculation()
+        speculation, slo = body.wanted_speculation(), body.wanted_slo()
         streams = [
             self._llm.generate(
                 ids,
@@ -232,6 +232,7 @@ class Api:
                 priority=body.priority,
                 speculation=speculation,
                 client=body.user or "",
+                slo=slo,
             )
             for i, (ids, sampling) in enumerate(zip(prompts, samplings, strict=True))
         ]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from outpace.errors import InvalidRequestError
-from outpace.request import Speculation
+from outpace.request import LatencyTargets, Speculation
 from outpace.sampling import SamplingParams, StructuredOutputsParams
 
 MAX_N = 128  # the OpenAI API's own limit
@@ -93,6 +93,13 @@ class SpeculationOptions(RequestModel):
 
     max_draft_tokens: Int | None = Field(None, description="Most draft tokens in a step; 0: no drafts")
     method: Text | None = Field(None, description="A draft method that the server runs, or none")
+
+
+class SloOptions(RequestModel):
+    """How soon a request wants its answer: what the policy slo aims at."""
+
+    ttft_ms: Float | None = Field(None, description="Milliseconds to the first token, above 0")
+    tpot_ms: Float | None = Field(None, description="Milliseconds per token after the first, above 0")
 
 
 class StructuredOutputs(RequestModel):
@@ -182,6 +189,7 @@ class GenerationRequest(RequestModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = Field(None, description="Only with stream: true")
     speculation: SpeculationOptions | None = None
+    slo: SloOptions | None = Field(None, description="Only under --spec-policy slo")
 
     user: str | None = None
     safety_identifier: str | None = None
@@ -225,6 +233,14 @@ class GenerationRequest(RequestModel):
         """
         asked = self.speculation
         return None if asked is None else Speculation(asked.max_draft_tokens, asked.method)
+
+    def wanted_slo(self) -> LatencyTargets | None:
+        """How soon the answer is wanted.
+
+        Raises:
+            InvalidRequestError: A value is out of range.
+        """
+        return None if self.slo is None else LatencyTargets(self.slo.ttft_ms, self.slo.tpot_ms)
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
