@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/controller.py
 
-Simulated steps of a closed loop, on two machines: one on which rows are free, so that everyone drafts, and
-one on which they cost what tokens cost, so that drafts are bypassed. `view` is what the scheduler takes to
+Simulated steps of a closed loop, on three machines: one on which rows are free, so that everyone drafts; one
+like two CPU cores, on which drafts are cut; and one on which rows cost what tokens cost, so that drafts are
+bypassed. Drafts have confidences, as those of lookups do. `view` is what the scheduler takes to
 show a plan of as many sequences to a policy. Time is that of the thread: neighbours do not count.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +25,7 @@ from outpace.config import SpeculativeConfig
 from outpace.engine.scheduler import Plan
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord, load_policy
 from outpace.policy.cost import CostModel
-from outpace.policy.simulate import Acceptance, Arrival, Machine, Workload, simulate
+from outpace.policy.simulate import Acceptance, Arrival, Chain, Machine, Workload, simulate
 from outpace.request import Request
 from outpace.request import Sequence as Running
 from outpace.sampling import SamplingParams
@@ -32,9 +34,11 @@ T = TypeVar("T")
 FORWARD = np.ones(8 * 2**20)  # read before a step is observed, as a pass reads weights: it empties the caches
 MACHINES = {
     "drafting": CostModel([1, 1024], [0.020, 0.021], per_pair=1e-10, draft=(1e-6, 1e-7, 0, 0)),
+    "cutting": CostModel([1, 8, 16, 64, 256], [0.008, 0.009, 0.011, 0.024, 0.082], per_pair=3e-7),
     "bypassing": CostModel([1, 1024], [0.002, 0.400], per_pair=3e-7, draft=(3e-5, 1e-5, 0, 1e-6)),
 }
-ACCEPTANCE = {"drafting": Acceptance((0.7,), coverage=0.7), "bypassing": Acceptance((0.2,), coverage=0.3)}
+OFTEN, SELDOM = Acceptance((0.7,), coverage=0.7), Acceptance((0.2,), coverage=0.3)
+ACCEPTANCE = {"drafting": OFTEN, "cutting": OFTEN, "bypassing": SELDOM}
 
 
 class Timed(SpeculationPolicy):
@@ -42,6 +46,7 @@ class Timed(SpeculationPolicy):
 
     def __init__(self, policy: SpeculationPolicy) -> None:
         self._policy, self.steps = policy, list[dict[str, float]]()
+        self._random = random.Random(0)
 
     def limits(self, view: BatchView) -> list[int]:
         self.steps.append({})
@@ -50,7 +55,8 @@ class Timed(SpeculationPolicy):
         return limits
 
     def trim(self, view: BatchView, drafts: Sequence[Draft]) -> list[int] | None:
-        kept = self._timed("trim", lambda: self._policy.trim(view, drafts))
+        sure = [Chain(d.parents, tuple(self._random.random() for _ in d.parents)) for d in drafts]
+        kept = self._timed("trim", lambda: self._policy.trim(view, sure))
         self.predicted_s = self._policy.predicted_s
         return kept
 
