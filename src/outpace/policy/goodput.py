@@ -31,6 +31,7 @@ PROBE_SHARE = 0.005  # of all time may be lost on drafts made only to learn
 HORIZON = 32  # steps over which what a drafter has to catch up with is written off
 PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
 FREE = 0.005  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
+AHEAD = 2  # nodes beyond those lately worth verifying that drafts may have: more would be made to be cut
 COSTS_EVERY = 8  # steps whose costs are learnt together
 HOLD = 16  # steps for which a choice made before drafting stands while the sequences are the same
 NEARLY = 0.1  # by which the rows of prompts in the step may differ meanwhile
@@ -96,6 +97,7 @@ class GoodputPolicy(SpeculationPolicy):
         self._num_held = 0  # steps since then
         self._records: list[tuple[StepRecord, int]] = []  # to learn costs from, with what was caught up with
         self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
+        self._reach: dict[str, int] = {}  # nodes that each sequence is asked for at most
         self._rate = 0.0  # expected tokens per second
         self._credit_s = 0.0  # time that probing may take
         self._probe_s = 0.0  # and what the next probe needs of it
@@ -112,8 +114,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._contexts = [s.context_len for s in view.sequences]
         seen = map(self._seen.get, self._ids, repeat(0))
         self._behind = [c - s if c > s else 0 for c, s in zip(self._contexts, seen, strict=False)]
-        cap = self._max_tokens
-        most = [cap if s.max_draft > cap else s.max_draft for s in view.sequences]
+        reach = map(self._reach.get, self._ids, repeat(self._max_tokens))
+        most = [min(s.max_draft, nodes) for s, nodes in zip(view.sequences, reach, strict=False)]
         plain_s = self._plain_s(view)
         if self._methods is not None:
             self._limits = self._ask_several(self._methods, view, most, plain_s)
@@ -150,8 +152,10 @@ class GoodputPolicy(SpeculationPolicy):
         self._rate = choice.rate
         self.predicted_s = choice.seconds - self._usual_s + self._drafting_s
         counts = [0] * len(drafts)
+        reach, cap = self._reach, self._max_tokens
         for i, count in zip(drafting, choice.counts, strict=True):
-            counts[i] = count
+            counts[i], key = count, self._ids[i]
+            reach[key] = min(cap, max(count + AHEAD, reach.get(key, cap) - 1))
         if self._methods is None:  # else the tokens of the step teach as much without
             self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
         return counts
@@ -177,6 +181,7 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         self.acceptance.release(sequence_id)
         self._seen.pop(sequence_id, None)
+        self._reach.pop(sequence_id, None)
         if self._methods is not None:
             self._methods.release(sequence_id)
 
