@@ -1,6 +1,6 @@
 """How many steps a policy takes to choose well again after the workload has changed.
 
-    outpace profile --json profile.json && python benchmarks/adaptation.py profile.json
+    outpace profile MODEL --output cost.json && python benchmarks/adaptation.py cost.json
 
 Simulated on a measured profile. The goodput of a step is what its choice may expect with the true chances and
 the true costs; it is compared with that of the best length for the whole batch. Printed for each phase: its
@@ -113,7 +113,7 @@ def workloads() -> dict[str, tuple[Workload, tuple[str, ...]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("profile", type=Path, help="of outpace profile --json")
+    parser.add_argument("profile", type=Path, help="of outpace profile --output")
     parser.add_argument("--policies", nargs="+", default=["goodput", "smartspec", "nightjar"])
     args = parser.parse_args()
     cost = CostModel.load(args.profile)
