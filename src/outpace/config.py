@@ -214,8 +214,8 @@ class EngineConfig:
     seed: int = setting(0, "Seeds the draw of seeds for requests that give none")
     spec_method: str | None = setting(
         None,
-        "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft, medusa; several with "
-        "commas",
+        "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft, medusa, "
+        "redrafter; several with commas",
     )
     spec_model: str | None = setting(
         None,

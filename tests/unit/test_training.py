@@ -88,6 +88,10 @@ def test_a_run_is_resumed_only_as_it_was_and_overwrites_nothing(
         train(tiny_run(target, texts, out))
     with pytest.raises(ConfigError, match="was begun with seed 0, not 1"):
         train(tiny_run(target, texts, out, save_every=2, resume=True, seed=1))
+    with Path(texts).open("a") as file:
+        file.write(json.dumps(row("one", "more")) + "\n")
+    with pytest.raises(ConfigError, match=r"texts\.jsonl is not what .*run was begun with"):
+        train(tiny_run(target, texts, out, save_every=2, resume=True))
     with pytest.raises(ConfigError, match="was begun with settings"):
         train(tiny_run(target, texts, out, save_every=2, resume=True, settings={"num_heads": 2}))
 

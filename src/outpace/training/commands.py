@@ -16,7 +16,8 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `outpace train`, with the function that runs it as `run`."""
     parser.set_defaults(run=_train)
     add = parser.add_argument
-    add("method", metavar="METHOD", help="what to train: draft_model, medusa")
+    methods = sorted(file.stem for file in (Path(__file__).parent / "methods").glob("[!_]*.py"))
+    add("method", metavar="METHOD", help=f"what to train: {', '.join(methods)}")
     add("--model", metavar="MODEL", help="the target (default: SmolLM2-135M-Instruct)")
     add(
         "--data",

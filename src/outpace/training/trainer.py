@@ -189,7 +189,7 @@ class _Training:
         self._num_rows = config.batch_tokens // config.max_len
         self._hidden = HiddenStates(trunk, corpus, draft.hidden_layers, self._hidden_directory(trunk))
         num_held = min(config.holdout, len(corpus) // 2)
-        self._held = list(range(num_held))
+        self._held = epoch_order(len(corpus), 0, seed=0)[:num_held]  # the same for every method and seed
         self._batches = self._plan()
         recipe = draft.recipe
         optimizer = torch.optim.AdamW(
@@ -279,17 +279,27 @@ class _Training:
         draft = directory.with_name(_CHECKPOINT + ".new")
         self._accelerator.save_state(str(draft))
         if self._accelerator.is_main_process:
-            state = {"step": self._step, "seconds": self._seconds}
+            state = {
+                "step": self._step,
+                "seconds": self._seconds,
+                "corpus": self._corpus.checksum(),
+            }
             write_json(draft / "run.json", self._config.curve() | state)
             shutil.rmtree(directory, ignore_errors=True)
             draft.replace(directory)
         self._accelerator.wait_for_everyone()
 
     def _load(self) -> None:
-        """Goes back to the checkpoint; of the log only what came before it stays."""
+        """Goes back to the checkpoint; of the log only what came before it stays.
+
+        Raises:
+            ConfigError: It was made with other data.
+        """
         directory = self._config.out / _CHECKPOINT
-        self._accelerator.load_state(str(directory))
         state = read_json(directory / "run.json")
+        if state["corpus"] != self._corpus.checksum():
+            raise ConfigError(f"{self._config.data} is not what {self._config.out} was begun with")
+        self._accelerator.load_state(str(directory))
         self._step, self._seconds = state["step"], state["seconds"]
         log = self._config.out / _LOG
         if self._accelerator.is_main_process and log.exists():

@@ -20,6 +20,7 @@ from outpace.models.draft_checkpoint import Shapes, read_draft
 from outpace.request import Sequence
 from outpace.sampling import SampleRow
 from outpace.spec.drafter import likely_tokens
+from outpace.spec.last_hidden import LastHidden
 from outpace.spec.proposer import DraftContext, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree
 
@@ -33,7 +34,7 @@ class _Place(NamedTuple):
 
 
 class Medusa(Proposer):
-    """Keeps of each sequence the state that its last token came from."""
+    """Drafts by heads; see the module's text."""
 
     def __init__(
         self, blocks: list[Linear], outputs: list[Linear], tree: list[list[int]], kernels: Kernels
@@ -51,14 +52,12 @@ class Medusa(Proposer):
         """
         self._blocks, self._outputs, self._kernels = blocks, outputs, kernels
         self._places = _places(tree, len(blocks))
-        self._hidden: dict[str, torch.Tensor] = {}
+        self._hidden = LastHidden()
 
     @torch.inference_mode()
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
-        """See Proposer. There is no draft before the step that ends a prompt."""
-        wanted = [
-            (s, limit) for s, limit in zip(sequences, limits, strict=True) if limit and s.id in self._hidden
-        ]
+        """See Proposer."""
+        wanted = self._hidden.known(sequences, limits)
         if not wanted or not self._places:
             return [EMPTY_TREE] * len(sequences)
         places = self._places[: max(limit for _, limit in wanted)]
@@ -69,27 +68,19 @@ class Medusa(Proposer):
         return [trees.get(s.id, EMPTY_TREE) for s in sequences]
 
     def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
-        """Keeps the state of the last accepted row: the one that the step's last token was chosen at."""
-        assert target.hidden is not None, "the runner hands on the hidden states"
-        ids, rows = [], []
-        for entry, decision in zip(batch.entries, verdict.decisions, strict=True):
-            if decision is not None:
-                last = decision.path[-1] if decision.path else -1  # -1: the last known row
-                ids.append(entry.sequence.id)
-                rows.append(entry.first_row + entry.num_known + last)
-        if rows:
-            self._hidden.update(zip(ids, target.hidden[rows].unbind(), strict=True))
+        """See Proposer."""
+        self._hidden.observe(batch, target, verdict)
 
     def release(self, sequence_id: str) -> None:
         """See Proposer."""
-        self._hidden.pop(sequence_id, None)
+        self._hidden.release(sequence_id)
 
     def _candidates(
         self, sequences: list[Sequence], places: list[_Place]
     ) -> list[list[list[tuple[int, float]]]]:
         """For each sequence and head the tokens it guesses, the likeliest first, with their probabilities."""
         depth = 1 + max(place.depth for place in places)
-        hidden = torch.stack([self._hidden[s.id] for s in sequences])  # [sequences, hidden]
+        hidden = self._hidden.stack(sequences)  # [sequences, hidden]
         states = [hidden + F.silu(block(hidden)) for block in self._blocks[:depth]]
         if len(self._outputs) == 1:
             logits = self._outputs[0](torch.cat(states))  # [depth * sequences, vocab]

@@ -1,4 +1,4 @@
-"""Medusa heads: what is trained drafts better when served, and as often right as worked out offline."""
+"""Medusa and ReDrafter: what is trained drafts better when served, and as well as worked out offline."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def own_answers(simple: Path) -> Corpus:
 def trained_on(corpus: Corpus, simple: Path, out: Path, **more: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "load_corpus", lambda *_: (corpus, Report(len(corpus))))
-        return train(tiny_run(simple, "own answers", out, batch_tokens=2048, lr=1e-2, **more))
+        return train(tiny_run(simple, "own answers", out, **{"batch_tokens": 2048, "lr": 1e-2} | more))
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,11 @@ def chain(own_answers: Corpus, simple: Path, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def served(simple: Path, draft: Path, corpus: Corpus, documents: range, num_nodes: int = 4) -> Engine:
+def served(
+    simple: Path, draft: Path, corpus: Corpus, documents: range, num_nodes: int = 4, method: str = "medusa"
+) -> Engine:
     """An engine that has answered the prompts of some documents, and answered them as they are."""
-    engine = engine_of(simple, spec_method="medusa", spec_model=str(draft), spec_tokens=num_nodes)
+    engine = engine_of(simple, spec_method=method, spec_model=str(draft), spec_tokens=num_nodes)
     texts = [corpus.token_ids[slice(*corpus.offsets[d : d + 2])].tolist() for d in documents]
     results = LLM.from_engine(engine).generate(
         [text[:2] for text in texts], replace(GREEDY, max_tokens=ANSWER_LEN)
@@ -156,7 +158,7 @@ def test_heads_without_a_limit_compute_nothing_and_forget_who_ended(
     proposer: Any = engine.proposer
     monkeypatch.setattr(proposer, "_candidates", None)
     assert answers(engine, GREEDY) == answers(tiny_engine(), GREEDY)
-    assert proposer._hidden == {}
+    assert proposer._hidden._states == {}
 
 
 def edited(draft: Path, copy: Path, change: Any) -> str:
@@ -192,6 +194,88 @@ def test_a_draft_that_does_not_fit_is_refused_in_words(
     draft = edited(chain, tmp_path / "copy", change)
     with pytest.raises(ConfigError, match=message):
         tiny_engine(spec_method="medusa", spec_model=draft)
+
+
+# --- ReDrafter ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recurrent(own_answers: Corpus, simple: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("recurrent") / "redrafter"
+    settings = {"num_tokens": 3, "num_blocks": 1}
+    trained_on(own_answers, simple, out, method="redrafter", epochs=30, settings=settings)
+    return out
+
+
+def test_a_recurrent_drafter_that_was_trained_is_accepted_more_when_served(
+    own_answers: Corpus, simple: Path, recurrent: Path, tmp_path: Path
+) -> None:
+    new, settings = tmp_path / "new", {"num_tokens": 3, "num_blocks": 1}
+    trained_on(own_answers, simple, new, method="redrafter", max_steps=1, settings=settings)
+    first, *_, last = losses_of(recurrent)
+    assert last < 0.5 * first
+    documents = range(4, NUM_PROMPTS)
+    before, after = (
+        acceptance_length(served(simple, draft, own_answers, documents, 3, "redrafter"))
+        for draft in (new, recurrent)
+    )
+    assert before < 1.5
+    assert after > 2.5
+
+
+def test_what_a_recurrent_drafter_expects_of_a_node_follows_from_the_equations(
+    simple: Path, recurrent: Path
+) -> None:
+    engine = engine_of(simple, spec_method="redrafter", spec_model=str(recurrent), spec_tokens=9)
+    propose, drafted = engine.proposer.propose, []
+
+    def noted(sequences: list[Any], limits: list[int]) -> list[Any]:
+        trees = propose(sequences, limits)
+        drafted.extend((list(s.token_ids), tree) for s, tree in zip(sequences, trees, strict=True))
+        return trees
+
+    engine.proposer.propose = noted  # type: ignore[method-assign]
+    LLM.from_engine(engine).generate([[97, 98], [99, 100, 101]], replace(GREEDY, max_tokens=12))
+    trunk, w = Trunk.load(simple, torch.float32), load_file(recurrent / "model.safetensors")
+    drafted = [(known, tree) for known, tree in drafted if len(tree)]
+    assert max(len(tree) for _, tree in drafted) == 9
+    assert not all(tree.is_chain() for _, tree in drafted)
+    for known, tree in drafted:
+        ids = torch.tensor(known[:-1])[None]
+        h = trunk.hidden_states(ids, torch.arange(ids.shape[1])[None], torch.zeros_like(ids), (2,))[2][0, -1]
+        for path, confidence in zip(tree.paths(), tree.confidence, strict=True):
+            state = torch.zeros_like(h)
+            for token in (known[-1], *path[:-1]):
+                taken_in = w["token.weight"] @ trunk.embed(torch.tensor(token))
+                state = F.silu(taken_in + w["state.weight"] @ state + w["state.bias"])
+            x = torch.cat((h, state))
+            x = x + F.silu(w["blocks.0.weight"] @ x + w["blocks.0.bias"])
+            probs = trunk.head(w["output.weight"] @ x).softmax(dim=0)
+            assert float(probs[path[-1]]) == pytest.approx(confidence, rel=1e-3, abs=1e-5)
+
+
+def test_beams_are_as_wide_as_the_limit_allows(simple: Path, recurrent: Path) -> None:
+    engine = engine_of(simple, spec_method="redrafter", spec_model=str(recurrent), spec_tokens=12)
+    widths: dict[int, int] = {}
+    propose = engine.proposer.propose
+    asked = iter([2, 3, 6, 12] * 100)
+
+    def noted(sequences: list[Any], limits: list[int]) -> list[Any]:
+        limit = next(asked)
+        (tree,) = propose(sequences, [min(limit, *limits)])
+        if len(tree):
+            depths = tree.depths()
+            widths[limit] = max(widths.get(limit, 0), max(map(depths.count, depths)))
+        return [tree]
+
+    engine.proposer.propose = noted  # type: ignore[method-assign]
+    LLM.from_engine(engine).generate([[97, 98]], replace(GREEDY, max_tokens=40))
+    assert widths[2] == 1
+    assert [widths[limit] <= 1 + limit // 3 for limit in (3, 6, 12)] == [True] * 3
+    assert widths[12] > widths[3]
+
+
+# --- Evaluation -----------------------------------------------------------------------------------------
 
 
 def test_evaluation_reports_what_the_engine_accepted(
