@@ -96,6 +96,17 @@ def test_a_run_is_resumed_only_as_it_was_and_overwrites_nothing(
         train(tiny_run(target, texts, out, save_every=2, resume=True, settings={"num_heads": 2}))
 
 
+def test_too_little_data_is_refused(target: Path, tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", [row("a", "b")])
+    with pytest.raises(ConfigError, match="1 conversations are too few: --holdout takes 0"):
+        train(tiny_run(target, one, tmp_path / "out"))
+
+
+def test_a_run_that_diverges_says_so(target: Path, texts: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the loss is nan at step [0-9]+: lower --lr"):
+        train(tiny_run(target, texts, tmp_path / "out", epochs=10, lr=1e38))
+
+
 def test_the_report_says_where_a_draft_comes_from(target: Path, texts: str, tmp_path: Path) -> None:
     report = train(tiny_run(target, texts, tmp_path / "out", max_steps=2))
     assert json.loads((tmp_path / "out" / "training.json").read_text()) == json.loads(json.dumps(report))
@@ -103,7 +114,7 @@ def test_the_report_says_where_a_draft_comes_from(target: Path, texts: str, tmp_
     assert {"accelerate", "torch", "outpace"} <= report["versions"].keys()
     assert len(report["model_sha256"]) == len(report["data"]["sha256"]) == 64
     assert report["metrics"].keys() == {"loss", *(f"accuracy_{k}" for k in range(1, 5))}
-    assert report["num_parameters"] == 4 * (64 * 64 + 64)
+    assert report["num_parameters"] == 4 * (2 * 64 * 64 + 64)
 
 
 def test_the_command_ends_with_its_report_as_json(

@@ -214,17 +214,26 @@ class _Training:
         return cache_directory(root, fingerprint(self._config.model), self._corpus, trunk.dtype)
 
     def _plan(self) -> list[PackedRows]:
-        """The batches of this process, all epochs one after the other; each step takes one."""
+        """The batches of this process, all epochs one after the other; each step takes one.
+
+        Raises:
+            ConfigError: There are none.
+        """
         config, accelerator = self._config, self._accelerator
+        size = accelerator.num_processes
         lengths, held = self._corpus.lengths().tolist(), set(self._held)
         batches: list[PackedRows] = []
         for epoch in range(config.epochs):
             order = [d for d in epoch_order(len(lengths), epoch, config.seed) if d not in held]
             of_epoch = pack(lengths, order, config.max_len, self._num_rows)
             # every process takes as many: what does not divide is left for another epoch's order
-            size = accelerator.num_processes
-            even = len(of_epoch) // size * size or len(of_epoch)
+            even = len(of_epoch) // size * size
             batches += of_epoch[accelerator.process_index : even : size]
+        if not batches or not held:
+            raise ConfigError(
+                f"{len(lengths)} conversations are too few: {flag('holdout')} takes {len(held)} (it needs "
+                f"one), and each of {size} processes needs a batch of {flag('batch_tokens')}"
+            )
         return batches[: config.max_steps]
 
     def run(self) -> None:

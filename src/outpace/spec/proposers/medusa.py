@@ -37,20 +37,26 @@ class Medusa(Proposer):
     """Drafts by heads; see the module's text."""
 
     def __init__(
-        self, blocks: list[Linear], outputs: list[Linear], tree: list[list[int]], kernels: Kernels
+        self,
+        blocks: list[Linear],
+        outputs: list[Linear],
+        shared: Linear | None,
+        tree: list[list[int]],
+        kernels: Kernels,
     ) -> None:
-        """Joins the parts: head k is `output(h + SiLU(block(h)))`.
+        """Joins the parts: head k is `shared(output(h + SiLU(block(h))))`.
 
         Args:
             blocks: By depth.
-            outputs: By depth, or a single one that all heads share.
+            outputs: By depth.
+            shared: The output head of all; None where `outputs` are output heads.
             tree: For each node the ranks on its path, best first.
             kernels: Who chooses.
 
         Raises:
             ConfigError: The tree is none.
         """
-        self._blocks, self._outputs, self._kernels = blocks, outputs, kernels
+        self._blocks, self._outputs, self._shared, self._kernels = blocks, outputs, shared, kernels
         self._places = _places(tree, len(blocks))
         self._hidden = LastHidden()
 
@@ -81,11 +87,9 @@ class Medusa(Proposer):
         """For each sequence and head the tokens it guesses, the likeliest first, with their probabilities."""
         depth = 1 + max(place.depth for place in places)
         hidden = self._hidden.stack(sequences)  # [sequences, hidden]
-        states = [hidden + F.silu(block(hidden)) for block in self._blocks[:depth]]
-        if len(self._outputs) == 1:
-            logits = self._outputs[0](torch.cat(states))  # [depth * sequences, vocab]
-        else:
-            logits = torch.cat([output(x) for output, x in zip(self._outputs[:depth], states, strict=True)])
+        heads = zip(self._blocks[:depth], self._outputs[:depth], strict=True)
+        out = torch.cat([output(hidden + F.silu(block(hidden))) for block, output in heads])
+        logits = out if self._shared is None else self._shared(out)  # [depth * sequences, vocab]
         # What will stand between is not known; it matters only to penalties, and a draft may err.
         rows = [SampleRow(s, (s.token_ids[-1],) * d) for d in range(depth) for s in sequences]
         ranks = 1 + max(place.rank for place in places)
@@ -131,8 +135,7 @@ def _shapes(settings: dict[str, Any], target: ModelConfig) -> Shapes:
     width, shapes = target.hidden_size, Shapes()
     for k in range(settings["num_heads"]):
         shapes[f"heads.{k}.weight"], shapes[f"heads.{k}.bias"] = (width, width), (width,)
-        if settings["own_heads"]:
-            shapes[f"heads.{k}.output"] = (target.vocab_size, width)
+        shapes[f"heads.{k}.output"] = (target.vocab_size if settings["own_heads"] else width, width)
     return shapes
 
 
@@ -154,8 +157,6 @@ def create(context: DraftContext) -> Medusa:
     kernels, weights = target.kernels, draft.weights
     heads = range(draft.settings["num_heads"])
     blocks = [kernels.linear(weights[f"heads.{k}.weight"], weights[f"heads.{k}.bias"]) for k in heads]
-    if draft.settings["own_heads"]:
-        outputs = [kernels.linear(weights[f"heads.{k}.output"]) for k in heads]
-    else:
-        outputs = [target.logits]
-    return Medusa(blocks, outputs, draft.settings["tree"], kernels)
+    outputs = [kernels.linear(weights[f"heads.{k}.output"]) for k in heads]
+    shared = None if draft.settings["own_heads"] else target.logits
+    return Medusa(blocks, outputs, shared, draft.settings["tree"], kernels)

@@ -1,9 +1,10 @@
 """Medusa-1 heads (Cai et al., "Medusa", 2024): head k guesses the token k after the next one.
 
-Head k of the last hidden state h is `head(h + SiLU(W_k h + b_k))`, W_k zero at first, so that it begins as
-the target's own guess. Here the output head is by default the target's, shared and frozen: a head then has
-h² + h parameters instead of h² + h + h·vocab, some hundred times fewer for a small model. With `own_heads`
-each has an output head of its own, begun as a copy, as in the paper.
+Head k of the last hidden state h is `H_k (h + SiLU(W_k h + b_k))`, W_k zero at first. In the paper H_k is
+[vocab, h], begun as a copy of the target's output head H (`own_heads` here). By default it is `H P_k` with H
+shared and frozen and P_k [h, h] begun as the identity: 2h² + h parameters instead of h² + h + h·vocab, some
+forty times fewer for a small model. Either way a head begins as the target's own guess. P_k is there since
+SiLU adds next to nothing below zero: without it a head could hardly take that guess back.
 
 The tree is the paper's: how often rank r of head k is right is measured on conversations that were not
 trained on, and the nodes with the largest products along their path are taken, the best first.
@@ -44,8 +45,8 @@ class Medusa(TrainableDraft):
 
     Attributes:
         weight: [heads, hidden, hidden], W.
-        bias: [heads, hidden].
-        output: [heads, vocab, hidden], the heads' own output heads, if they have.
+        bias: [heads, hidden], b.
+        output: [heads, vocab, hidden], H of their own, or [heads, hidden, hidden], P.
     """
 
     recipe = Recipe(lr=1e-3)
@@ -58,11 +59,8 @@ class Medusa(TrainableDraft):
         heads, width = settings.num_heads, trunk.config.hidden_size
         self.weight = torch.nn.Parameter(torch.zeros(heads, width, width, device=trunk.device))
         self.bias = torch.nn.Parameter(torch.zeros(heads, width, device=trunk.device))
-        self.output = (
-            torch.nn.Parameter(trunk.head_weight.detach().float().repeat(heads, 1, 1))
-            if settings.own_heads
-            else None
-        )
+        start = trunk.head_weight.float() if settings.own_heads else torch.eye(width, device=trunk.device)
+        self.output = torch.nn.Parameter(start.repeat(heads, 1, 1))
         self._accuracies: list[list[float]] = []
 
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
@@ -106,8 +104,7 @@ class Medusa(TrainableDraft):
         weights = {}
         for k in range(num_heads):
             weights[f"heads.{k}.weight"], weights[f"heads.{k}.bias"] = self.weight[k], self.bias[k]
-            if self.output is not None:
-                weights[f"heads.{k}.output"] = self.output[k]
+            weights[f"heads.{k}.output"] = self.output[k]
         weights = {name: weight.to(self._trunk.dtype) for name, weight in weights.items()}
         settings = {
             "num_heads": num_heads,
@@ -124,10 +121,12 @@ class Medusa(TrainableDraft):
 
     def _transform(self, hidden: torch.Tensor, k: int) -> torch.Tensor:
         """What head k hands to its output head: [rows, hidden] -> the same."""
-        return hidden + F.silu(F.linear(hidden.to(self.weight.dtype), self.weight[k], self.bias[k]))
+        hidden = hidden.to(self.weight.dtype)
+        hidden = hidden + F.silu(F.linear(hidden, self.weight[k], self.bias[k]))
+        return hidden if self._settings.own_heads else F.linear(hidden, self.output[k])
 
     def _head(self, k: int) -> torch.Tensor:
-        return self._trunk.head_weight if self.output is None else self.output[k]
+        return self.output[k] if self._settings.own_heads else self._trunk.head_weight
 
 
 def static_tree(accuracies: list[list[float]], num_nodes: int) -> list[list[int]]:
