@@ -90,6 +90,7 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 root / method,
                 model=str(target),
                 max_steps=2,
+                settings={"num_layers": 1} if method == "draft_model" else {},  # of the target's two
                 max_len=64,
                 batch_tokens=64,
                 dtype="float32",

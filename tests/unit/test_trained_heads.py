@@ -228,7 +228,8 @@ def test_what_a_recurrent_drafter_expects_of_a_node_follows_from_the_equations(
     simple: Path, recurrent: Path
 ) -> None:
     engine = engine_of(simple, spec_method="redrafter", spec_model=str(recurrent), spec_tokens=9)
-    propose, drafted = engine.proposer.propose, []
+    propose = engine.proposer.propose
+    drafted: list[tuple[list[int], Any]] = []
 
     def noted(sequences: list[Any], limits: list[int]) -> list[Any]:
         trees = propose(sequences, limits)

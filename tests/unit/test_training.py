@@ -103,7 +103,7 @@ def test_too_little_data_is_refused(target: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_diverges_says_so(target: Path, texts: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the loss is nan at step [0-9]+: lower --lr"):
+    with pytest.raises(ConfigError, match=r"the loss is nan at step \d+: lower --lr"):
         train(tiny_run(target, texts, tmp_path / "out", epochs=10, lr=1e38))
 
 
