@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_profile(commands)
     _add_simulate(commands)
+    _add_training(commands)
     return parser
 
 
@@ -299,6 +300,20 @@ def _simulate(args: argparse.Namespace) -> int:
     from outpace import planning
 
     return planning.simulate(args)
+
+
+# --- train, distill and evaluate ------------------------------------------------------------------------
+
+
+def _add_training(commands: Any) -> None:
+    from outpace.training.commands import add_distill_flags, add_evaluate_flags, add_train_flags
+
+    for name, add_flags, help in (
+        ("train", add_train_flags, "train a draft for a model"),
+        ("distill", add_distill_flags, "answer a dataset's prompts with a model, to train drafts on"),
+        ("evaluate", add_evaluate_flags, "measure what a trained draft gives when it is served"),
+    ):
+        add_flags(commands.add_parser(name, help=help, description=help + ".", allow_abbrev=False))
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:

@@ -93,6 +93,10 @@ class Decoder:
             x = kernels.add_rms_norm(change, residual, next_norm, eps)
         return x
 
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[rows] int64 -> [rows, hidden]: the tokens' embeddings."""
+        return self._embedding[token_ids]
+
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head: [rows, hidden] -> [rows, vocab]."""

@@ -1,0 +1,250 @@
+"""Runs: interrupted ones, reports, refusals; a draft model; distillation and evaluation."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from outpace.cli import main
+from outpace.errors import ConfigError
+from outpace.llm import LLM
+from outpace.training import distill as distill_module
+from outpace.training import method as methods
+from outpace.training import trainer
+from outpace.training.data import (
+    load_corpus,
+)
+from outpace.training.distill import DistillConfig, distill
+from outpace.training.evaluate import EvaluateConfig, engine_configs
+from outpace.training.trainer import TrainConfig, train
+from tiny import EOS, GREEDY, answers, byte_tokenizer, tiny_engine, write_model
+from training_runs import engine_of, losses_of, row, tiny_run, write_rows
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `tiny_engine`."""
+    return write_model(tmp_path_factory.mktemp("target"))
+
+
+# --- Runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    sentence = "the quick brown fox jumps over the lazy dog"
+    return write_rows(tmp_path / "texts.jsonl", [row(sentence[i:], sentence[: 5 + i]) for i in range(30)])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_run_that_was_interrupted_goes_on_with_the_same_losses(
+    cached: bool, target: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def options(name: str) -> dict[str, Any]:
+        cache = str(tmp_path / f"cache-{name}") if cached else "none"
+        return {"epochs": 2, "save_every": 4, "hidden_cache": cache}
+
+    train(tiny_run(target, texts, tmp_path / "whole", **options("a")))
+    step = trainer._Training._train
+
+    def stopped(self: Any, rows: Any) -> Any:
+        if self._step == 10:
+            raise KeyboardInterrupt
+        return step(self, rows)
+
+    monkeypatch.setattr(trainer._Training, "_train", stopped)
+    out = tmp_path / "parts"
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run(target, texts, out, **options("b")))
+    assert len(losses_of(out)) == 10
+    monkeypatch.setattr(trainer._Training, "_train", step)
+    torch.rand(7)  # chance goes on from where it was, not from here
+    train(tiny_run(target, texts, out, resume=True, **options("b")))
+    assert losses_of(out) == losses_of(tmp_path / "whole")
+    assert len(losses_of(out)) > 12
+    weights = load_file(out / "model.safetensors")
+    for name, weight in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(weight, weights[name])
+    assert not (out / "checkpoint").exists()
+
+
+def test_a_run_is_resumed_only_as_it_was_and_overwrites_nothing(
+    target: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="no checkpoint to --resume from"):
+        train(tiny_run(target, texts, out, resume=True))
+    monkeypatch.setattr(trainer._Training, "report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_run(target, texts, out, save_every=2))
+    with pytest.raises(ConfigError, match="run is not empty: choose another --out, or --resume its run"):
+        train(tiny_run(target, texts, out))
+    with pytest.raises(ConfigError, match="was begun with seed 0, not 1"):
+        train(tiny_run(target, texts, out, save_every=2, resume=True, seed=1))
+    with Path(texts).open("a") as file:
+        file.write(json.dumps(row("one", "more")) + "\n")
+    with pytest.raises(ConfigError, match=r"texts\.jsonl is not what .*run was begun with"):
+        train(tiny_run(target, texts, out, save_every=2, resume=True))
+    with pytest.raises(ConfigError, match="was begun with settings"):
+        train(tiny_run(target, texts, out, save_every=2, resume=True, settings={"num_heads": 2}))
+
+
+def test_too_little_data_is_refused(target: Path, tmp_path: Path) -> None:
+    one = write_rows(tmp_path / "one.jsonl", [row("a", "b")])
+    with pytest.raises(ConfigError, match="1 conversations are too few: --holdout takes 0"):
+        train(tiny_run(target, one, tmp_path / "out"))
+
+
+def test_a_run_that_diverges_says_so(target: Path, texts: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the loss is nan at step \d+: lower --lr"):
+        train(tiny_run(target, texts, tmp_path / "out", epochs=10, lr=1e38))
+
+
+def test_the_report_says_where_a_draft_comes_from(target: Path, texts: str, tmp_path: Path) -> None:
+    report = train(tiny_run(target, texts, tmp_path / "out", max_steps=2))
+    assert json.loads((tmp_path / "out" / "training.json").read_text()) == json.loads(json.dumps(report))
+    assert report["num_steps"] == len(losses_of(tmp_path / "out")) == 2
+    assert {"accelerate", "torch", "outpace"} <= report["versions"].keys()
+    assert len(report["model_sha256"]) == len(report["data"]["sha256"]) == 64
+    assert report["metrics"].keys() == {"loss", *(f"accuracy_{k}" for k in range(1, 5))}
+    assert report["num_parameters"] == 4 * (2 * 64 * 64 + 64)
+
+
+def test_the_command_ends_with_its_report_as_json(
+    target: Path, texts: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", str(target), "--data", texts, "--out", str(tmp_path / "out"), "--max-steps", "1"]
+    flags += ["--max-len", "64", "--batch-tokens", "64", "--dtype", "float32", "--hidden-cache", "none"]
+    assert main(["train", "medusa", *flags, "--settings", '{"num_heads": 2}']) == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out.splitlines()[-1])
+    assert report["method_settings"]["num_heads"] == 2
+    assert "accuracy_2" in output.err
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("nothing", {}, "method must be one of .*medusa"),
+        ("medusa", {"heads": 2}, "medusa has no setting 'heads'; there are: num_heads"),
+        ("medusa", {"num_heads": "2"}, "num_heads of medusa must be int, got '2'"),
+        ("medusa", {"num_heads": 0}, "num_heads of medusa must be at least 1, got 0"),
+        ("medusa", {"mode": "shared"}, "medusa has no setting 'mode'"),
+    ],
+)
+def test_settings_that_a_method_does_not_have_are_refused(
+    method: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        methods.make_settings(method, settings)
+
+
+def test_training_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    with pytest.raises(ConfigError, match=r"pip install 'outpace\[train\]'"):
+        trainer._accelerator()
+
+
+# --- A draft model --------------------------------------------------------------------------------------
+
+
+def test_a_draft_model_is_trained_saved_as_a_model_and_served(
+    target: Path, texts: str, tmp_path: Path
+) -> None:
+    options = {"max_len": 64, "batch_tokens": 512, "holdout": 4, "dtype": "float32", "lr": 1e-2}
+    out = tmp_path / "small"
+    run = TrainConfig("draft_model", texts, out, str(target), {"num_layers": 1}, epochs=10, **options)  # type: ignore[arg-type]
+    report = train(run)
+    first, *_, last = losses_of(out)
+    assert last < 0.5 * first
+    small, whole = load_file(out / "model.safetensors"), load_file(target / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(small[name], whole[name])
+    changed = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(small[changed], whole[changed])
+    assert not any(name.startswith("model.layers.1.") for name in small)
+    assert report["num_parameters"] == sum(small[n].numel() for n in small if "layers" in n or "norm" in n)
+    engine = tiny_engine(spec_method="draft_model", spec_model=str(out))
+    assert answers(engine, GREEDY) == answers(tiny_engine(), GREEDY)
+
+
+def test_a_draft_model_is_smaller_than_its_target(target: Path, texts: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_layers of draft_model must be below the target's 2, got 2"):
+        train(TrainConfig("draft_model", texts, tmp_path / "o", str(target), {"num_layers": 2}, max_len=64))
+
+
+# --- Distillation and evaluation ------------------------------------------------------------------------
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_distilled_answers_are_the_targets_own_turn_by_turn(target: Path, tmp_path: Path) -> None:
+    questions = [row("hi", "there", "and", "you", "?"), "no json", row("x", "y", source="s")]
+    data = write_rows(tmp_path / "data.jsonl", questions)
+    llm = LLM.from_engine(engine_of(target))
+    out = tmp_path / "own.jsonl.gz"
+    report = distill(llm, DistillConfig(data, out, max_tokens=5, max_bad_share=0.5))
+    first, second = rows_of(out)
+    asked: Any = [{"role": "user", "content": "x"}]
+    (result,) = llm.chat(asked, replace(GREEDY, max_tokens=5, ignore_eos=False))
+    assert second["messages"] == [*asked, {"role": "assistant", "content": result.outputs[0].text}]
+    assert second["source"] == "s"
+    assert first["truncated"]
+    assert [m["role"] for m in first["messages"]] == ["user", "assistant"]  # half an answer has no next turn
+    assert report == json.loads((tmp_path / "own.jsonl.gz.json").read_text(), object_pairs_hook=dict) | {
+        "bad_lines": report["bad_lines"]
+    }
+    assert (report["num_written"], report["num_truncated"], report["is_complete"]) == (2, 2, True)
+    assert report["bad_lines"][0][0] == f"{data}:2"
+    corpus, _ = load_corpus(str(out), byte_tokenizer(), (EOS,), 64, 0)
+    ends = corpus.offsets[1:] - 1
+    assert corpus.answer[ends].all()  # nothing follows an answer that was cut
+
+
+def test_an_interrupted_distillation_goes_on_to_the_same_file(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", [row(chr(97 + i), "x") for i in range(10)])
+    llm = LLM.from_engine(engine_of(target))
+    monkeypatch.setattr(distill_module, "_CHUNK", 3)
+    whole, parts = tmp_path / "whole.jsonl.gz", tmp_path / "parts.jsonl.gz"
+    common: dict[str, Any] = {"temperature": 1.0, "max_tokens": 4, "seed": 3}
+    distill(llm, DistillConfig(data, whole, **common))
+    append = distill_module._append
+    calls = []
+
+    def torn(path: Path, rows: list[Any], num_bytes: int) -> int:
+        calls.append(num_bytes)
+        if len(calls) == 3:
+            with path.open("ab") as file:
+                file.write(b"half a member")
+            raise KeyboardInterrupt
+        return append(path, rows, num_bytes)
+
+    monkeypatch.setattr(distill_module, "_append", torn)
+    with pytest.raises(KeyboardInterrupt):
+        distill(llm, DistillConfig(data, parts, **common))
+    with pytest.raises(ConfigError, match="exists: choose another --out, or --resume its run"):
+        distill(llm, DistillConfig(data, parts, **common))
+    with pytest.raises(ConfigError, match="was begun with seed 3, not 4"):
+        distill(llm, DistillConfig(data, parts, resume=True, **common | {"seed": 4}))
+    distill(llm, DistillConfig(data, parts, resume=True, **common))
+    assert rows_of(parts) == rows_of(whole)
+    assert len(calls) == 5
+
+
+def test_a_directory_that_names_no_target_needs_one_named(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not say which model it drafts for: name it with --model"):
+        engine_configs(EvaluateConfig(target, "x"))
+    plain, drafting = engine_configs(EvaluateConfig(target, "x", model="y", concurrency=(2,)))
+    assert (plain.model, plain.max_num_seqs, drafting.spec_method) == ("y", 2, "draft_model")
