@@ -14,6 +14,7 @@ from typing import Any, Literal
 from outpace.errors import ConfigError
 
 METHOD_ALIASES = {"ngram": "prompt_lookup"}  # vLLM's names of draft methods
+MODEL_METHODS = ("draft_model", "medusa", "redrafter", "streaming")  # need weights: `model`
 BLOCK_SIZE = 16  # tokens in a cache block; also the tile of the CPU attention kernel
 
 
@@ -41,7 +42,11 @@ class SpeculativeConfig:
     num_speculative_tokens: int = setting(
         5, "Most draft tokens for a sequence in a step (policy fixed: always)"
     )
-    model: str | None = setting(None, "draft_model: Hugging Face directory or hub id, or a GGUF file")
+    model: str | None = setting(
+        None,
+        "draft_model: Hugging Face directory or hub id, or a GGUF file; "
+        "medusa, redrafter, streaming: what outpace train wrote",
+    )
     num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = setting(
         (), "policy batch_table: [first batch size, last, draft tokens] each; without it, from the profile"
     )
@@ -138,14 +143,20 @@ class SpeculativeConfig:
         object.__setattr__(self, "method", ",".join(names))
         if len(names) > 1 and ("none" in names or len(set(names)) < len(names)):
             raise ConfigError(f"{flag('spec_method')} must name different methods, got {self.method}")
-        if "draft_model" in names and self.model is None:
-            raise ConfigError(f"draft_model needs a model: name one with {flag('spec_model')}")
-        users = {"draft_model": "model", "self_draft": "num_draft_layers"}
-        for method, key in users.items():
+        with_model = [name for name in names if name in MODEL_METHODS]
+        if with_model and self.model is None:
+            raise ConfigError(f"{with_model[0]} needs a model: name one with {flag('spec_model')}")
+        if len(with_model) > 1:
+            raise ConfigError(
+                f"{' and '.join(with_model)} each need a model, and there is one: choose one of them"
+            )
+        users = {"model": MODEL_METHODS, "num_draft_layers": ("self_draft",)}
+        for key, methods in users.items():
             # a method from outside may use what it likes
-            if getattr(self, key) is not None and method not in names and "." not in self.method:
+            if getattr(self, key) is not None and not set(methods) & set(names) and "." not in self.method:
                 raise ConfigError(
-                    f"{key} of --speculative-config is for {method}, {flag('spec_method')} is {self.method}"
+                    f"{key} of --speculative-config is for {', '.join(methods)}, "
+                    f"{flag('spec_method')} is {self.method}"
                 )
 
 
@@ -203,10 +214,13 @@ class EngineConfig:
     seed: int = setting(0, "Seeds the draw of seeds for requests that give none")
     spec_method: str | None = setting(
         None,
-        "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft; several with commas",
+        "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft, medusa; several with "
+        "commas",
     )
     spec_model: str | None = setting(
-        None, "Model of draft_model: Hugging Face directory or hub id, or a GGUF file, of the same vocabulary"
+        None,
+        "Weights of the draft: for draft_model a model of the same vocabulary (Hugging Face directory, hub id, "
+        "GGUF file), for others the directory or hub id of what outpace train wrote",
     )
     spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
     verification: Literal["match", "ratio"] | None = setting(

@@ -20,7 +20,7 @@ LAYERS = (
     {"spec"},
     {"engine"},
     {"llm", "async_llm"},
-    {"server", "bench", "settings", "terminal", "planning", "cli", "__main__"},
+    {"server", "bench", "training", "settings", "terminal", "planning", "cli", "__main__"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 RANK["policy"] = RANK["spec"]

@@ -243,13 +243,15 @@ def choose_dtype(config: EngineConfig) -> torch.dtype:
 
 
 def cached_models(config: EngineConfig, target: ModelConfig) -> list[ModelConfig]:
-    """The models that have a cache: the target, and a draft model if the settings name one.
+    """The models that have a cache: the target, and a draft model if that is among the methods.
 
     Raises:
         ConfigError: The draft model cannot be had.
     """
-    draft = config.speculative.model
-    return [target] if draft is None else [target, load_config(resolve_model(draft))]
+    speculative = config.speculative
+    if "draft_model" not in speculative.methods:
+        return [target]
+    return [target, load_config(resolve_model(speculative.model))]
 
 
 def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: torch.dtype) -> int:

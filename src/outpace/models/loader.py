@@ -38,8 +38,8 @@ def load_config(path: Path) -> ModelConfig:
     if is_gguf(path):
         return gguf_config(GGUFFile(path))
     generation_file = path / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.exists() else {}
-    return parse_config(_read_json(path / "config.json"), generation)
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    return parse_config(read_json(path / "config.json"), generation)
 
 
 def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -68,12 +68,30 @@ def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[st
         return dict(zip(expected, tensors, strict=True))
 
 
+def load_tensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Reads the safetensors of a directory, which must be exactly those of the given names and shapes.
+
+    Raises:
+        ConfigError: A weight is missing, unexpected or of the wrong shape, or a file cannot be read.
+    """
+    stored = _safetensors_weights(path)
+    _check_weights(path, shapes, stored)
+    return {name: stored[name].read(dtype) for name in shapes}
+
+
 def is_gguf(path: Path) -> bool:
     """Whether `path` is to be read as a GGUF file."""
     return path.suffix == ".gguf"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: It cannot be read or is none.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -106,7 +124,7 @@ def _read_safetensor(handle: Any, name: str, dtype: torch.dtype) -> torch.Tensor
 def _safetensors_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_json(index).get("weight_map", {})
+        weight_map = read_json(index).get("weight_map", {})
         return [path / name for name in sorted(set(weight_map.values()))]
     if (single := path / "model.safetensors").exists():
         return [single]

@@ -1,0 +1,136 @@
+"""Trained drafts on disk: a Hugging Face directory whose config.json says what it drafts for.
+
+    config.json          speculators_config: algorithm, proposal_methods, verifier; the method's own settings
+    model.safetensors    the trained weights, and no others
+
+The section is that of the `speculators` library; its algorithms do not include ours, which go by our names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outpace.config import flag
+from outpace.errors import ConfigError
+from outpace.models.config import ModelConfig
+from outpace.models.hub import resolve_model
+from outpace.models.loader import load_tensors, read_json
+
+Shapes = dict[str, tuple[int, ...]]
+_SECTION = "speculators_config"
+_SIZES = ("hidden_size", "vocab_size", "num_layers")  # of the target, which a draft must fit
+
+
+@dataclass(frozen=True)
+class DraftCheckpoint:
+    """A trained draft.
+
+    Attributes:
+        settings: The method's own, as it wrote them.
+        weights: By name, as the method named them.
+    """
+
+    settings: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+
+def speculators_section(method: str, num_tokens: int, verifier: str, target: ModelConfig) -> dict[str, Any]:
+    """What config.json says of a draft in the manner of `speculators`.
+
+    Args:
+        method: Its name in `spec/proposers`.
+        num_tokens: Its greatest depth.
+        verifier: The target as the user named it.
+        target: The target's shape.
+    """
+    sizes = {name: getattr(target, name) for name in _SIZES}
+    return {
+        "speculators_model_type": method,
+        _SECTION: {
+            "algorithm": method,
+            "proposal_methods": [{"proposal_type": method, "speculative_tokens": num_tokens}],
+            "default_proposal_method": method,
+            "verifier": {"name_or_path": verifier, "architectures": [target.architecture], **sizes},
+        },
+    }
+
+
+def write_draft(
+    directory: Path, section: dict[str, Any], settings: dict[str, Any], weights: dict[str, torch.Tensor]
+) -> None:
+    """Writes a checkpoint.
+
+    Args:
+        directory: Where to; made if it is not there.
+        section: Of `speculators_section`.
+        settings: The method's own, as JSON has them.
+        weights: What was trained.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    method = section["speculators_model_type"]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        # Last, because a directory without it is not taken for a model.
+        text = json.dumps(section | {method: settings}, indent=2)
+        (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {directory}: {error}") from error
+
+
+def read_draft(
+    name: str | None,
+    method: str,
+    target: ModelConfig,
+    shapes: Callable[[dict[str, Any]], Shapes],
+    dtype: torch.dtype,
+) -> DraftCheckpoint:
+    """Reads the checkpoint of a method and makes sure that it fits the target.
+
+    Args:
+        name: Directory or hub id, as `--spec-model` gives it.
+        method: Which it must be of.
+        target: The target's shape.
+        shapes: Name and shape of every weight, from the method's settings.
+        dtype: Of the weights that are returned.
+
+    Raises:
+        ConfigError: There is none, it is of another method, or made for another target.
+    """
+    if name is None:
+        raise ConfigError(
+            f"{method} needs its trained weights: name their directory with {flag('spec_model')}"
+        )
+    path = resolve_model(name)
+    config = read_json(path / "config.json")
+    section = config.get(_SECTION)
+    if not isinstance(section, dict) or not isinstance(section.get("verifier"), dict):
+        raise ConfigError(
+            f"{path} is no trained draft: its config.json has no {_SECTION}; make one with outpace train {method}"
+        )
+    if section.get("algorithm") != method:
+        raise ConfigError(
+            f"{path} holds a draft of {section.get('algorithm')!r}, {flag('spec_method')} is {method!r}"
+        )
+    for size in _SIZES:
+        made_for, has = section["verifier"].get(size), getattr(target, size)
+        if made_for != has:
+            raise ConfigError(
+                f"{path} was trained for {section['verifier'].get('name_or_path')} with {size} {made_for}, "
+                f"this target has {has}: train one for it with outpace train {method}"
+            )
+    settings = config.get(method)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: config.json has no settings of {method}")
+    return DraftCheckpoint(settings, load_tensors(path, shapes(settings), dtype))

@@ -1,0 +1,1 @@
+"""Trains the drafts that are served: `outpace train`, `outpace distill`, `outpace evaluate`."""

@@ -1,0 +1,194 @@
+"""The interface of every draft method that is trained.
+
+A file `training/methods/NAME.py` has
+
+    @dataclass(frozen=True)
+    class Settings:                 # what `--settings` may set, with defaults and help (`config.setting`)
+        num_heads: int = setting(4, "Heads, and so the depth of drafts")
+
+    def create(trunk: Trunk, run: Run, settings: Settings) -> TrainableDraft: ...
+
+and what it saves is served by `spec/proposers/NAME.py` with `--spec-model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from outpace import registry
+from outpace.errors import ConfigError
+from outpace.models.draft_checkpoint import speculators_section
+from outpace.training.trunk import Trunk
+
+_PACKAGE = "outpace.training.methods"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method may want to know of the run it is trained in.
+
+    Attributes:
+        method: Its name.
+        model: The target as the user named it.
+        seed: Of all chance.
+        max_len: Longest document, in tokens.
+    """
+
+    method: str
+    model: str
+    seed: int
+    max_len: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained unless the user says otherwise.
+
+    Attributes:
+        lr: Peak learning rate of AdamW.
+        warmup_share: Share of the steps over which it rises from 0.
+        schedule: How it falls to 0 afterwards.
+        weight_decay: AdamW's.
+    """
+
+    lr: float
+    warmup_share: float = 0.1
+    schedule: Literal["cosine", "linear"] = "cosine"
+    weight_decay: float = 0.0
+
+
+@dataclass
+class TrainBatch:
+    """Packed rows of documents (conversations).
+
+    Attributes:
+        token_ids: [batch, rows] int64.
+        positions: [batch, rows] int64, within each document.
+        documents: [batch, rows] int64, which document of its batch row a token is of; -1 at padding.
+        answer: [batch, rows] bool, whether a token is one that the model answered: loss is on those only.
+        hidden: For each layer of `TrainableDraft.hidden_layers` [batch, rows, hidden], in the trunk's dtype.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    documents: torch.Tensor
+    answer: torch.Tensor
+    hidden: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """The same on a device."""
+        hidden = {layer: states.to(device) for layer, states in self.hidden.items()}
+        tensors = (self.token_ids, self.positions, self.documents, self.answer)
+        return TrainBatch(*(tensor.to(device) for tensor in tensors), hidden)
+
+    def future(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token `1 + depth` after each row, and whether a draft of that depth is of interest there.
+
+        It is where the row's next token and all up to that one are the model's answer: at
+
+            position   0  1  2  3  4  5        depth 0: next token        valid at 1 2 3
+            answer     .  .  x  x  x  .        depth 1: first drafted     valid at 1 2
+
+        Returns:
+            [batch, rows] int64, and [batch, rows] bool.
+        """
+        shift = 1 + depth
+        tokens, valid = torch.zeros_like(self.token_ids), torch.zeros_like(self.answer)
+        if shift < self.token_ids.shape[1]:
+            tokens[:, :-shift] = self.token_ids[:, shift:]
+            valid[:, :-shift] = self.documents[:, :-shift] == self.documents[:, shift:]
+            for step in range(1, shift + 1):
+                valid[:, :-shift] &= self.answer[:, step : self.answer.shape[1] - shift + step]
+        return tokens, valid
+
+
+class TrainableDraft(torch.nn.Module, ABC):
+    """A draft that is trained: its parameters are the trainable ones only, the trunk is not among them.
+
+    Attributes:
+        recipe: How it is trained by default.
+        hidden_layers: The trunk's hidden states that its batches bring, as `Trunk.hidden_states` counts them;
+            they are computed once and kept on disk.
+    """
+
+    recipe: ClassVar[Recipe]
+    hidden_layers: tuple[int, ...] = ()
+
+    @abstractmethod
+    def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss of a batch, and what is of interest beside it: `accuracy_1`, … by depth of draft.
+
+        Each is a mean over the batch's answers.
+        """
+
+    def forward(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """`loss`, under the name that torch's wrappers for several devices know."""
+        return self.loss(batch)
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[TrainBatch]) -> dict[str, float]:
+        """Means over batches that were not trained on. What it needs to keep for serving it takes from here."""
+        sums: dict[str, float] = {}
+        total = 0
+        for batch in batches:
+            loss, metrics = self.loss(batch)
+            weight = int(batch.answer.sum())
+            total += weight
+            for name, value in ({"loss": float(loss)} | metrics).items():
+                sums[name] = sums.get(name, 0.0) + weight * value
+        return {name: value / max(1, total) for name, value in sums.items()}
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Writes what is served: config.json with `speculators_section`, and model.safetensors."""
+
+
+def available() -> list[str]:
+    """Names of the methods that can be trained: the files in `training/methods`."""
+    return registry.available(_PACKAGE)
+
+
+def make_settings(method: str, given: dict[str, Any]) -> Any:
+    """The settings of a method.
+
+    Args:
+        method: Its name.
+        given: Those that are not to have their default.
+
+    Raises:
+        ConfigError: There is no such method or setting, or a value is not of its type.
+    """
+    kind = registry.find(_PACKAGE, method, "method").Settings
+    hints = typing.get_type_hints(kind)
+    for name, value in given.items():
+        if name not in hints:
+            raise ConfigError(f"{method} has no setting {name!r}; there are: {', '.join(hints)}")
+        choices = typing.get_args(hints[name])
+        fits = value in choices if choices else type(value) is hints[name]
+        if not fits:
+            accepted = f"one of {', '.join(map(str, choices))}" if choices else hints[name].__name__
+            raise ConfigError(f"{name} of {method} must be {accepted}, got {value!r}")
+        if hints[name] is int and value < 1:
+            raise ConfigError(f"{name} of {method} must be at least 1, got {value}")
+    return kind(**given)
+
+
+def create(trunk: Trunk, run: Run, settings: Any) -> TrainableDraft:
+    """Builds the method of a run, untrained."""
+    draft: TrainableDraft = registry.build(
+        _PACKAGE, run.method, TrainableDraft, "method", trunk, run, settings
+    )
+    return draft
+
+
+def section(trunk: Trunk, run: Run, num_tokens: int) -> dict[str, Any]:
+    """`speculators_section` of a run."""
+    return speculators_section(run.method, num_tokens, run.model, trunk.config)

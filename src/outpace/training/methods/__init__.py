@@ -1,0 +1,1 @@
+"""Draft methods that are trained, one file each; the file's name is the method's."""
