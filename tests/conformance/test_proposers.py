@@ -22,7 +22,19 @@ from outpace.sampling import SamplingParams
 from outpace.spec import proposer as proposers
 from outpace.spec.proposer import Proposer
 from outpace.tree import DraftTree
-from tiny import GREEDY, PROMPTS, SAMPLED, VOCAB_SIZE, Guesser, answers, run, submit, tiny_engine, write_model
+from tiny import (
+    GREEDY,
+    PROMPTS,
+    SAMPLED,
+    VOCAB_SIZE,
+    Guesser,
+    answers,
+    run,
+    submit,
+    tiny_engine,
+    write_model,
+    write_streams,
+)
 
 METHODS = [*proposers.available(), "suffix,draft_model,self_draft"]
 
@@ -48,6 +60,7 @@ class Checked(Proposer):
         self.proposer, self.blocks = proposer, blocks
         self.observe = proposer.observe  # type: ignore[method-assign]
         self.release = proposer.release  # type: ignore[method-assign]
+        self.streams = proposer.streams  # type: ignore[method-assign]
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
         before = [(list(s.token_ids), s.num_computed, list(s.block_ids)) for s in sequences]
@@ -72,14 +85,17 @@ def check_tree(tree: DraftTree) -> None:
 
 @pytest.fixture(scope="session")
 def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that is right about half the time."""
-    return write_model(tmp_path_factory.mktemp("draft"), noise=0.3)
+    """A model that is right about half the time; in its directory are the trained drafts of other methods."""
+    directory = write_model(tmp_path_factory.mktemp("draft"), noise=0.3)
+    write_streams(directory / "streaming")
+    return directory
 
 
 def settings_of(method: str, draft_model: Path) -> dict[str, Any]:
     """What a method needs beside its name."""
     needs: dict[str, dict[str, Any]] = {
         "draft_model": {"spec_model": str(draft_model)},
+        "streaming": {"spec_model": str(draft_model / "streaming")},
         # by its path a method like any other: only its name stands for synthetic verification, too
         "synthetic": {"spec_method": "outpace.spec.proposers.synthetic"},
     }

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from outpace.batch import Batch, Verdict
+from outpace.batch import Batch, TargetOutput, Verdict
 from outpace.engine.scheduler import Scheduler
 from outpace.policy.base import BatchView, StepRecord
 from outpace.request import DraftStep, FinishReason, Output, Sequence
@@ -156,6 +156,7 @@ class Metrics(Collector):
         view: BatchView,
         limits: Iterable[int],
         batch: Batch,
+        target: TargetOutput,
         verdict: Verdict,
         predicted_s: float | None,
     ) -> StepRecord:
@@ -188,6 +189,7 @@ class Metrics(Collector):
             paths=tuple(decision.path for _, decision in pairs),
             seconds={**self._laps, "total": total},
             num_rows=batch.num_rows,
+            num_stream_rows=0.0 if target.streams is None else target.streams.num_rows,
             num_tokens=sum(len(decision.token_ids) for _, decision in pairs),
             predicted_s=predicted_s,
         )

@@ -126,6 +126,14 @@ class GoodputPolicy(SpeculationPolicy):
         self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
         return counts
 
+    def price(self, num_rows: int, num_more: float) -> float:
+        """See SpeculationPolicy."""
+        assert self._view is not None, "a step has its limits before it has rows"
+        samples = len(self._ids)
+        rate = self._rate or samples / self._plain_s(self._view)
+        before, after = self.cost.target_s(np.array([num_rows, num_rows + num_more]), samples, 0, 0)
+        return rate * float(after - before)
+
     def observe(self, record: StepRecord) -> None:
         """See SpeculationPolicy."""
         assert record.view is self._view, "a step is observed before the next one is planned"

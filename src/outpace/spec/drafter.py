@@ -9,6 +9,7 @@ from typing import NamedTuple, final
 import torch
 
 from outpace.batch import Scheduled, Verdict
+from outpace.kernels import Kernels
 from outpace.models.decoder import Decoder
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
@@ -142,25 +143,31 @@ class Drafter:
         self.kv.commit(batch, Verdict((None,) * len(scheduled)))
         if drafts:
             rows = [SampleRow(draft.sequence) for draft in drafts]
-            for draft, candidates in zip(drafts, self._candidates(logits, rows), strict=True):
-                draft.add(candidates)
+            found = candidates(logits, rows, self._branching, self._kernels)
+            for draft, own in zip(drafts, found, strict=True):
+                draft.add(own)
 
-    def _candidates(self, logits: torch.Tensor, rows: list[SampleRow]) -> list[list[tuple[int, float]]]:
-        """For each row the tokens that would be chosen first, second and so on, with their probabilities.
 
-        Args:
-            logits: [rows, vocab]; may be overwritten.
-            rows: What each is for.
-        """
-        wanted = target_logits(logits, rows, kernels=self._kernels)
-        total = wanted.float().logsumexp(dim=1, keepdim=True)  # [rows, 1]
-        candidates: list[list[tuple[int, float]]] = [[] for _ in rows]
-        for rank in range(self._branching):
-            token_ids = choose(wanted, rows, kernels=self._kernels)
-            index = torch.tensor(token_ids).unsqueeze(1)  # [rows, 1]
-            probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0).squeeze(1).tolist()
-            for found, token_id, prob in zip(candidates, token_ids, probs, strict=True):
-                if prob or not rank:  # what the filters left out is chosen when nothing else remains
-                    found.append((token_id, prob))
-            wanted.scatter_(1, index, -torch.inf)
-        return candidates
+def candidates(
+    logits: torch.Tensor, rows: list[SampleRow], num: int, kernels: Kernels
+) -> list[list[tuple[int, float]]]:
+    """For each row the tokens that would be chosen first, second and so on, with their probabilities.
+
+    Args:
+        logits: [rows, vocab]; may be overwritten.
+        rows: What each is for.
+        num: Most tokens of a row.
+        kernels: Who chooses.
+    """
+    wanted = target_logits(logits, rows, kernels=kernels)
+    total = wanted.float().logsumexp(dim=1, keepdim=True)  # [rows, 1]
+    found: list[list[tuple[int, float]]] = [[] for _ in rows]
+    for rank in range(num):
+        token_ids = choose(wanted, rows, kernels=kernels)
+        index = torch.tensor(token_ids).unsqueeze(1)  # [rows, 1]
+        probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0).squeeze(1).tolist()
+        for own, token_id, prob in zip(found, token_ids, probs, strict=True):
+            if prob or not rank:  # what the filters left out is chosen when nothing else remains
+                own.append((token_id, prob))
+        wanted.scatter_(1, index, -torch.inf)
+    return found

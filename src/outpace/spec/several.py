@@ -11,7 +11,8 @@ from typing import final
 
 from outpace.batch import Batch, TargetOutput, Verdict
 from outpace.request import Sequence
-from outpace.spec.proposer import Proposer
+from outpace.runtime.streams import StreamPass
+from outpace.spec.proposer import Price, Proposer
 from outpace.tree import DraftTree
 
 _KEPT = 0.99  # weight of what was seen before, at each observation: about the last hundred count
@@ -115,6 +116,11 @@ class Several(Proposer):
             s.id: of_one for s, of_one in zip(sequences, trees, strict=True) if any(map(len, of_one))
         }
         return [self._best(of_one) for of_one in trees]
+
+    def streams(self, batch: Batch, price: Price) -> StreamPass | None:
+        """See Proposer; the first method's that has some."""
+        passes = (proposer.streams(batch, price) for proposer in self._proposers.values())
+        return next((found for found in passes if found is not None), None)
 
     def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
         """See Proposer."""
