@@ -11,7 +11,7 @@ head's rows of drafted tokens only, not the whole head, which in small models is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +28,9 @@ FUSED = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-LEAST_Q = 1e-6  # of a draft's probabilities, whose logarithm is taken
-TARGETS = tuple(part.split(".")[1] for parts in FUSED.values() for part in parts)
+_LEAST_Q = 1e-6  # of a draft's probabilities, whose logarithm is taken
+PARTS = tuple(part for parts in FUSED.values() for part in parts)
+TARGETS = tuple(part.split(".")[1] for part in PARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,18 +90,24 @@ class StreamConfig:
                 f"got {self.num_stream_layers}"
             )
         shapes: dict[str, tuple[int, ...]] = {"embeddings": (self.num_streams, model.hidden_size)}
-        plain = model.weight_shapes()
-        for index in range(model.num_layers - self.num_stream_layers, model.num_layers):
-            for part in (part for parts in FUSED.values() for part in parts):
-                if part.split(".")[1] in self.lora_targets:
-                    rows, columns = plain[f"model.layers.{index}.{part}.weight"]
-                    shapes[f"layers.{index}.{part}.lora_A.weight"] = (self.lora_rank, columns)
-                    shapes[f"layers.{index}.{part}.lora_B.weight"] = (rows, self.lora_rank)
+        shapes |= self.adapter_shapes(model, model.num_layers - self.num_stream_layers)
         if self.exit_rank:
             shapes["exit.down.weight"] = (self.exit_rank, model.hidden_size)
             shapes["exit.up.weight"] = (model.hidden_size, self.exit_rank)
             shapes["exit.bias.weight"] = (model.hidden_size,)
             shapes["exit.scalars"] = (3,)
+        return shapes
+
+    def adapter_shapes(self, model: ModelConfig, first_layer: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the adapters' weights, from a layer on."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        plain = model.weight_shapes()
+        for index in range(first_layer, model.num_layers):
+            for part in PARTS:
+                if part.split(".")[1] in self.lora_targets:
+                    rows, columns = plain[f"model.layers.{index}.{part}.weight"]
+                    shapes[f"layers.{index}.{part}.lora_A.weight"] = (self.lora_rank, columns)
+                    shapes[f"layers.{index}.{part}.lora_B.weight"] = (rows, self.lora_rank)
         return shapes
 
 
@@ -144,6 +151,28 @@ class LayerAdapters:
         )
 
 
+def exit_logits(
+    weights: Mapping[str, torch.Tensor], x: torch.Tensor, head: torch.Tensor, q: torch.Tensor
+) -> torch.Tensor:
+    """The early exit's logits that tokens follow rows; see the formula above.
+
+    Args:
+        weights: `exit.*` as `StreamConfig.weight_shapes` names them, float32.
+        x: [..., hidden], for each token the normed state of the row that it would follow.
+        head: [..., hidden], for each token its row of the output head.
+        q: [...], what drafting gave it.
+
+    Returns:
+        [...] float32.
+    """
+    x = x.float()
+    h = x + (x @ weights["exit.down.weight"].T) @ weights["exit.up.weight"].T
+    a, s, c = weights["exit.scalars"]
+    match = (h * (s * head.float() + weights["exit.bias.weight"])).sum(-1)
+    logits: torch.Tensor = a * q.float().clamp(min=_LEAST_Q).log() + match + c
+    return logits
+
+
 class EarlyExit:
     """Says before the last layers how likely a drafted token is to follow a row."""
 
@@ -154,9 +183,8 @@ class EarlyExit:
             weights: As `StreamConfig.weight_shapes` names them.
             head: [vocab, hidden], the output head's weight.
         """
-        self._down, self._up = weights["exit.down.weight"], weights["exit.up.weight"]
-        self._bias, self._head = weights["exit.bias.weight"].float(), head
-        self._scalars = weights["exit.scalars"].float()
+        self._weights = {name: weight.float() for name, weight in weights.items() if name.startswith("exit.")}
+        self._head = head
 
     def probs(self, x: torch.Tensor, token_ids: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         """Probabilities that tokens follow rows.
@@ -169,10 +197,7 @@ class EarlyExit:
         Returns:
             [tokens] float32.
         """
-        h = (x + (x @ self._down.T) @ self._up.T).float()
-        a, s, c = self._scalars
-        match = (h * (s * self._head[token_ids].float() + self._bias)).sum(1)
-        return torch.sigmoid(a * q.clamp(min=LEAST_Q).log() + match + c)
+        return torch.sigmoid(exit_logits(self._weights, x, self._head[token_ids], q))
 
 
 class Streams:

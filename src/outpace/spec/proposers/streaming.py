@@ -192,9 +192,9 @@ def stream_config(settings: dict[str, Any]) -> StreamConfig:
     """
     names = {field.name for field in fields(StreamConfig)}
     if settings.keys() != names:
-        odd = ", ".join(sorted(settings.keys() ^ names))
         raise ConfigError(
-            f"the settings of a streaming checkpoint are {', '.join(sorted(names))}; check {odd}"
+            f"a streaming checkpoint has the settings {', '.join(sorted(names))}; this one has "
+            f"{', '.join(sorted(settings)) or 'none'}"
         )
     return StreamConfig(**settings | {"lora_targets": tuple(settings["lora_targets"])})
 
