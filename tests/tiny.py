@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,6 @@ from outpace.engine.engine import Engine, cached_models, choose_num_blocks
 from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.decoder import Decoder
-from outpace.models.draft_checkpoint import speculators_section, write_draft
-from outpace.models.streams import StreamConfig
 from outpace.policy.cost import CostModel
 from outpace.request import Output
 from outpace.request import Sequence as Running
@@ -349,22 +347,3 @@ class Guesser(Proposer):
 
     def release(self, sequence_id: str) -> None:
         self.released.append(sequence_id)
-
-
-def write_streams(directory: Path, *, seed: int = 5, scale: float = 0.1, **settings: Any) -> Path:
-    """Writes random streams for the model of `tiny_engine`, as `outpace train streaming` would.
-
-    Args:
-        directory: Where to.
-        seed: Of the weights.
-        scale: Of the weights.
-        **settings: Fields of `StreamConfig` that are not to have the values here.
-    """
-    shape = {"num_streams": 3, "num_stream_layers": 1, "branching": 2, "lora_rank": 4, "exit_rank": 2}
-    config = StreamConfig(**{**shape, **settings})
-    generator = torch.Generator().manual_seed(seed)
-    shapes = config.weight_shapes(MODEL)
-    weights = {name: scale * torch.randn(size, generator=generator) for name, size in shapes.items()}
-    section = speculators_section("streaming", config.num_streams, "tiny", MODEL)
-    write_draft(directory, section, asdict(config), weights)
-    return directory

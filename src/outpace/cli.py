@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_profile(commands)
     _add_simulate(commands)
+    _add_training(commands)
     return parser
 
 
@@ -299,6 +300,16 @@ def _simulate(args: argparse.Namespace) -> int:
     from outpace import planning
 
     return planning.simulate(args)
+
+
+# --- train, distill and evaluate ------------------------------------------------------------------------
+
+
+def _add_training(commands: Any) -> None:
+    from outpace.training.commands import add_train_flags
+
+    help = "train a draft for a model"
+    add_train_flags(commands.add_parser("train", help=help, description=help + ".", allow_abbrev=False))
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:

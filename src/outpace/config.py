@@ -231,8 +231,8 @@ class EngineConfig:
     )
     spec_model: str | None = setting(
         None,
-        "Weights of the draft: for draft_model a model of the same vocabulary (Hugging Face directory, hub id, "
-        "GGUF file), for others the directory or hub id of what outpace train wrote",
+        "Weights of the draft: for draft_model a model of the same vocabulary (Hugging Face directory, hub "
+        "id, GGUF file), for others the directory or hub id of what outpace train wrote",
     )
     spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
     verification: Literal["match", "ratio"] | None = setting(

@@ -6,6 +6,7 @@ A method that needs more than its name to be built is given it in `settings_of`.
 from __future__ import annotations
 
 import gc
+import json
 import random
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -21,20 +22,10 @@ from outpace.runtime.block_manager import BlockManager
 from outpace.sampling import SamplingParams
 from outpace.spec import proposer as proposers
 from outpace.spec.proposer import Proposer
+from outpace.training import method as training
+from outpace.training.trainer import TrainConfig, train
 from outpace.tree import DraftTree
-from tiny import (
-    GREEDY,
-    PROMPTS,
-    SAMPLED,
-    VOCAB_SIZE,
-    Guesser,
-    answers,
-    run,
-    submit,
-    tiny_engine,
-    write_model,
-    write_streams,
-)
+from tiny import GREEDY, PROMPTS, SAMPLED, VOCAB_SIZE, Guesser, answers, run, submit, tiny_engine, write_model
 
 METHODS = [*proposers.available(), "suffix,draft_model,self_draft"]
 
@@ -85,17 +76,35 @@ def check_tree(tree: DraftTree) -> None:
 
 @pytest.fixture(scope="session")
 def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that is right about half the time; in its directory are the trained drafts of other methods."""
-    directory = write_model(tmp_path_factory.mktemp("draft"), noise=0.3)
-    write_streams(directory / "streaming")
-    return directory
+    """A model that is right about half the time; beside it `NAME` for each method that is trained."""
+    root = tmp_path_factory.mktemp("drafts")
+    target, data = write_model(root / "target"), root / "data.jsonl"
+    row = {
+        "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Once upon a time"}]
+    }
+    data.write_text((json.dumps(row) + "\n") * 8)
+    for method in training.available():
+        train(
+            TrainConfig(
+                method,
+                str(data),
+                root / method,
+                model=str(target),
+                max_steps=2,
+                max_len=64,
+                batch_tokens=64,
+                dtype="float32",
+                hidden_cache="none",
+            )
+        )
+    return write_model(root / "half_right", noise=0.3)
 
 
 def settings_of(method: str, draft_model: Path) -> dict[str, Any]:
     """What a method needs beside its name."""
-    needs: dict[str, dict[str, Any]] = {
+    trained = {name: {"spec_model": str(draft_model.parent / name)} for name in training.available()}
+    needs: dict[str, dict[str, Any]] = trained | {
         "draft_model": {"spec_model": str(draft_model)},
-        "streaming": {"spec_model": str(draft_model / "streaming")},
         # by its path a method like any other: only its name stands for synthetic verification, too
         "synthetic": {"spec_method": "outpace.spec.proposers.synthetic"},
     }

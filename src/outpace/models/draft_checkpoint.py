@@ -117,7 +117,8 @@ def read_draft(
     section = config.get(_SECTION)
     if not isinstance(section, dict) or not isinstance(section.get("verifier"), dict):
         raise ConfigError(
-            f"{path} is no trained draft: its config.json has no {_SECTION}; make one with outpace train {method}"
+            f"{path} is no trained draft: its config.json has no {_SECTION}; "
+            f"make one with outpace train {method}"
         )
     if section.get("algorithm") != method:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
@@ -143,31 +144,31 @@ class Drafter:
         self.kv.commit(batch, Verdict((None,) * len(scheduled)))
         if drafts:
             rows = [SampleRow(draft.sequence) for draft in drafts]
-            found = candidates(logits, rows, self._branching, self._kernels)
-            for draft, own in zip(drafts, found, strict=True):
-                draft.add(own)
+            found = likely_tokens(logits, rows, self._branching, self._kernels)
+            for draft, candidates in zip(drafts, found, strict=True):
+                draft.add(candidates)
 
 
-def candidates(
-    logits: torch.Tensor, rows: list[SampleRow], num: int, kernels: Kernels
+def likely_tokens(
+    logits: torch.Tensor, rows: Ordered[SampleRow], number: int, kernels: Kernels
 ) -> list[list[tuple[int, float]]]:
     """For each row the tokens that would be chosen first, second and so on, with their probabilities.
 
     Args:
         logits: [rows, vocab]; may be overwritten.
         rows: What each is for.
-        num: Most tokens of a row.
-        kernels: Who chooses.
+        number: Most tokens of a row.
+        kernels: Who filters and chooses.
     """
     wanted = target_logits(logits, rows, kernels=kernels)
     total = wanted.float().logsumexp(dim=1, keepdim=True)  # [rows, 1]
-    found: list[list[tuple[int, float]]] = [[] for _ in rows]
-    for rank in range(num):
+    candidates: list[list[tuple[int, float]]] = [[] for _ in rows]
+    for rank in range(number):
         token_ids = choose(wanted, rows, kernels=kernels)
         index = torch.tensor(token_ids).unsqueeze(1)  # [rows, 1]
         probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0).squeeze(1).tolist()
-        for own, token_id, prob in zip(found, token_ids, probs, strict=True):
+        for found, token_id, prob in zip(candidates, token_ids, probs, strict=True):
             if prob or not rank:  # what the filters left out is chosen when nothing else remains
-                own.append((token_id, prob))
+                found.append((token_id, prob))
         wanted.scatter_(1, index, -torch.inf)
-    return found
+    return candidates

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-_CHUNK_LOGITS = 1 << 24  # values of logits that are there at once
+_CHUNK_LOGITS = 1 << 22  # values of logits that are there at once: about what a cache holds
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -75,5 +75,6 @@ def head_cross_entropy(
     """
     if weights is None:
         weights = torch.ones(len(targets), dtype=torch.float32, device=hidden.device)
-    loss, best = _HeadCrossEntropy.apply(hidden, head, targets, weights)
+    apply: Any = _HeadCrossEntropy.apply
+    loss, best = apply(hidden, head, targets, weights)
     return loss, best

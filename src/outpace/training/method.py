@@ -85,9 +85,13 @@ class TrainBatch:
 
     def to(self, device: torch.device) -> TrainBatch:
         """The same on a device."""
-        hidden = {layer: states.to(device) for layer, states in self.hidden.items()}
-        tensors = (self.token_ids, self.positions, self.documents, self.answer)
-        return TrainBatch(*(tensor.to(device) for tensor in tensors), hidden)
+        return TrainBatch(
+            self.token_ids.to(device),
+            self.positions.to(device),
+            self.documents.to(device),
+            self.answer.to(device),
+            {layer: states.to(device) for layer, states in self.hidden.items()},
+        )
 
     def future(self, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The token `1 + depth` after each row, and whether a draft of that depth is of interest there.
@@ -135,14 +139,14 @@ class TrainableDraft(torch.nn.Module, ABC):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[TrainBatch]) -> dict[str, float]:
-        """Means over batches that were not trained on. What it needs to keep for serving it takes from here."""
+        """Means over batches that were not trained on; what serving needs to know is measured here too."""
         sums: dict[str, float] = {}
         total = 0
         for batch in batches:
             loss, metrics = self.loss(batch)
             weight = int(batch.answer.sum())
             total += weight
-            for name, value in ({"loss": float(loss)} | metrics).items():
+            for name, value in ({"loss": loss.item()} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + weight * value
         return {name: value / max(1, total) for name, value in sums.items()}
 

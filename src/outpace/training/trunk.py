@@ -1,4 +1,4 @@
-"""The frozen target in plain torch: what the serving decoder computes, but differentiable and on any device."""
+"""The frozen target in plain torch: what the serving decoder computes, differentiable and on any device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from outpace.models.loader import load_config, load_weights
 
 
 class Trunk:
-    """transformers' model with the weights of our loader, run layer by layer. Not a Module: nothing of it trains.
+    """transformers' model with the weights of our loader, run layer by layer; not trained, so no Module.
 
     Attributes:
         config: Its shape.

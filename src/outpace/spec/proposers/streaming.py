@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from outpace.batch import Batch, BatchEntry, TargetOutput, Verdict
-from outpace.errors import ConfigError
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, read_draft
@@ -30,10 +29,11 @@ from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.streams import Anchors, StreamPass, reserve
 from outpace.sampling import SampleRow
-from outpace.spec.drafter import candidates
+from outpace.spec.drafter import likely_tokens
 from outpace.spec.proposer import DraftContext, Price, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree, grow
 
+KEYS = tuple(field.name for field in fields(StreamConfig))  # settings of a checkpoint
 _KEPT = 0.98  # weight of what was seen before in what a draft wins: about the last fifty drafts count
 _LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
 _UNKNOWN = 0.5  # acceptance of a draft about which its method says nothing
@@ -112,7 +112,7 @@ class Streaming(Proposer):
         logits = self._decoder.logits(torch.cat([self._said[s.id] for s in sequences]))
         # A stream does not know which tokens come before its own; the last known one stands for them.
         rows = [SampleRow(s, (s.token_ids[-1],) * place) for s in sequences for place in range(depth)]
-        found = candidates(logits, rows, self._branching, self._decoder.kernels)
+        found = likely_tokens(logits, rows, self._branching, self._decoder.kernels)
         return {s.id: found[i * depth : (i + 1) * depth] for i, s in enumerate(sequences)}
 
     def _anchors(self, entry: BatchEntry) -> list[int]:
@@ -185,18 +185,14 @@ def _tree(found: list[list[tuple[int, float]]], limit: int) -> DraftTree:
 
 
 def stream_config(settings: dict[str, Any]) -> StreamConfig:
-    """The shape of streams from a checkpoint's settings.
+    """The shape of streams from a checkpoint's settings, which has all of `KEYS`.
 
     Raises:
-        ConfigError: A setting is missing or unknown, or not in range.
+        ConfigError: One is not in range.
     """
-    names = {field.name for field in fields(StreamConfig)}
-    if settings.keys() != names:
-        raise ConfigError(
-            f"a streaming checkpoint has the settings {', '.join(sorted(names))}; this one has "
-            f"{', '.join(sorted(settings)) or 'none'}"
-        )
-    return StreamConfig(**settings | {"lora_targets": tuple(settings["lora_targets"])})
+    return StreamConfig(
+        **{key: settings[key] for key in KEYS} | {"lora_targets": (*settings["lora_targets"],)}
+    )
 
 
 def create(context: DraftContext) -> Streaming:
@@ -211,7 +207,7 @@ def create(context: DraftContext) -> Streaming:
     def shapes(raw: dict[str, Any]) -> Shapes:
         return stream_config(raw).weight_shapes(model)
 
-    checkpoint = read_draft(settings.model, "streaming", model, shapes, decoder.dtype)
+    checkpoint = read_draft(settings.model, "streaming", model, shapes, decoder.dtype, KEYS)
     config = stream_config(checkpoint.settings)
     streams = Streams(config, model, checkpoint.weights, decoder.kernels, decoder.head_weight())
     branching = settings.draft_branching or config.branching

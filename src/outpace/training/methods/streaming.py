@@ -12,6 +12,7 @@ state, where streams begin, of the token before (`outpace.models.streams`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -337,7 +338,7 @@ def _first_weight(name: str, shape: tuple[int, ...], generator: torch.Generator)
     if name == "embeddings":
         return _FIRST_EMBEDDING * torch.randn(shape, generator=generator)
     if name.endswith(("lora_A.weight", "down.weight")):
-        return shape[1] ** -0.5 * torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator) / math.sqrt(shape[1])
     return torch.zeros(shape)
 
 

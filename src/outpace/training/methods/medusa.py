@@ -1,0 +1,157 @@
+"""Medusa-1 heads (Cai et al., "Medusa", 2024): head k guesses the token k after the next one.
+
+Head k of the last hidden state h is `head(h + SiLU(W_k h + b_k))`, W_k zero at first, so that it begins as
+the target's own guess. Here the output head is by default the target's, shared and frozen: a head then has
+h² + h parameters instead of h² + h + h·vocab, some hundred times fewer for a small model. With `own_heads`
+each has an output head of its own, begun as a copy, as in the paper.
+
+The tree is the paper's: how often rank r of head k is right is measured on conversations that were not
+trained on, and the nodes with the largest products along their path are taken, the best first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from outpace.config import setting
+from outpace.models.draft_checkpoint import write_draft
+from outpace.training.losses import head_cross_entropy
+from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, section
+from outpace.training.trunk import Trunk
+from outpace.tree import grow
+
+_DECAY = 0.8  # weight of each head's loss against that of the head before
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be chosen."""
+
+    num_heads: int = setting(4, "Heads, and so the greatest depth of a draft")
+    own_heads: bool = setting(False, "Whether each has an output head of its own, not the target's")
+    num_nodes: int = setting(64, "Nodes of the tree that is kept; fewer are drafted where fewer are wanted")
+    num_ranks: int = setting(8, "Most tokens of a head in the tree at one place")
+
+
+class Medusa(TrainableDraft):
+    """The heads.
+
+    Attributes:
+        weight: [heads, hidden, hidden], W.
+        bias: [heads, hidden].
+        output: [heads, vocab, hidden], the heads' own output heads, if they have.
+    """
+
+    recipe = Recipe(lr=1e-3)
+
+    def __init__(self, trunk: Trunk, run: Run, settings: Settings) -> None:
+        """Heads that guess what the target guesses for the next token."""
+        super().__init__()
+        self._trunk, self._run, self._settings = trunk, run, settings
+        self.hidden_layers = (trunk.config.num_layers,)
+        heads, width = settings.num_heads, trunk.config.hidden_size
+        self.weight = torch.nn.Parameter(torch.zeros(heads, width, width, device=trunk.device))
+        self.bias = torch.nn.Parameter(torch.zeros(heads, width, device=trunk.device))
+        self.output = (
+            torch.nn.Parameter(trunk.head_weight.detach().float().repeat(heads, 1, 1))
+            if settings.own_heads
+            else None
+        )
+        self._accuracies: list[list[float]] = []
+
+    def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """Cross entropy of each head, the k-th weighted by 0.8^k."""
+        total = torch.zeros((), device=self._trunk.device)
+        metrics: dict[str, float] = {}
+        for k in range(self._settings.num_heads):
+            hidden, targets = self._examples(batch, k)
+            loss, best = head_cross_entropy(self._transform(hidden, k), self._head(k), targets)
+            count = max(1, len(targets))
+            total = total + _DECAY ** (k + 1) * loss / count
+            metrics[f"accuracy_{k + 1}"] = float((best == targets).sum()) / count
+        return total, metrics
+
+    @torch.no_grad()
+    def measure(self, batches: Iterable[TrainBatch]) -> dict[str, float]:
+        """Also counts how often each rank of each head is right: the tree is made of that."""
+        num_heads, num_ranks = self._settings.num_heads, self._settings.num_ranks
+        right, seen = torch.zeros(num_heads, num_ranks), torch.zeros(num_heads, 1)
+
+        def counted() -> Iterable[TrainBatch]:
+            for batch in batches:
+                for k in range(num_heads):
+                    hidden, targets = self._examples(batch, k)
+                    # some rows at a time: they are as wide as the vocabulary
+                    for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
+                        head = self._head(k)
+                        logits = F.linear(self._transform(rows, k).to(head.dtype), head)
+                        best = logits.topk(num_ranks, dim=1).indices
+                        right[k] += (best == wanted[:, None]).sum(dim=0).cpu()
+                        seen[k] += len(wanted)
+                yield batch
+
+        metrics = super().measure(counted())
+        self._accuracies = (right / seen.clamp(min=1)).tolist()
+        return metrics
+
+    def save(self, directory: Path) -> None:
+        """The tree is saved as paths of ranks: `[0, 1]` is head 2's second guess behind head 1's first."""
+        num_heads = self._settings.num_heads
+        weights = {}
+        for k in range(num_heads):
+            weights[f"heads.{k}.weight"], weights[f"heads.{k}.bias"] = self.weight[k], self.bias[k]
+            if self.output is not None:
+                weights[f"heads.{k}.output"] = self.output[k]
+        weights = {name: weight.to(self._trunk.dtype) for name, weight in weights.items()}
+        settings = {
+            "num_heads": num_heads,
+            "own_heads": self._settings.own_heads,
+            "accuracies": self._accuracies,
+            "tree": static_tree(self._accuracies, self._settings.num_nodes),
+        }
+        write_draft(directory, section(self._trunk, self._run, num_heads), settings, weights)
+
+    def _examples(self, batch: TrainBatch, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states, and the token that head k should guess from each."""
+        targets, valid = batch.future(k + 1)
+        return batch.hidden[self._trunk.config.num_layers][valid], targets[valid]
+
+    def _transform(self, hidden: torch.Tensor, k: int) -> torch.Tensor:
+        """What head k hands to its output head: [rows, hidden] -> the same."""
+        return hidden + F.silu(F.linear(hidden.to(self.weight.dtype), self.weight[k], self.bias[k]))
+
+    def _head(self, k: int) -> torch.Tensor:
+        return self._trunk.head_weight if self.output is None else self.output[k]
+
+
+def static_tree(accuracies: list[list[float]], num_nodes: int) -> list[list[int]]:
+    """The nodes with the largest chance of acceptance, if heads err independently; the best first.
+
+    Args:
+        accuracies: For each head how often its best, second, … guess is right.
+        num_nodes: How many nodes.
+
+    Returns:
+        For each node the ranks on the path to it.
+    """
+    # a later rank never counts more than an earlier one, or a node could come before its elder sibling
+    falling = [list(accumulate(of_head, min)) for of_head in accuracies]
+
+    def children(path: tuple[int, ...]) -> Iterable[tuple[int, float, tuple[int, ...]]]:
+        for rank, chance in enumerate(falling[len(path)]):
+            yield rank, chance, (*path, rank)
+
+    root: tuple[int, ...] = ()
+    tree = grow(root, children, num_nodes, len(falling), min_prob=1e-6)
+    return [list(path) for path in tree.paths()]
+
+
+def create(trunk: Trunk, run: Run, settings: Settings) -> Medusa:
+    """Builds untrained heads."""
+    return Medusa(trunk, run, settings)
