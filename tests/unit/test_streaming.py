@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints import write_checkpoint
 from outpace.batch import Batch, Scheduled
-from outpace.config import BLOCK_SIZE
+from outpace.config import BLOCK_SIZE, EngineConfig
 from outpace.engine.engine import Engine
 from outpace.errors import ConfigError
+from outpace.models.config import ModelConfig
 from outpace.models.draft_checkpoint import read_draft, speculators_section, write_draft
 from outpace.models.streams import StreamConfig
 from outpace.request import Sequence
@@ -23,27 +25,29 @@ from outpace.training.method import Run, TrainBatch
 from outpace.training.methods import streaming as training
 from outpace.training.trunk import Trunk
 from outpace.tree import DraftTree
-from tiny import GREEDY, MODEL, SAMPLED, _weights, answers, run, submit, tiny_engine, tokens
+from tiny import GREEDY, MODEL, SAMPLED, _weights, answers, run, submit, tiny_engine, tokens, write_model
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TREE = DraftTree((-1, -1, 0, 2, 1), (7, 8, 9, 10, 11), (0.5, 0.3, 0.9, 0.9, 0.1))
 
 
-def write_streams(directory: Path, *, seed: int = 5, scale: float = 0.1, **settings: Any) -> Path:
-    """Writes random streams for the model of `tiny_engine`, as `outpace train streaming` would.
+def write_streams(directory: Path, model: ModelConfig = MODEL, scale: float = 0.1, **settings: Any) -> Path:
+    """Writes random streams, as `outpace train streaming` would.
 
     Args:
         directory: Where to.
-        seed: Of the weights.
-        scale: Of the weights.
+        model: The model that they are for.
+        scale: Size of the weights.
         **settings: Fields of `StreamConfig` that are not to have the values here.
     """
     shape = {"num_streams": 3, "num_stream_layers": 1, "branching": 2, "lora_rank": 4, "exit_rank": 2}
     config = StreamConfig(**{**shape, **settings})
-    generator = torch.Generator().manual_seed(seed)
-    shapes = config.weight_shapes(MODEL)
-    weights = {name: scale * torch.randn(size, generator=generator) for name, size in shapes.items()}
-    section = speculators_section("streaming", config.num_streams, "tiny", MODEL)
+    generator = torch.Generator().manual_seed(5)
+    weights = {
+        name: scale * torch.randn(size, generator=generator)
+        for name, size in config.weight_shapes(model).items()
+    }
+    section = speculators_section("streaming", config.num_streams, "tiny", model)
     write_draft(directory, section, asdict(config), weights)
     return directory
 
@@ -86,8 +90,10 @@ def with_streams(engine: Engine, batch: Batch, anchors: list[list[int]]) -> Stre
     return StreamPass(streams, kept, lambda _: kept)
 
 
-def trainable(checkpoint: Path | None = None, **settings: Any) -> training.Streaming:
-    """The training module on the model of `tiny_engine`, with the weights of a checkpoint."""
+def trainable(
+    checkpoint: Path | None = None, trunk: Trunk | None = None, **settings: Any
+) -> training.Streaming:
+    """The training module, by default on the model of `tiny_engine`; with the weights of a checkpoint."""
     chosen = {
         "num_streams": 3,
         "layer_share": 0.5,
@@ -96,17 +102,17 @@ def trainable(checkpoint: Path | None = None, **settings: Any) -> training.Strea
         "branching": 2,
         **settings,
     }
-    trunk = Trunk(MODEL, _weights())
+    trunk = trunk or Trunk(MODEL, _weights())
     module = training.create(trunk, Run("streaming", "tiny", 0, 256), training.Settings(**chosen))
     if checkpoint is not None:
-        found = read_draft(str(checkpoint), "streaming", MODEL, _shapes, torch.float32, KEYS)
+
+        def shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+            return stream_config(raw).weight_shapes(trunk.config)
+
+        found = read_draft(str(checkpoint), "streaming", trunk.config, shapes, torch.float32, KEYS)
         for name, weight in found.weights.items():
             module.weights[name.replace(".", "-")].data.copy_(weight)
     return module
-
-
-def _shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return stream_config(raw).weight_shapes(MODEL)
 
 
 def batch_of(module: training.Streaming, rows: list[list[int]], num_prompt: int = 1) -> TrainBatch:
@@ -125,7 +131,7 @@ def said_in_training(module: training.Streaming, tokens: list[int]) -> torch.Ten
     main = training._Rows(batch.hidden[module._first], batch.positions, mask)
     streams = module._start(main, torch.tensor([[len(tokens) - 1]]))
     with torch.no_grad():
-        for layer in range(module._first, MODEL.num_layers):
+        for layer in range(module._first, module._trunk.config.num_layers):
             module._step(layer, main, streams)
     return module._trunk.norm(streams.hidden)[0]
 
@@ -157,11 +163,10 @@ def test_rows_of_the_batch_have_the_same_bits_with_and_without_streams(
     assert torch.equal(cached[1][:, block, :, offset], engine.kv.values[:, block, :, offset])
 
 
-def test_streams_see_their_path_and_the_streams_before_them(checkpoint: Path) -> None:
-    """Against the dense computation of the training module, which shares no code with the served one."""
-    engine = streaming(checkpoint, dtype="float32", kernels="native")
-    module = trainable(checkpoint, adapters="all")
-    prompt = [int(x) for x in torch.randint(0, 250, (37,), generator=torch.Generator().manual_seed(1))]
+def served_as_trained(engine: Engine, module: training.Streaming) -> None:
+    """Compares with the dense computation of the training module, which shares no code with the served."""
+    generator = torch.Generator().manual_seed(1)
+    prompt = torch.randint(20, module._trunk.config.vocab_size, (37,), generator=generator).tolist()
     sequence = started(engine, prompt, 30)
     batch = engine.kv.place([Scheduled(sequence, 7, True)], [TREE])
     said = engine.runner.forward(batch, with_streams(engine, batch, [[-1, *range(len(TREE))]])).streams
@@ -169,6 +174,29 @@ def test_streams_see_their_path_and_the_streams_before_them(checkpoint: Path) ->
     for node, path in zip((-1, *range(len(TREE))), [(), *TREE.paths()], strict=True):
         expected = said_in_training(module, [*prompt, *path])
         torch.testing.assert_close(said.hidden[said.places[0, node]], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_streams_see_their_path_and_the_streams_before_them(checkpoint: Path) -> None:
+    engine = streaming(checkpoint, dtype="float32", kernels="native")
+    served_as_trained(engine, trainable(checkpoint, adapters="all"))
+
+
+@pytest.mark.parametrize("variant", ["qwen2-sliding", "qwen3-biases"])
+def test_windows_biases_and_norms_of_heads_hold_for_streams_too(variant: str, tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "model", variant)
+    trunk = Trunk.load(model, torch.float32)
+    num_layers = max(1, round(0.5 * trunk.config.num_layers))
+    streams = write_streams(tmp_path / "streams", trunk.config, num_stream_layers=num_layers)
+    config = EngineConfig(
+        str(model),
+        dtype="float32",
+        kernels="reference",
+        spec_method="streaming",
+        spec_model=str(streams),
+        spec_policy="fixed",
+        max_num_seqs=4,
+    )
+    served_as_trained(Engine.from_config(config), trainable(streams, trunk))
 
 
 def test_what_streams_say_does_not_depend_on_the_batch_nor_on_other_streams(checkpoint: Path) -> None:
@@ -366,30 +394,125 @@ def test_streams_of_another_model_are_refused_with_both_values(size: str, tmp_pa
 # --- Training -------------------------------------------------------------------------------------------
 
 
-def test_streams_learn_what_the_model_says_and_are_served_as_they_were_trained(
-    plain: Any, tmp_path: Path
-) -> None:
-    module = trainable(lora_rank=16, adapters="all")
-    batch = batch_of(module, [[ord("x"), *plain["greedy"][3]]])
+def fit(module: training.Streaming, batch: TrainBatch, num_steps: int = 60) -> dict[str, float]:
+    """Trains on one batch; what the last step says."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(60):
+    for _ in range(num_steps):
         loss, metrics = module(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] / 4
-    assert metrics["accuracy_1"] > 0.9
-    module.save(tmp_path / "trained")
+    return {"loss": loss.item(), **metrics}
 
-    def accepted(directory: Path) -> float:
-        engine = streaming(directory, spec_tokens=3)
-        submit(engine, "0", "x", GREEDY)
-        run(engine)
-        drafts = engine.metrics.drafts
-        return drafts.num_accepted_tokens / drafts.num_drafts
 
-    untrained = accepted(write_streams(tmp_path / "random"))
-    assert untrained < 0.5
-    assert accepted(tmp_path / "trained") > 2.0
+def acceptance(engine: Engine) -> float:
+    """Accepted tokens per draft of the answer to "x"."""
+    submit(engine, "0", "x", GREEDY)
+    run(engine)
+    return engine.metrics.drafts.num_accepted_tokens / engine.metrics.drafts.num_drafts
+
+
+@pytest.fixture(scope="module")
+def trained(plain: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[training.Streaming, Path]:
+    """Streams that know the answer to "x"."""
+    module = trainable(lora_rank=16, adapters="all")
+    batch = batch_of(module, [[ord("x"), *plain["greedy"][3]]])
+    first = module(batch)[0].item()
+    last = fit(module, batch)
+    assert last["loss"] < first / 4
+    assert last["accuracy_1"] > 0.9
+    directory = tmp_path_factory.mktemp("trained")
+    module.save(directory)
+    return module, directory
+
+
+def test_streams_learn_what_the_model_says_and_are_served_as_they_were_trained(
+    trained: tuple[training.Streaming, Path], tmp_path: Path
+) -> None:
+    assert acceptance(streaming(write_streams(tmp_path), spec_tokens=3)) < 0.5
+    assert acceptance(streaming(trained[1], spec_tokens=3)) > 2.0
+    served_as_trained(streaming(trained[1]), trained[0])
+
+
+def test_in_lossless_training_the_model_stays_as_it_is(plain: Any) -> None:
+    module = trainable(adapters="all")
+    before = {name: weight.clone() for name, weight in module._trunk.model.state_dict().items()}
+    fit(module, batch_of(module, [[ord("x"), *plain["greedy"][3]]]), num_steps=2)
+    after = module._trunk.model.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
+def test_what_an_anchor_learns_depends_neither_on_other_anchors_nor_on_other_documents(plain: Any) -> None:
+    module = trainable(num_anchors=40)
+    one, other = [ord("x"), *plain["greedy"][3]], [ord("y"), *plain["greedy"][2]]
+    alone = batch_of(module, [one])
+    packed = batch_of(module, [one + other])
+    packed.positions[0, len(one) :] -= len(one)
+    packed.documents[0, len(one) :] = 1
+    packed.answer[0, len(one)] = False
+    packed.hidden = module._trunk.hidden_states(
+        packed.token_ids, packed.positions, packed.documents, module.hidden_layers
+    )
+    for batch in (alone, packed):
+        main = training._Rows(
+            batch.hidden[1], batch.positions, training.document_mask(batch.positions, batch.documents)
+        )
+        few = torch.tensor([[20]]) if batch is alone else torch.tensor([[3, 20, len(one) + 5]])
+        streams = module._start(main, few)
+        module._step(1, main, streams)
+        said = streams.hidden.unflatten(1, (-1, 3))[0, 0 if batch is alone else 1]
+        if batch is alone:
+            expected = said
+    torch.testing.assert_close(said, expected)
+    # valid anchors are those whose next two tokens are answers of the same document
+    _, valid = packed.future(1)
+    assert len(module._anchors(packed)[0]) == 40
+    assert all(valid[0, anchor] for anchor in module._anchors(packed)[0])
+    assert torch.equal(module._anchors(packed), module._anchors(packed))
+
+
+def test_the_early_exit_learns_which_drafted_tokens_come_true(
+    trained: tuple[training.Streaming, Path], plain: Any
+) -> None:
+    module, directory = trained
+    engine = streaming(directory)
+    answer = [ord("x"), *plain["greedy"][3]]
+    early_exit = proposer_of(engine)._streams.early_exit
+    assert early_exit is not None
+    states = module._trunk.norm(batch_of(module, [answer]).hidden[module._first][0, 5:35])
+    right = torch.tensor(answer[6:36])
+    wrong = (right + 7) % 256
+    probs = [
+        early_exit.probs(states, tokens, torch.full((30,), q)) for tokens, q in ((right, 0.9), (wrong, 0.01))
+    ]
+    assert probs[0].mean() > 0.8
+    assert probs[1].mean() < 0.2
+
+
+def test_shared_training_writes_a_model_and_streams_that_fit_it(plain: Any, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    module = trainable(trunk=Trunk.load(base, torch.float32), mode="shared", lora_rank=16, adapters="all")
+    module._run = replace(module._run, model=str(base))
+    wanted = [ord("x"), *plain["greedy"][2]]  # the model itself would say something else
+    batch = batch_of(module, [wanted])
+    assert fit(module, batch, 100)["next_loss"] < 0.3
+    module.save(tmp_path / "tuned")
+    settings = {"dtype": "float32", "kernels": "reference", "max_num_seqs": 4}
+    engines = [
+        Engine.from_config(EngineConfig(str(tmp_path / "tuned"), **settings, **more))
+        for more in (
+            {},
+            {
+                "spec_method": "streaming",
+                "spec_model": str(tmp_path / "tuned" / "streams"),
+                "spec_tokens": 3,
+                "spec_policy": "fixed",
+            },
+        )
+    ]
+    submit(engines[0], "0", "x", GREEDY)
+    answer = tokens(run(engines[0])["0-0"])
+    assert answer[:20] == wanted[1:21]
+    assert acceptance(engines[1]) > 1.5
+    submit(engines[1], "1", "x", GREEDY)
+    assert tokens(run(engines[1])["1-0"]) == answer

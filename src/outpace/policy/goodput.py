@@ -90,6 +90,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._rate = 0.0  # expected tokens per second
         self._credit_s = 0.0  # time that probing may take
         self._probe_s = 0.0  # and what the next probe needs of it
+        self._asked: set[str] = set()  # sequences that were asked for a draft in the step before
+        self._late: set[str] = set()  # those of them for the first time, and there was none
 
     def limits(self, view: BatchView) -> list[int]:
         """See SpeculationPolicy."""
@@ -143,7 +145,8 @@ class GoodputPolicy(SpeculationPolicy):
             self._learn_costs()
         self._seen.update((s.id, s.context_len) for s in compress(record.view.sequences, limits))
         self._stakes.observe(record)
-        self.acceptance.observe(self._ids, limits, self._drafts, record.num_drafted, record.paths)
+        counted = self._without_late(limits)
+        self.acceptance.observe(self._ids, counted, self._drafts, record.num_drafted, record.paths)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
         if self._probe is not None and self._rate:  # what it won pays for the next one
             self._credit_s += len(record.paths[self._probe]) / self._rate
@@ -152,6 +155,20 @@ class GoodputPolicy(SpeculationPolicy):
         """See SpeculationPolicy."""
         self.acceptance.release(sequence_id)
         self._seen.pop(sequence_id, None)
+        self._asked.discard(sequence_id)
+        self._late.discard(sequence_id)
+
+    def _without_late(self, limits: Sequence[int]) -> list[int]:
+        """The limits that say something of how often drafts come.
+
+        A method that drafts for the step after the one it is asked in has nothing yet for a sequence that it
+        is asked for anew. That sequence is asked once more, or a probe would never see a draft.
+        """
+        asked = set(compress(self._ids, limits))
+        self._late = {i for i, d in zip(self._ids, self._drafts, strict=True) if not d.parents}
+        self._late &= asked - self._asked
+        self._asked = asked
+        return [0 if name in self._late else limit for name, limit in zip(self._ids, limits, strict=True)]
 
     def _learn_costs(self) -> None:
         """In one go: code and data that the model's pass has pushed out of the caches come back once."""
@@ -171,6 +188,9 @@ class GoodputPolicy(SpeculationPolicy):
             self._held_for = self._ids, view.num_rows
             self._probe_s = 0.0
         limits = [min(pair) for pair in zip(self._choice, most, strict=True)]
+        for i in [i for i, name in enumerate(self._ids) if name in self._late and not limits[i]]:
+            limits[i] = min(PROBE_NODES, most[i])
+            self._credit_s -= float(self.cost.draft_s(1, PROBE_NODES, PROBE_NODES))
         if self._credit_s >= self._probe_s:
             self._draft_to_learn(view, limits, [i for i, m in enumerate(most) if m and not limits[i]])
         return limits

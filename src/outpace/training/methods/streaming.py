@@ -137,7 +137,7 @@ class Streaming(TrainableDraft):
         )
         if self._is_shared:
             next_loss = self._next_loss(batch, main)
-            loss, metrics = loss + next_loss, metrics | {"next_loss": float(next_loss)}
+            loss, metrics = loss + next_loss, metrics | {"next_loss": next_loss.item()}
         return loss, metrics
 
     def save(self, directory: Path) -> None:
