@@ -19,7 +19,7 @@ import torch
 from outpace.errors import ConfigError
 from outpace.kernels import Kernels, Linear
 from outpace.models.config import ModelConfig
-from outpace.models.decoder import Layer
+from outpace.models.decoder import Decoder, Layer
 
 # The linear layers of a decoder layer, as it has them fused: their parts, and what each part reads.
 FUSED = {
@@ -208,30 +208,22 @@ class Streams:
         early_exit: Or None where there is none.
     """
 
-    def __init__(
-        self,
-        config: StreamConfig,
-        model: ModelConfig,
-        weights: dict[str, torch.Tensor],
-        kernels: Kernels,
-        head: torch.Tensor,
-    ) -> None:
+    def __init__(self, config: StreamConfig, weights: dict[str, torch.Tensor], decoder: Decoder) -> None:
         """Packs the weights.
 
         Args:
             config: Their shape.
-            model: The model's.
-            weights: As `config.weight_shapes(model)` names them, in the model's dtype.
-            kernels: The model's.
-            head: [vocab, hidden], the model's output head.
+            weights: As `config.weight_shapes` names them for the decoder's model, in its dtype.
+            decoder: The model.
         """
         self.config = config
         self._embeddings = weights["embeddings"]
-        first = model.num_layers - config.num_stream_layers
+        model = decoder.config
         self._adapters = tuple(
-            _adapters(weights, f"layers.{index}.", model, kernels) for index in range(first, model.num_layers)
+            _adapters(weights, f"layers.{index}.", model, decoder.kernels)
+            for index in range(model.num_layers - config.num_stream_layers, model.num_layers)
         )
-        self.early_exit = EarlyExit(weights, head) if config.exit_rank else None
+        self.early_exit = EarlyExit(weights, decoder.head_weight()) if config.exit_rank else None
 
     def split(self, layers: Sequence[Layer]) -> tuple[Sequence[Layer], Sequence[Layer]]:
         """A decoder's layers before streams begin, and those that streams go through."""

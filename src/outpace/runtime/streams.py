@@ -78,7 +78,7 @@ class StreamPass:
         residual = decoder.embed(batch.token_ids)
         normed = decoder.run(residual, lower, batch.rows, cache)
         layout = lay_out(batch, self.choose(normed), config.num_streams)
-        joined = torch.empty(len(layout.rows.positions), residual.shape[1], dtype=residual.dtype)
+        joined = residual.new_empty(len(layout.rows.positions), residual.shape[1])
         joined[layout.own] = residual
         joined[layout.streams] = self.streams.start(residual[layout.anchors])
         upper = self.streams.adapt(upper, layout.streams)

@@ -81,7 +81,8 @@ class Streaming(Proposer):
 
     def streams(self, batch: Batch, price: Price) -> StreamPass | None:
         """See Proposer."""
-        anchors = [self._anchors(entry) for entry in batch.entries]
+        wanted, self._wanted = self._wanted, set()
+        anchors = [self._anchors(entry) if entry.sequence.id in wanted else [] for entry in batch.entries]
         if not any(anchors):
             return None
         return StreamPass(self._streams, anchors, partial(self._choose, batch, anchors, price))
@@ -118,8 +119,6 @@ class Streaming(Proposer):
     def _anchors(self, entry: BatchEntry) -> list[int]:
         """Rows of an entry whose streams could make a draft, as far as there is room in the cache."""
         sequence, request = entry.sequence, entry.sequence.request
-        if entry.first_sample is None or sequence.id not in self._wanted:
-            return []
         num_streams = self._streams.config.num_streams
         positions = self._decoder.config.max_position_embeddings
         left = request.max_tokens - sequence.num_output - 1  # after the token that follows the last known one
@@ -209,6 +208,6 @@ def create(context: DraftContext) -> Streaming:
 
     checkpoint = read_draft(settings.model, "streaming", model, shapes, decoder.dtype, KEYS)
     config = stream_config(checkpoint.settings)
-    streams = Streams(config, model, checkpoint.weights, decoder.kernels, decoder.head_weight())
+    streams = Streams(config, checkpoint.weights, decoder)
     branching = settings.draft_branching or config.branching
     return Streaming(streams, decoder, context.kv, branching, settings.stream_min_prob)

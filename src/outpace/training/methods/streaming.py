@@ -6,6 +6,9 @@
 Streams are trained at anchors, positions that are drawn anew in each batch, as many in every row. Those of
 an anchor attend to the tokens up to it and to each other, as when they are served, and to no other streams.
 
+`shared` writes a model, and its streams into `streams` there: `outpace serve DIR --spec-method streaming
+--spec-model DIR/streams`.
+
 The early exit is fitted alongside: to whether the tokens that a stream would draft come true, given the
 state, where streams begin, of the token before (`outpace.models.streams`).
 """
@@ -214,7 +217,9 @@ class Streaming(TrainableDraft):
         with torch.set_grad_enabled(self._is_shared and torch.is_grad_enabled()):
             q, k, v = self._heads(index, layer.input_layernorm(main.hidden), main.positions, self._is_shared)
             seen = main.positions
-            main.hidden = self._finish(index, main, q, k, v, seen, self._is_shared)
+            is_last = index + 1 == self._trunk.config.num_layers
+            if self._is_shared or not is_last:  # a frozen model's own logits train nothing
+                main.hidden = self._finish(index, main, q, k, v, seen, self._is_shared)
         if streams is not None:
             x = layer.input_layernorm(streams.hidden)
             q, own_k, own_v = self._heads(index, x, streams.positions, True)
