@@ -9,7 +9,7 @@ The section is that of the `speculators` library; its algorithms do not include 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def read_draft(
     target: ModelConfig,
     shapes: Callable[[dict[str, Any]], Shapes],
     dtype: torch.dtype,
+    keys: Collection[str],
 ) -> DraftCheckpoint:
     """Reads the checkpoint of a method and makes sure that it fits the target.
 
@@ -104,6 +105,7 @@ def read_draft(
         target: The target's shape.
         shapes: Name and shape of every weight, from the method's settings.
         dtype: Of the weights that are returned.
+        keys: Settings of the method that there must be.
 
     Raises:
         ConfigError: There is none, it is of another method, or made for another target.
@@ -134,4 +136,6 @@ def read_draft(
     settings = config.get(method)
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: config.json has no settings of {method}")
+    if missing := sorted(set(keys) - settings.keys()):
+        raise ConfigError(f"{path}: config.json has no {missing[0]!r} of {method}")
     return DraftCheckpoint(settings, load_tensors(path, shapes(settings), dtype))

@@ -158,6 +158,7 @@ def create(context: DraftContext) -> Medusa:
         target.config,
         lambda settings: _shapes(settings, target.config),
         target.dtype,
+        keys=("num_heads", "own_heads", "tree"),
     )
     kernels, weights = target.kernels, draft.weights
     heads = range(draft.settings["num_heads"])
