@@ -306,10 +306,14 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _add_training(commands: Any) -> None:
-    from outpace.training.commands import add_train_flags
+    from outpace.training.commands import add_distill_flags, add_evaluate_flags, add_train_flags
 
-    help = "train a draft for a model"
-    add_train_flags(commands.add_parser("train", help=help, description=help + ".", allow_abbrev=False))
+    for name, add_flags, help in (
+        ("train", add_train_flags, "train a draft for a model"),
+        ("distill", add_distill_flags, "answer a dataset's prompts with a model, to train drafts on"),
+        ("evaluate", add_evaluate_flags, "measure what a trained draft gives when it is served"),
+    ):
+        add_flags(commands.add_parser(name, help=help, description=help + ".", allow_abbrev=False))
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:

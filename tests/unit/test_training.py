@@ -20,6 +20,7 @@ from outpace.engine.engine import Engine
 from outpace.errors import ConfigError
 from outpace.llm import LLM
 from outpace.models.tokenizer import load_tokenizer
+from outpace.training import distill as distill_module
 from outpace.training import losses, trainer
 from outpace.training import method as methods
 from outpace.training.data import (
@@ -32,6 +33,8 @@ from outpace.training.data import (
     load_corpus,
     pack,
 )
+from outpace.training.distill import DistillConfig, distill
+from outpace.training.evaluate import EvaluateConfig, engine_configs
 from outpace.training.hidden import HiddenStates
 from outpace.training.losses import head_cross_entropy
 from outpace.training.method import Recipe
@@ -541,3 +544,122 @@ def test_training_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
     with pytest.raises(ConfigError, match=r"pip install 'outpace\[train\]'"):
         trainer._accelerator()
+
+
+# --- A draft model --------------------------------------------------------------------------------------
+
+
+def test_a_draft_model_is_trained_saved_as_a_model_and_served(
+    target: Path, texts: str, tmp_path: Path
+) -> None:
+    options = {"max_len": 64, "batch_tokens": 512, "holdout": 4, "dtype": "float32", "lr": 1e-2}
+    out = tmp_path / "small"
+    run = TrainConfig("draft_model", texts, out, str(target), {"num_layers": 1}, epochs=10, **options)  # type: ignore[arg-type]
+    report = train(run)
+    first, *_, last = losses_of(out)
+    assert last < 0.5 * first
+    small, whole = load_file(out / "model.safetensors"), load_file(target / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(small[name], whole[name])
+    changed = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(small[changed], whole[changed])
+    assert not any(name.startswith("model.layers.1.") for name in small)
+    assert report["num_parameters"] == sum(small[n].numel() for n in small if "layers" in n or "norm" in n)
+    engine = tiny_engine(spec_method="draft_model", spec_model=str(out))
+    assert answers(engine, GREEDY) == answers(tiny_engine(), GREEDY)
+
+
+def test_a_draft_model_is_smaller_than_its_target(target: Path, texts: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_layers of draft_model must be below the target's 2, got 2"):
+        train(TrainConfig("draft_model", texts, tmp_path / "o", str(target), {"num_layers": 2}, max_len=64))
+
+
+# --- Distillation and evaluation ------------------------------------------------------------------------
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_distilled_answers_are_the_targets_own_turn_by_turn(target: Path, tmp_path: Path) -> None:
+    questions = [row("hi", "there", "and", "you", "?"), "no json", row("x", "y", source="s")]
+    data = write_rows(tmp_path / "data.jsonl", questions)
+    llm = LLM.from_engine(engine_of(target))
+    out = tmp_path / "own.jsonl.gz"
+    report = distill(llm, DistillConfig(data, out, max_tokens=5, max_bad_share=0.5))
+    first, second = rows_of(out)
+    asked: Any = [{"role": "user", "content": "x"}]
+    (result,) = llm.chat(asked, replace(GREEDY, max_tokens=5, ignore_eos=False))
+    assert second["messages"] == [*asked, {"role": "assistant", "content": result.outputs[0].text}]
+    assert second["source"] == "s"
+    assert first["truncated"]
+    assert [m["role"] for m in first["messages"]] == ["user", "assistant"]  # half an answer has no next turn
+    assert report == json.loads((tmp_path / "own.jsonl.gz.json").read_text(), object_pairs_hook=dict) | {
+        "bad_lines": report["bad_lines"]
+    }
+    assert (report["num_written"], report["num_truncated"], report["is_complete"]) == (2, 2, True)
+    assert report["bad_lines"][0][0] == f"{data}:2"
+    corpus, _ = load_corpus(str(out), byte_tokenizer(), (EOS,), 64, 0)
+    ends = corpus.offsets[1:] - 1
+    assert corpus.answer[ends].all()  # nothing follows an answer that was cut
+
+
+def test_an_interrupted_distillation_goes_on_to_the_same_file(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", [row(chr(97 + i), "x") for i in range(10)])
+    llm = LLM.from_engine(engine_of(target))
+    monkeypatch.setattr(distill_module, "_CHUNK", 3)
+    whole, parts = tmp_path / "whole.jsonl.gz", tmp_path / "parts.jsonl.gz"
+    common: dict[str, Any] = {"temperature": 1.0, "max_tokens": 4, "seed": 3}
+    distill(llm, DistillConfig(data, whole, **common))
+    append = distill_module._append
+    calls = []
+
+    def torn(path: Path, rows: list[Any], num_bytes: int) -> int:
+        calls.append(num_bytes)
+        if len(calls) == 3:
+            with path.open("ab") as file:
+                file.write(b"half a member")
+            raise KeyboardInterrupt
+        return append(path, rows, num_bytes)
+
+    monkeypatch.setattr(distill_module, "_append", torn)
+    with pytest.raises(KeyboardInterrupt):
+        distill(llm, DistillConfig(data, parts, **common))
+    with pytest.raises(ConfigError, match="exists: choose another --out, or --resume its run"):
+        distill(llm, DistillConfig(data, parts, **common))
+    with pytest.raises(ConfigError, match="was begun with seed 3, not 4"):
+        distill(llm, DistillConfig(data, parts, resume=True, **common | {"seed": 4}))
+    distill(llm, DistillConfig(data, parts, resume=True, **common))
+    assert rows_of(parts) == rows_of(whole)
+    assert len(calls) == 5
+
+
+def test_evaluation_reports_what_the_engine_accepted(
+    simple: Path, chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_rows(tmp_path / "data.jsonl", [row(chr(97 + i), "x") for i in range(6)])
+    flags = ["--data", data, "--concurrency", "1", "4", "--spec-policy", "fixed", "--spec-tokens", "3"]
+    flags += ["--max-tokens", "20", "--num-threads", "1", "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", str(chain), *flags]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads((tmp_path / "out.json").read_text())
+    assert [result["concurrency"] for result in report["results"]] == [1, 4]
+    for result in report["results"]:
+        assert result["num_answers"] == result["num_same_answers"] == 6
+        assert 1 <= result["tokens_per_step"] <= 4
+        assert result["speed_up"] > 0
+        by_depth = result["acceptance_by_depth"]
+        assert result["acceptance_length"] == pytest.approx(1 + sum(by_depth))
+        assert by_depth == sorted(by_depth, reverse=True)
+    alone, beside = report["results"]
+    assert alone["acceptance_by_depth"] == beside["acceptance_by_depth"]
+
+
+def test_a_directory_that_names_no_target_needs_one_named(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not say which model it drafts for: name it with --model"):
+        engine_configs(EvaluateConfig(target, "x"))
+    plain, drafting = engine_configs(EvaluateConfig(target, "x", model="y", concurrency=(2,)))
+    assert (plain.model, plain.max_num_seqs, drafting.spec_method) == ("y", 2, "draft_model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,20 +62,114 @@ def _train(args: argparse.Namespace) -> int:
     names = set(TrainConfig.__dataclass_fields__) - {"settings"}
     values = {name: value for name, value in vars(args).items() if name in names}
     report = train(TrainConfig(settings=settings, **values))
-    _print_table(f"{args.method}, {report['num_steps']} steps", report["metrics"])
+    rows = [[name, _shown(value)] for name, value in report["metrics"].items()]
+    _print_table(f"{args.method}, {report['num_steps']} steps", ["", "held out"], rows)
     print(json.dumps(report))
     return 0
 
 
-def _print_table(title: str, values: dict[str, Any]) -> None:
+def add_distill_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `outpace distill`, with the function that runs it as `run`."""
+    from outpace import settings
+    from outpace.config import EngineConfig
+
+    parser.set_defaults(run=_distill)
+    add = parser.add_argument
+    add(
+        "--data",
+        required=True,
+        metavar="FILE|HUB_ID",
+        help="JSON lines (.gz) with messages, or a hub dataset",
+    )
+    add("--out", required=True, type=Path, metavar="FILE", help="what to write, .jsonl or .jsonl.gz")
+    add("--temperature", type=_not_negative, default=0.0, metavar="X", help="of the answers (default: 0)")
+    add("--max-tokens", type=_count, default=512, metavar="N", help="of an answer (default: 512)")
+    add("--num-conversations", type=_count, metavar="N", help="the first so many (default: all)")
+    add("--max-bad-share", type=_share, default=0.01, metavar="X", help="of unusable lines (default: 0.01)")
+    add("--resume", action="store_true", help="go on where an earlier run stopped, with the same settings")
+    settings.add_flags(parser, [EngineConfig], model_positional=False)
+
+
+def _distill(args: argparse.Namespace) -> int:
+    import os
+
+    from outpace import settings
+    from outpace.config import EngineConfig
+
+    engine = settings.load(EngineConfig, vars(args), os.environ)
+    from outpace.training.distill import DistillConfig, run_distill
+
+    names = set(DistillConfig.__dataclass_fields__) - {"seed"}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    report = run_distill(engine, DistillConfig(seed=engine.seed, **values), sys.stderr.isatty())
+    print(json.dumps(report))
+    return 0
+
+
+def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `outpace evaluate`, with the function that runs it as `run`."""
+    parser.set_defaults(run=_evaluate)
+    add = parser.add_argument
+    add("draft", type=Path, metavar="DIR", help="what outpace train wrote")
+    add("--data", required=True, metavar="FILE|HUB_ID", help="conversations whose prompts are answered")
+    add("--model", metavar="MODEL", help="the target (default: the one that the draft was trained for)")
+    add("--num-prompts", type=_count, default=80, metavar="N", help="how many (default: 80)")
+    add(
+        "--concurrency",
+        type=_count,
+        nargs="+",
+        default=[1, 8, 32],
+        metavar="N",
+        help="requests at a time, each measured by itself (default: 1 8 32)",
+    )
+    add("--repeat", type=_count, default=1, metavar="N", help="how often each is measured (default: 1)")
+    add("--max-tokens", type=_count, default=128, metavar="N", help="of an answer (default: 128)")
+    add("--temperature", type=_not_negative, default=0.0, metavar="X", help="of the answers (default: 0)")
+    add("--spec-tokens", type=_count, metavar="N", help="most draft tokens for a sequence in a step")
+    add("--spec-policy", default="goodput", metavar="NAME", help="who says how many (default: goodput)")
+    add("--num-threads", type=_count, metavar="N", help="of the kernels (default: one per core)")
+    add("--max-bad-share", type=_share, default=0.01, metavar="X", help="of unusable lines (default: 0.01)")
+    add("--json", type=Path, metavar="FILE", help="write the report here too")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from outpace.bench.report import write_json
+    from outpace.training.evaluate import EvaluateConfig, evaluate
+
+    names = set(EvaluateConfig.__dataclass_fields__) - {"concurrency"}
+    values = {name: value for name, value in vars(args).items() if name in names}
+    report = evaluate(EvaluateConfig(concurrency=tuple(args.concurrency), **values))
+    _print_table(
+        str(args.draft),
+        ["concurrency", *(str(result["concurrency"]) for result in report["results"])],
+        [
+            [name, *(_shown(result[name]) for result in report["results"])]
+            for name in report["results"][0]
+            if name != "concurrency"
+        ],
+    )
+    if args.json:
+        write_json(args.json, report)
+    print(json.dumps(report))
+    return 0
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{x:.2f}" for x in value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """On stderr: stdout is for the JSON."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title)
-    for name in ("", "held out"):
+    for name in columns:
         table.add_column(name, justify="right")
-    for name, value in values.items():
-        table.add_row(name, f"{value:.4f}")
+    for row in rows:
+        table.add_row(*row)
     Console(stderr=True).print(table)
 
 
@@ -105,4 +200,5 @@ def _checked(kind: Callable[[str], Any], fits: Callable[[Any], bool], what: str)
 
 _count = _checked(int, lambda x: x >= 1, "an integer of at least 1")
 _positive = _checked(float, lambda x: 0 < x < float("inf"), "a number above 0")
+_not_negative = _checked(float, lambda x: 0 <= x < float("inf"), "a number of at least 0")
 _share = _checked(float, lambda x: 0 <= x <= 1, "a number in [0, 1]")

@@ -194,13 +194,22 @@ class Corpus:
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], eos_token_ids: Sequence[int]
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    eos_token_ids: Sequence[int],
+    is_cut: bool = False,
 ) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and which of them the assistant answered.
 
     An answer is what the template writes between the opened turn of the assistant and the end of its message,
     up to its first end-of-sequence token: what a served model generates. Where that is in the text is found
     by laying out the conversation's beginnings, so that templates need not mark it.
+
+    Args:
+        tokenizer: The target's.
+        messages: The conversation.
+        eos_token_ids: The target's.
+        is_cut: Whether the last answer was longer: what the template writes behind it is not the model's.
 
     Raises:
         BadLineError: The template refuses the messages, or lays out a beginning differently from the whole.
@@ -215,7 +224,11 @@ def encode_conversation(
                 raise BadLineError(
                     f"the chat template lays out message {number + 1} differently with others after it"
                 )
-            spans.append((len(before), len(through)))
+            end = len(through)
+            if is_cut and number == len(messages) - 1:
+                text = message["content"].rstrip()  # templates may strip it
+                end = through.rindex(text) + len(text)
+            spans.append((len(before), end))
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     token_ids: list[int] = encoded["input_ids"]
     answer = [False] * len(token_ids)
@@ -258,9 +271,10 @@ def load_corpus(
     if not tokenizer.chat_template:
         raise ConfigError("the model has no chat template: conversations cannot be laid out for it")
     report, documents = Report(), []
-    for where, messages, _ in read_conversations(source, report):
+    for where, messages, row in read_conversations(source, report):
         try:
-            token_ids, answer = encode_conversation(tokenizer, messages, eos_token_ids)
+            is_cut = row.get("truncated") is True
+            token_ids, answer = encode_conversation(tokenizer, messages, eos_token_ids, is_cut)
         except BadLineError as error:
             report.add_bad(where, str(error))
             continue

@@ -38,12 +38,14 @@ class Run:
     Attributes:
         method: Its name.
         model: The target as the user named it.
+        path: Where it is.
         seed: Of all chance.
         max_len: Longest document, in tokens.
     """
 
     method: str
     model: str
+    path: Path
     seed: int
     max_len: int
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from outpace.bench.report import provenance, read_json, write_json
-from outpace.config import cache_dir, flag
+from outpace.config import EngineConfig, cache_dir, flag
+from outpace.engine.engine import DEFAULT_MODEL_NAME, choose_dtype
 from outpace.errors import ConfigError
 from outpace.models.hub import resolve_model
 from outpace.models.loader import load_config
@@ -121,7 +122,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config.data, load_tokenizer(path), shape.eos_token_ids, config.max_len, config.max_bad_share
     )
     trunk = load_trunk(config.model, _dtype(config, accelerator.device), accelerator.device)
-    run = Run(config.method, config.model or "SmolLM2-135M-Instruct", config.seed, config.max_len)
+    run = Run(config.method, config.model or DEFAULT_MODEL_NAME, path, config.seed, config.max_len)
     torch.manual_seed(config.seed)
     draft = methods.create(trunk, run, settings)
     training = _Training(config, accelerator, trunk, draft, corpus)
@@ -168,9 +169,6 @@ def _accelerator() -> Accelerator:
 
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    from outpace.config import EngineConfig
-    from outpace.engine.engine import choose_dtype
-
     if config.dtype is not None:
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
     return choose_dtype(EngineConfig()) if device.type == "cpu" else torch.bfloat16
