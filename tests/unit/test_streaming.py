@@ -91,9 +91,16 @@ def with_streams(engine: Engine, batch: Batch, anchors: list[list[int]]) -> Stre
 
 
 def trainable(
-    checkpoint: Path | None = None, trunk: Trunk | None = None, **settings: Any
+    checkpoint: Path | None = None, trunk: Trunk | None = None, path: Path = Path(), **settings: Any
 ) -> training.Streaming:
-    """The training module, by default on the model of `tiny_engine`; with the weights of a checkpoint."""
+    """The training module, by default on the model of `tiny_engine`; with the weights of a checkpoint.
+
+    Args:
+        checkpoint: Of streams, or None for untrained ones.
+        trunk: The model.
+        path: Where the model is, which shared mode takes the tokenizer from.
+        **settings: Of the method.
+    """
     chosen = {
         "num_streams": 3,
         "layer_share": 0.5,
@@ -103,7 +110,7 @@ def trainable(
         **settings,
     }
     trunk = trunk or Trunk(MODEL, _weights())
-    module = training.create(trunk, Run("streaming", "tiny", 0, 256), training.Settings(**chosen))
+    module = training.create(trunk, Run("streaming", "tiny", path, 0, 256), training.Settings(**chosen))
     if checkpoint is not None:
 
         def shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -333,11 +340,11 @@ def test_dear_rows_leave_streams_only_where_they_pay(checkpoint: Path) -> None:
     engine = streaming(checkpoint, spec_tokens=6)
     proposer = proposer_of(engine)
     sequence = started(engine, list(range(20)), 19)
-    proposer.propose([sequence], [6])
     batch = engine.kv.place([Scheduled(sequence, 1, True)], [TREE])
     normed = torch.zeros(6, MODEL.hidden_size)
 
     def kept(price: float) -> int:
+        proposer.propose([sequence], [6])
         beside = proposer.streams(batch, lambda rows, more: price * more)
         assert beside is not None
         return len(beside.choose(normed)[0])
@@ -346,6 +353,7 @@ def test_dear_rows_leave_streams_only_where_they_pay(checkpoint: Path) -> None:
     assert counts[0] == 6
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 1
+    assert proposer.streams(batch, lambda rows, more: 0.0) is None, "it was not asked for drafts in this step"
 
 
 def test_streams_that_could_not_be_used_are_not_computed(checkpoint: Path) -> None:
@@ -491,11 +499,11 @@ def test_the_early_exit_learns_which_drafted_tokens_come_true(
 
 def test_shared_training_writes_a_model_and_streams_that_fit_it(plain: Any, tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
-    module = trainable(trunk=Trunk.load(base, torch.float32), mode="shared", lora_rank=16, adapters="all")
-    module._run = replace(module._run, model=str(base))
+    trunk = Trunk.load(base, torch.float32)
+    module = trainable(trunk=trunk, path=base, mode="shared", lora_rank=16, adapters="all")
     wanted = [ord("x"), *plain["greedy"][2]]  # the model itself would say something else
     batch = batch_of(module, [wanted])
-    assert fit(module, batch, 100)["next_loss"] < 0.3
+    assert fit(module, batch)["next_loss"] < 0.3
     module.save(tmp_path / "tuned")
     settings = {"dtype": "float32", "kernels": "reference", "max_num_seqs": 4}
     engines = [

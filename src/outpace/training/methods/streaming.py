@@ -24,12 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from outpace.config import setting
-from outpace.engine.engine import DEFAULT_MODEL_NAME
 from outpace.errors import ConfigError
 from outpace.models.convert import write_model
 from outpace.models.decoder import rope_table
 from outpace.models.draft_checkpoint import write_draft
-from outpace.models.hub import resolve_model
 from outpace.models.streams import TARGETS, StreamConfig, exit_logits
 from outpace.models.tokenizer import load_tokenizer
 from outpace.training.losses import head_cross_entropy
@@ -149,8 +147,7 @@ class Streaming(TrainableDraft):
         config, run = self.config, self._run
         weights = {name.replace("-", "."): weight.detach() for name, weight in self.weights.items()}
         if self._is_shared:
-            tokenizer = load_tokenizer(resolve_model(None if run.model == DEFAULT_MODEL_NAME else run.model))
-            write_model(directory, model, self._merged(weights), tokenizer)
+            write_model(directory, model, self._merged(weights), load_tokenizer(run.path))
             config, run = replace(config, lora_rank=0, lora_targets=()), replace(run, model=str(directory))
             directory = directory / "streams"
         served = {name: weights[name].to(dtype) for name in config.weight_shapes(model)}
