@@ -83,7 +83,7 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Once upon a time"}]
     }
     data.write_text((json.dumps(row) + "\n") * 8)
-    for method in training.available():
+    for method in set(training.available()) - {"draft_model"}:
         train(
             TrainConfig(
                 method,
