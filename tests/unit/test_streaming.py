@@ -260,6 +260,13 @@ def test_answers_do_not_depend_on_streams(
     assert (engine.scheduler.num_preemptions > 0) == (num_blocks is not None)
 
 
+def test_streams_go_on_beside_other_methods(checkpoint: Path, plain: Any) -> None:
+    engine = tiny_engine(spec_method="prompt_lookup,streaming", spec_model=str(checkpoint), spec_tokens=4)
+    submit(engine, "0", "x", GREEDY)
+    assert tokens(run(engine)["0-0"]) == plain["greedy"][3]
+    assert engine.metrics.drafts.num_drafts > 20, "streams draft where nothing is looked up"
+
+
 def test_a_draft_is_the_most_probable_part_of_the_product_of_all_streams(checkpoint: Path) -> None:
     engine = streaming(checkpoint, spec_tokens=7)
     submit(engine, "0", list(range(20)), GREEDY)

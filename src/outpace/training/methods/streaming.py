@@ -205,7 +205,7 @@ class Streaming(TrainableDraft):
         positions = (main.positions.gather(1, anchors).unsqueeze(2) + ahead).clamp(max=most)
         tokens = main.mask[:, 0].gather(1, at.expand(-1, -1, main.mask.shape[3])).repeat_interleave(gamma, 1)
         before = torch.ones(gamma, gamma, dtype=torch.bool, device=anchors.device).tril()
-        own = torch.block_diag(*[before] * anchors.shape[1]).bool().expand(len(anchors), -1, -1)
+        own = torch.block_diag(*[before] * anchors.shape[1]).expand(len(anchors), -1, -1)
         return _Rows(hidden.flatten(1, 2), positions.flatten(1), torch.cat((tokens, own), 2).unsqueeze(1))
 
     def _step(self, index: int, main: _Rows, streams: _Rows | None = None) -> None:
@@ -263,11 +263,9 @@ class Streaming(TrainableDraft):
         window = config.sliding_windows[index] if config.sliding_windows else None
         if window is not None:
             mask = mask & (rows.positions[:, None, :, None] - seen[:, None, None, :] < window)
-        mixed = (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        # repeated here and not by torch, whose fast kernels take a mask or fewer key heads but not both
+        k, v = (of.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for of in (k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         hidden = rows.hidden + self._linear(index, "self_attn.o_proj", mixed, adapted)
         x = layer.post_attention_layernorm(hidden)
         gate, up = (self._linear(index, f"mlp.{name}_proj", x, adapted) for name in ("gate", "up"))
