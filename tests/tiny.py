@@ -221,7 +221,7 @@ class FakeModel:
         nothing: Any = None
         return Batch(tuple(entries), torch.zeros(row, dtype=torch.int64), nothing, nothing)
 
-    def forward(self, batch: Batch) -> TargetOutput:
+    def forward(self, batch: Batch, streams: Any = None) -> TargetOutput:
         self.on_forward()
         self.passes.append({entry.sequence.id: entry.num_known for entry in batch.entries})
         for entry in batch.entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -73,16 +74,34 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamOutput:
+    """What the streams of a pass say of the tokens after next.
+
+    Attributes:
+        hidden: [anchors, streams, hidden], last hidden states after the final norm.
+        places: For each row that got streams its index in `hidden`: rows are known by the index of their
+            entry in the batch and their node in its tree, -1 for the last known token.
+        num_rows: Their rows, each counted as the share of the layers that it went through.
+    """
+
+    hidden: torch.Tensor
+    places: Mapping[tuple[int, int], int]
+    num_rows: float
+
+
+@dataclass(frozen=True, slots=True)
 class TargetOutput:
     """What the target model says about a batch.
 
     Attributes:
         logits: [samples, vocab], in the model's dtype.
         hidden: [rows, hidden], last hidden states after the final norm, if a proposer asked for them.
+        streams: What streams say that ran beside the rows, if there were any.
     """
 
     logits: torch.Tensor
     hidden: torch.Tensor | None = None
+    streams: StreamOutput | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,15 @@ class SpeculativeConfig:
     suffix_decoding_min_token_prob: float = setting(
         0.1, "suffix: least estimated probability of a drafted path"
     )
-    draft_branching: int = setting(
-        1, "draft_model, self_draft: tokens drafted at each depth; a chain goes on from the first of them"
+    draft_branching: int | None = setting(
+        None,
+        "Tokens drafted at each depth; the default is 1 for draft_model and self_draft, whose chain goes on "
+        "from the first of them, and the checkpoint's for streaming, where any may go on",
+    )
+    stream_min_prob: float | None = setting(
+        None,
+        "streaming: least probability that the accepted path ends at a draft token for it to get streams; by "
+        "default the policy's price of rows decides",
     )
     num_draft_layers: int | None = setting(
         None, "self_draft: layers of the target that draft; the default is a quarter of them"
@@ -104,9 +111,10 @@ class SpeculativeConfig:
         if self.suffix_decoding_max_spec_factor <= 0:
             factor = self.suffix_decoding_max_spec_factor
             raise ConfigError(f"suffix_decoding_max_spec_factor must be above 0, got {factor}")
-        if not 0 <= self.suffix_decoding_min_token_prob <= 1:
-            prob = self.suffix_decoding_min_token_prob
-            raise ConfigError(f"suffix_decoding_min_token_prob must be in [0, 1], got {prob}")
+        for name in ("suffix_decoding_min_token_prob", "stream_min_prob"):
+            prob = getattr(self, name)
+            if prob is not None and not 0 <= prob <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {prob}")
         self._check_verification()
 
     @property
@@ -154,7 +162,11 @@ class SpeculativeConfig:
             raise ConfigError(
                 f"{' and '.join(with_model)} each need a model, and there is one: choose one of them"
             )
-        users = {"model": MODEL_METHODS, "num_draft_layers": ("self_draft",)}
+        users = {
+            "model": MODEL_METHODS,
+            "num_draft_layers": ("self_draft",),
+            "stream_min_prob": ("streaming",),
+        }
         for key, methods in users.items():
             # a method from outside may use what it likes
             if getattr(self, key) is not None and not set(methods) & set(names) and "." not in self.method:
@@ -218,8 +230,8 @@ class EngineConfig:
     seed: int = setting(0, "Seeds the draw of seeds for requests that give none")
     spec_method: str | None = setting(
         None,
-        "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft, medusa, "
-        "redrafter; several with commas",
+        "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft, medusa, redrafter, "
+        "streaming; several with commas",
     )
     spec_model: str | None = setting(
         None,

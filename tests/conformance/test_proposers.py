@@ -51,6 +51,7 @@ class Checked(Proposer):
         self.proposer, self.blocks = proposer, blocks
         self.observe = proposer.observe  # type: ignore[method-assign]
         self.release = proposer.release  # type: ignore[method-assign]
+        self.streams = proposer.streams  # type: ignore[method-assign]
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
         before = [(list(s.token_ids), s.num_computed, list(s.block_ids)) for s in sequences]

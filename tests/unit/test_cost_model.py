@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,19 @@ def test_features_that_grow_together_and_one_slow_start_leave_no_lasting_error()
             seconds = 0.11 if step == 2 else rng.uniform(1e-4, 2e-4) + 1e-6 * behind
             cost.observe(seconds, sequences, 7 * sequences, 7, behind)
         assert cost.seconds(8, 56, 7, 24) < 5e-4
+
+
+def test_rows_that_only_draft_are_what_drafting_costs_and_leave_the_target_as_it_is() -> None:
+    truth, cost = model(), model()
+    asked = float(truth.draft_s(4, 12, 3))
+    for _ in range(200):
+        seen = record(truth, 4, 3)
+        streams = float(truth.target_s(16 + 24, 16, 400, 1600)) - seen.seconds["forward"]
+        seconds = {**seen.seconds, "forward": seen.seconds["forward"] + streams}
+        cost.observe(replace(seen, seconds=seconds | {"total": sum(seconds.values())}, num_stream_rows=24.0))
+    assert streams > 0.01
+    assert cost.target_s(16, 16, 400, 1600) == pytest.approx(truth.target_s(16, 16, 400, 1600), rel=1e-3)
+    assert cost.draft_s(4, 12, 3) == pytest.approx(asked + streams, rel=0.05)
 
 
 def test_json_holds_everything_and_comes_back_the_same() -> None:

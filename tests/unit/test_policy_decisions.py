@@ -105,6 +105,42 @@ def test_when_nothing_is_ever_accepted_it_stops_within_thirty_steps() -> None:
     assert sum(map(sum, steps[30:])) <= 4, "only probes"
 
 
+def test_a_probe_waits_for_a_method_that_drafts_a_step_after_it_is_asked() -> None:
+    policy = load_policy("goodput", context(COSTLY_DRAFTS))
+    assert isinstance(policy, GoodputPolicy)
+    asked: list[int] = [0] * 8
+    num_asked = num_drafts = 0
+    for _ in range(2000):
+        seen = view(8)
+        limits = policy.limits(seen)
+        lengths = [limit if before else 0 for limit, before in zip(limits, asked, strict=True)]
+        kept = policy.trim(seen, [DraftTree.chain((0,) * length) for length in lengths]) or [0] * 8
+        drafted = [min(pair) for pair in zip(lengths, kept, strict=True)]
+        done = record(seen, limits, 0, 0.0, drafted)
+        forward, propose = 0.001 * done.num_rows, 0.004 * sum(map(bool, limits))
+        total = {"forward": forward, "propose": propose, "total": forward + propose}
+        policy.observe(replace(done, seconds=total))
+        asked = limits
+        num_asked += sum(map(bool, limits))
+        num_drafts += sum(map(bool, lengths))
+    assert num_asked < 0.1 * 8 * 2000, "drafting does not pay"
+    assert num_drafts > 0.4 * num_asked > 4, "every probe sees its draft"
+    present, _ = policy.acceptance.before(["0"])
+    assert present[0][0] > 0.9
+
+
+def test_the_price_of_rows_is_the_tokens_that_their_time_would_have_given() -> None:
+    # 1 ms a row: four sequences alone give a token per millisecond, so a row costs a token
+    policy = load_policy("goodput", context(COSTLY_DRAFTS))
+    policy.limits(view(4))
+    assert policy.price(4, 8.0) == pytest.approx(8.0, rel=0.01)
+    assert policy.price(4, 0.0) == 0.0
+    policy = load_policy("goodput", context(FREE))
+    policy.limits(view(4))
+    assert 0 < policy.price(4, 8.0) < 0.001
+    assert load_policy("fixed", context(DEAR)).price(4, 8.0) == 0.0
+
+
 def test_a_bypassed_step_has_no_drafts_to_cut() -> None:
     policy = load_policy("goodput", context(COSTLY_DRAFTS))
     seen = view(4)

@@ -181,7 +181,7 @@ class Engine:
         trees = self._trim(view, trees)
         lap("policy")
         batch = self.kv.place(plan.scheduled, trees)
-        target = self.runner.forward(batch)
+        target = self.runner.forward(batch, self.proposer.streams(batch, self.policy.price))
         lap("forward")
         verdict = self.verifier.verify(batch, target, self.grammars.allowed(batch))
         self.kv.commit(batch, verdict)
@@ -191,7 +191,8 @@ class Engine:
         outputs = self.grammars.judge(self.scheduler.advance(plan, verdict))
         lap("advance")
         methods = self._several.records if self._several is not None else ()
-        self._learn(self.metrics.record(view, limits, batch, verdict, self.policy.predicted_s, methods))
+        predicted_s = self.policy.predicted_s
+        self._learn(self.metrics.record(view, limits, batch, target, verdict, predicted_s, methods))
         lap("policy")
         self.metrics.finish_step(plan.decoding, outputs)
         for output in outputs:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from outpace.batch import Batch, Verdict
+from outpace.batch import Batch, TargetOutput, Verdict
 from outpace.engine.scheduler import Scheduler
 from outpace.policy.base import BatchView, MethodRecord, StepRecord
 from outpace.request import DraftStep, FinishReason, Output, Sequence
@@ -161,6 +161,7 @@ class Metrics(Collector):
         view: BatchView,
         limits: Iterable[int],
         batch: Batch,
+        target: TargetOutput,
         verdict: Verdict,
         predicted_s: float | None,
         methods: tuple[MethodRecord, ...] = (),
@@ -198,6 +199,7 @@ class Metrics(Collector):
             paths=tuple(decision.path for _, decision in pairs),
             seconds={**self._laps, "total": total},
             num_rows=batch.num_rows,
+            num_stream_rows=0.0 if target.streams is None else target.streams.num_rows,
             num_tokens=sum(len(decision.token_ids) for _, decision in pairs),
             predicted_s=predicted_s,
             methods=methods,

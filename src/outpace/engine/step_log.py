@@ -47,6 +47,7 @@ def line(record: StepRecord) -> dict[str, object]:
         "waiting": view.num_waiting,
         "known_rows": view.num_rows,
         "rows": record.num_rows,
+        "stream_rows": round(record.num_stream_rows, 2),
         "context": view.num_context,
         "limits": {str(limit): record.limits.count(limit) for limit in sorted(set(record.limits))},
         "drafted": sum(drafted),

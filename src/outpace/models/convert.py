@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from outpace.models.hf_config import ARCHITECTURES
 from outpace.models.hub import resolve_model
 from outpace.models.loader import load_config, load_weights
 from outpace.models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -35,10 +38,26 @@ def convert(source: str | None, out: Path, dtype: str = "bfloat16") -> None:
         raise ConfigError(f"{out} exists and is not an empty directory")
     path = resolve_model(source)
     config = load_config(path)
+    write_model(out, config, load_weights(path, config, _DTYPES[dtype]), load_tokenizer(path))
+
+
+def write_model(
+    out: Path, config: ModelConfig, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Writes a Hugging Face directory.
+
+    Args:
+        out: Where to; made if it is not there.
+        config: The model's shape.
+        weights: As `config.weight_shapes()` names them, of one dtype.
+        tokenizer: The model's.
+
+    Raises:
+        ConfigError: It cannot be written, or the model cannot be written so.
+    """
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids) or None}
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     content = hugging_face_config(config) | special | {"dtype": dtype}
-    weights = load_weights(path, config, _DTYPES[dtype])
-    tokenizer = load_tokenizer(path)
 
     from huggingface_hub import save_torch_state_dict
 

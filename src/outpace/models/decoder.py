@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,6 +68,22 @@ class Decoder:
         part._layers = self._layers[:num_layers]
         return part
 
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All of them, the first one first."""
+        return self._layers
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream before the first layer: [rows] int64 -> [rows, hidden]."""
+        return self._embedding[token_ids]
+
+    def head_weight(self) -> torch.Tensor:
+        """The output head's weight, [vocab, hidden]; a copy where the head is not the embedding."""
+        if self.config.tie_word_embeddings:
+            return self._embedding
+        # Packed weights are not kept unpacked; a unit vector reads a column of them, exactly.
+        return self.logits(torch.eye(self.config.hidden_size, dtype=self.dtype)).T.contiguous()
+
     @torch.inference_mode()
     def forward(
         self, token_ids: torch.Tensor, rows: Rows, cache: list[tuple[torch.Tensor, torch.Tensor]]
@@ -81,23 +98,39 @@ class Decoder:
         Returns:
             [rows, hidden]: hidden states after the final norm.
         """
+        return self.run(self.embed(token_ids), self._layers, rows, cache)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        residual: torch.Tensor,
+        layers: Sequence[Layer],
+        rows: Rows,
+        cache: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    ) -> torch.Tensor:
+        """Runs some layers, at least one.
+
+        Args:
+            residual: [rows, hidden], the residual stream before the first of them; after the call it is the
+                one behind the last.
+            layers: Which, in order.
+            rows: Where the rows stand.
+            cache: For each of the layers its cache, at least.
+
+        Returns:
+            [rows, hidden]: the final norm of the residual stream behind them.
+        """
         kernels, eps = self.kernels, self.config.rms_norm_eps
         attend = kernels.attention(self._heads, self._rope, eps, rows)
-        residual = self._embedding[token_ids]
-        x = kernels.rms_norm(residual, self._layers[0].input_norm, eps)
-        for i, layer in enumerate(self._layers):
+        x = kernels.rms_norm(residual, layers[0].input_norm, eps)
+        for i, layer in enumerate(layers):
             mixed = attend(layer.qkv(x), *cache[i], layer.q_norm, layer.k_norm, layer.window)
             x = kernels.add_rms_norm(layer.out(mixed), residual, layer.post_norm, eps)
             change = layer.down(kernels.silu_mul(layer.gate_up(x)))
-            next_norm = self._layers[i + 1].input_norm if i + 1 < len(self._layers) else self._norm
+            next_norm = layers[i + 1].input_norm if i + 1 < len(layers) else self._norm
             x = kernels.add_rms_norm(change, residual, next_norm, eps)
         return x
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[rows] int64 -> [rows, hidden]: the tokens' embeddings."""
-        return self._embedding[token_ids]
-
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head: [rows, hidden] -> [rows, vocab]."""
         return self._head(hidden)

@@ -133,6 +133,8 @@ class StepRecord:
         num_tokens: Tokens emitted.
         predicted_s: What the policy expected of the total; None if it does not predict.
         methods: What each draft method did, where there are several.
+        num_stream_rows: Rows beside those in the forward that only make drafts, each counted as the share of
+            the layers that it went through.
         num_drafted: Draft nodes verified, per sampling sequence.
     """
 
@@ -145,6 +147,7 @@ class StepRecord:
     num_tokens: int
     predicted_s: float | None = None
     methods: tuple[MethodRecord, ...] = ()
+    num_stream_rows: float = 0.0
     num_drafted: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -203,6 +206,18 @@ class SpeculationPolicy(ABC):
             drafts: What was drafted, one tree per sequence, some perhaps empty.
         """
         return None
+
+    def price(self, num_rows: int, num_more: float) -> float:
+        """What rows of the step at hand cost in tokens: others could have had as many in the same time.
+
+        Args:
+            num_rows: Rows that the step has, drafts included.
+            num_more: Rows to be added.
+
+        Returns:
+            Tokens that these must bring to be worth it; 0 if the policy does not weigh the two.
+        """
+        return 0.0
 
     def observe(self, record: StepRecord) -> None:
         """Learns from a finished step."""

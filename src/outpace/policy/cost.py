@@ -262,9 +262,13 @@ class CostModel:
         target = float(self.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
         predicted = target + float(self.draft_s(*asked, behind)) + self.host_s(num_scheduled)
         self._errors.append(abs(predicted - seconds["total"]) / seconds["total"])
-        self._observe_target(shape.rows, target, seconds.get("forward", 0.0) + seconds.get("verify", 0.0))
+        # Rows that only draft are part of what drafting costs, as far as a pass with as many more is longer.
+        rows = shape.rows + record.num_stream_rows
+        streams = float(self.target_s(rows, shape.samples, shape.context, shape.pairs)) - target
+        forward = seconds.get("forward", 0.0) + seconds.get("verify", 0.0)
+        self._observe_target(rows, target + streams, forward)
         if asked[0]:
-            self._draft.observe(seconds.get("propose", 0.0), *asked, behind)
+            self._draft.observe(seconds.get("propose", 0.0) + streams, *asked, behind)
             self._num_drafts_to_see -= 1
         self._host.observe(sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES), 1.0, num_scheduled)
 

@@ -101,6 +101,9 @@ class GoodputPolicy(SpeculationPolicy):
         self._rate = 0.0  # expected tokens per second
         self._credit_s = 0.0  # time that probing may take
         self._probe_s = 0.0  # and what the next probe needs of it
+        self._asked: set[str] = set()  # sequences that were asked for a draft in the step before
+        self._late: set[str] = set()  # those of them for the first time, and there was none
+        self._chooses = False  # whether it says before drafting whom to ask
         self._methods: Methods | None = None
         if len(methods) > 1:
             from outpace.policy.methods import Methods  # not at the top: it imports this module
@@ -119,10 +122,9 @@ class GoodputPolicy(SpeculationPolicy):
         plain_s = self._plain_s(view)
         if self._methods is not None:
             self._limits = self._ask_several(self._methods, view, most, plain_s)
-        elif self.cost.knows_draft and self._draft_s(most, HORIZON) > FREE * plain_s:
-            self._limits = self._worthwhile(view, most)
         else:
-            self._limits = most
+            self._chooses = self.cost.knows_draft and self._draft_s(most, HORIZON) > FREE * plain_s
+            self._limits = self._worthwhile(view, most) if self._chooses else most
         self._usual_s = self._draft_s(self._limits, HORIZON)
         self._drafting_s = self._draft_s(self._limits)
         self.predicted_s = plain_s + self._drafting_s
@@ -160,6 +162,14 @@ class GoodputPolicy(SpeculationPolicy):
             self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
         return counts
 
+    def price(self, num_rows: int, num_more: float) -> float:
+        """See SpeculationPolicy."""
+        assert self._view is not None, "a step has its limits before it has rows"
+        samples = len(self._ids)
+        rate = self._rate or samples / self._plain_s(self._view)
+        before, after = self.cost.target_s(np.array([num_rows, num_rows + num_more]), samples, 0, 0)
+        return rate * float(after - before)
+
     def observe(self, record: StepRecord) -> None:
         """See SpeculationPolicy."""
         assert record.view is self._view, "a step is observed before the next one is planned"
@@ -173,7 +183,8 @@ class GoodputPolicy(SpeculationPolicy):
         if self._methods is not None:
             self._credit_s += self._methods.observe(record) / max(self._rate, 1.0)
             return
-        self.acceptance.observe(self._ids, limits, self._drafts, record.num_drafted, record.paths)
+        counted = self._without_late(limits) if self._chooses else limits
+        self.acceptance.observe(self._ids, counted, self._drafts, record.num_drafted, record.paths)
         if self._probe is not None and self._rate:  # what it won pays for the next one
             self._credit_s += len(record.paths[self._probe]) / self._rate
 
@@ -182,8 +193,22 @@ class GoodputPolicy(SpeculationPolicy):
         self.acceptance.release(sequence_id)
         self._seen.pop(sequence_id, None)
         self._reach.pop(sequence_id, None)
+        self._asked.discard(sequence_id)
+        self._late.discard(sequence_id)
         if self._methods is not None:
             self._methods.release(sequence_id)
+
+    def _without_late(self, limits: Sequence[int]) -> list[int]:
+        """The limits that say something of how often drafts come.
+
+        A method that drafts for the step after the one it is asked in has nothing yet for a sequence that it
+        is asked for anew. That sequence is asked once more, or a probe would never see a draft.
+        """
+        asked = set(compress(self._ids, limits))
+        self._late = {i for i, d in zip(self._ids, self._drafts, strict=True) if not d.parents}
+        self._late &= asked - self._asked
+        self._asked = asked
+        return [0 if name in self._late else limit for name, limit in zip(self._ids, limits, strict=True)]
 
     def _learn_costs(self) -> None:
         """In one go: code and data that the model's pass has pushed out of the caches come back once."""
@@ -203,6 +228,9 @@ class GoodputPolicy(SpeculationPolicy):
             self._held_for = self._ids, view.num_rows
             self._probe_s = 0.0
         limits = [min(pair) for pair in zip(self._choice, most, strict=True)]
+        for i in [i for i, name in enumerate(self._ids) if name in self._late and not limits[i]]:
+            limits[i] = min(PROBE_NODES, most[i])
+            self._credit_s -= float(self.cost.draft_s(1, PROBE_NODES, PROBE_NODES))
         if self._credit_s >= self._probe_s:
             self._draft_to_learn(view, limits, [i for i, m in enumerate(most) if m and not limits[i]])
         return limits

@@ -66,7 +66,7 @@ class KVCache:
             sequence, path = entry.sequence, () if decision is None else decision.path
             end = sequence.num_computed + entry.num_known
             moves.extend(
-                (_slot(sequence, end + node), _slot(sequence, end + depth))
+                (slot_of(sequence, end + node), slot_of(sequence, end + depth))
                 for depth, node in enumerate(path)
                 if node != depth
             )
@@ -93,7 +93,8 @@ class KVCache:
         self.values[:, to_block, :, to_offset] = self.values[:, from_block, :, from_offset]
 
 
-def _slot(sequence: Sequence, logical: int) -> int:
+def slot_of(sequence: Sequence, logical: int) -> int:
+    """The physical slot of a sequence's logical index."""
     return sequence.block_ids[logical // BLOCK_SIZE] * BLOCK_SIZE + logical % BLOCK_SIZE
 
 
@@ -114,23 +115,24 @@ def _lay_out(entries: tuple[BatchEntry, ...]) -> Batch:
         token_ids += tree.token_ids
         positions += range(context, context + known)
         positions += (context + known - 1 + depth for depth in tree.depths())
-        slots += (_slot(sequence, context + r) for r in range(rows))
+        slots += (slot_of(sequence, context + r) for r in range(rows))
         parents += range(-1, known - 1)
         parents += (known + parent for parent in tree.parents)  # a parent of -1 is the last known row
         if entry.first_sample is not None:
             samples += range(entry.first_row + known - 1, entry.first_row + rows)
     ends = itertools.accumulate((e.num_known + len(e.tree) for e in entries), initial=0)
     layout = Rows(
-        positions=_int32(positions),
-        slots=_int32(slots),
-        parents=_int32(parents),
-        row_starts=_int32(list(ends)),
-        context_lens=_int32([e.sequence.num_computed for e in entries]),
+        positions=int32(positions),
+        slots=int32(slots),
+        parents=int32(parents),
+        row_starts=int32(list(ends)),
+        context_lens=int32([e.sequence.num_computed for e in entries]),
         block_tables=torch.from_numpy(tables),
-        branching=_int32([int(not e.tree.is_chain()) for e in entries]),
+        branching=int32([int(not e.tree.is_chain()) for e in entries]),
     )
     return Batch(entries, torch.tensor(token_ids), layout, torch.tensor(samples, dtype=torch.int64))
 
 
-def _int32(values: list[int]) -> torch.Tensor:
+def int32(values: list[int]) -> torch.Tensor:
+    """A tensor as the kernels take them."""
     return torch.tensor(values, dtype=torch.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,12 +13,15 @@ from outpace.config import EngineConfig, SpeculativeConfig
 from outpace.models.decoder import Decoder
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.streams import StreamPass
 from outpace.tree import DraftTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _PACKAGE = "outpace.spec.proposers"
+
+Price = Callable[[int, float], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,15 @@ class Proposer(ABC):
         Returns:
             One tree per sequence, each with at most `limits[i]` nodes.
         """
+
+    def streams(self, batch: Batch, price: Price) -> StreamPass | None:
+        """Rows to compute beside those of a step, to draft for the next one; most methods have none.
+
+        Args:
+            batch: The step's own rows, which have their slots.
+            price: What more rows cost: `SpeculationPolicy.price`.
+        """
+        return None
 
     def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
         """Learns from a finished step."""

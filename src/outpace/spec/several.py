@@ -17,7 +17,8 @@ from typing import final
 from outpace.batch import Batch, TargetOutput, Verdict
 from outpace.policy.base import MethodRecord
 from outpace.request import Sequence
-from outpace.spec.proposer import Proposer
+from outpace.runtime.streams import StreamPass
+from outpace.spec.proposer import Price, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree
 
 _KEPT = 0.99  # weight of what was seen before, at each observation: about the last hundred count
@@ -181,6 +182,11 @@ class Several(Proposer):
             return [EMPTY_TREE] * len(self._ids)
         self._taken = list(map(self._best, range(len(self._ids)))) if picked is None else picked
         return [self._asked[name].trees[number] for number, name in enumerate(self._taken)]
+
+    def streams(self, batch: Batch, price: Price) -> StreamPass | None:
+        """See Proposer; the first method's that has some."""
+        passes = (proposer.streams(batch, price) for proposer in self._proposers.values())
+        return next((found for found in passes if found is not None), None)
 
     def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
         """See Proposer."""

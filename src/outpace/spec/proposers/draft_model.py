@@ -159,4 +159,4 @@ def create(context: DraftContext) -> DraftModel:
     kv = KVCache(config, context.kv.blocks.num_blocks, target.dtype, context.config.enable_prefix_caching)
     logger.info("draft model %s of %d layers", settings.model, config.num_layers)
     rows = context.config.max_num_batched_tokens
-    return DraftModel(Drafter(decoder, kv, settings.draft_branching, rows))
+    return DraftModel(Drafter(decoder, kv, settings.draft_branching or 1, rows))

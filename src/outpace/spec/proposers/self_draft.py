@@ -72,4 +72,6 @@ def create(context: DraftContext) -> SelfDraft:
             f"choose another {flag('spec_method')}"
         )
     rows = context.config.max_num_batched_tokens
-    return SelfDraft(Drafter(decoder.first_layers(num_layers), context.kv, settings.draft_branching, rows))
+    return SelfDraft(
+        Drafter(decoder.first_layers(num_layers), context.kv, settings.draft_branching or 1, rows)
+    )

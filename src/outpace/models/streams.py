@@ -1,0 +1,261 @@
+"""The weights of Speculative Streaming (Bhendawade et al., 2024) beside those of a decoder.
+
+    S_j = M + P_j                          stream j of a row with residual M, before the last layers
+    y   = W x + B (A x)                    what a linear layer of those gives for a stream row (lossless mode)
+    p   = sigmoid(a·log q + (s·w + b)·h + c)   that a token with head row w follows a row: the early exit
+
+The early exit has the paper's o_θ, h = x + U (V x) with x the normed state where streams begin, but p is
+fitted to whether a drafted token came true, with q, what its stream gave it, as evidence. So it needs the
+head's rows of drafted tokens only, not the whole head, which in small models is a fifth of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from outpace.errors import ConfigError
+from outpace.kernels import Kernels, Linear
+from outpace.models.config import ModelConfig
+from outpace.models.decoder import Decoder, Layer
+
+# The linear layers of a decoder layer, as it has them fused: their parts, and what each part reads.
+FUSED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+_LEAST_Q = 1e-6  # of a draft's probabilities, whose logarithm is taken
+PARTS = tuple(part for parts in FUSED.values() for part in parts)
+TARGETS = tuple(part.split(".")[1] for part in PARTS)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamConfig:
+    """The shape of streams.
+
+    Attributes:
+        num_streams: γ, the tokens that streams look ahead: the depth of drafts.
+        num_stream_layers: Ns, the last layers, which stream rows go through.
+        branching: Tokens of each stream that a draft may branch to.
+        lora_rank: Rank of the adapters of stream rows; 0 where streams use the model's own weights.
+        lora_targets: Linear layers with an adapter, e.g. `q_proj`.
+        exit_rank: Rank of the early exit; 0 without one.
+    """
+
+    num_streams: int = 4
+    num_stream_layers: int = 4
+    branching: int = 4
+    lora_rank: int = 32
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    exit_rank: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without the model.
+
+        Raises:
+            ConfigError: A number is out of range or odd, or a target is no linear layer.
+        """
+        for name in ("num_streams", "num_stream_layers", "branching"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of streams must be at least 1, got {getattr(self, name)}")
+        for name in ("lora_rank", "exit_rank"):
+            rank = getattr(self, name)
+            if rank < 0 or rank % 2:  # kernels take bfloat16 inputs in pairs
+                raise ConfigError(f"{name} of streams must be even and at least 0, got {rank}")
+        if unknown := set(self.lora_targets) - set(TARGETS):
+            found = ", ".join(sorted(unknown))
+            raise ConfigError(f"lora_targets of streams must be among {', '.join(TARGETS)}, got {found}")
+        if bool(self.lora_rank) != bool(self.lora_targets):
+            raise ConfigError(
+                f"lora_rank {self.lora_rank} of streams does not go with {len(self.lora_targets)} "
+                "lora_targets: give both, or 0 and none"
+            )
+
+    def weight_shapes(self, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight.
+
+        Args:
+            model: The model that they are for.
+
+        Raises:
+            ConfigError: It has too few layers.
+        """
+        if self.num_stream_layers >= model.num_layers:
+            raise ConfigError(
+                f"num_stream_layers of streams must be below the model's {model.num_layers} layers, "
+                f"got {self.num_stream_layers}"
+            )
+        shapes: dict[str, tuple[int, ...]] = {"embeddings": (self.num_streams, model.hidden_size)}
+        shapes |= self.adapter_shapes(model, model.num_layers - self.num_stream_layers)
+        if self.exit_rank:
+            shapes["exit.down.weight"] = (self.exit_rank, model.hidden_size)
+            shapes["exit.up.weight"] = (model.hidden_size, self.exit_rank)
+            shapes["exit.bias.weight"] = (model.hidden_size,)
+            shapes["exit.scalars"] = (3,)
+        return shapes
+
+    def adapter_shapes(self, model: ModelConfig, first_layer: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the adapters' weights, from a layer on."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        plain = model.weight_shapes()
+        for index in range(first_layer, model.num_layers):
+            for part in PARTS:
+                if part.split(".")[1] in self.lora_targets:
+                    rows, columns = plain[f"model.layers.{index}.{part}.weight"]
+                    shapes[f"layers.{index}.{part}.lora_A.weight"] = (self.lora_rank, columns)
+                    shapes[f"layers.{index}.{part}.lora_B.weight"] = (rows, self.lora_rank)
+        return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A low-rank change of a linear layer, for some rows of a pass: x -> up(down(x))."""
+
+    down: Linear
+    up: Linear
+
+    def beside(self, linear: Linear, rows: torch.Tensor) -> Linear:
+        """The layer with the change in the given rows, [changed] int64; other rows keep their bits."""
+
+        def adapted(x: torch.Tensor) -> torch.Tensor:
+            return linear(x).index_add_(0, rows, self.up(self.down(x[rows])))
+
+        return adapted
+
+
+@dataclass(frozen=True, slots=True)
+class LayerAdapters:
+    """The changes of a layer's linear layers; None where one has none."""
+
+    qkv: LowRank | None
+    out: LowRank | None
+    gate_up: LowRank | None
+    down: LowRank | None
+
+    def on(self, layer: Layer, rows: torch.Tensor) -> Layer:
+        """The layer, changed for the given rows."""
+
+        def changed(change: LowRank | None, linear: Linear) -> Linear:
+            return linear if change is None else change.beside(linear, rows)
+
+        return replace(
+            layer,
+            qkv=changed(self.qkv, layer.qkv),
+            out=changed(self.out, layer.out),
+            gate_up=changed(self.gate_up, layer.gate_up),
+            down=changed(self.down, layer.down),
+        )
+
+
+def exit_logits(
+    weights: Mapping[str, torch.Tensor], x: torch.Tensor, head: torch.Tensor, q: torch.Tensor
+) -> torch.Tensor:
+    """The early exit's logits that tokens follow rows; see the formula above.
+
+    Args:
+        weights: `exit.*` as `StreamConfig.weight_shapes` names them, float32.
+        x: [..., hidden], for each token the normed state of the row that it would follow.
+        head: [..., hidden], for each token its row of the output head.
+        q: [...], what drafting gave it.
+
+    Returns:
+        [...] float32.
+    """
+    x = x.float()
+    h = x + (x @ weights["exit.down.weight"].T) @ weights["exit.up.weight"].T
+    a, s, c = weights["exit.scalars"]
+    match = (h * (s * head.float() + weights["exit.bias.weight"])).sum(-1)
+    logits: torch.Tensor = a * q.float().clamp(min=_LEAST_Q).log() + match + c
+    return logits
+
+
+class EarlyExit:
+    """Says before the last layers how likely a drafted token is to follow a row."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], head: torch.Tensor) -> None:
+        """Takes `exit.*` of the weights.
+
+        Args:
+            weights: As `StreamConfig.weight_shapes` names them.
+            head: [vocab, hidden], the output head's weight.
+        """
+        self._weights = {name: weight.float() for name, weight in weights.items() if name.startswith("exit.")}
+        self._head = head
+
+    def probs(self, x: torch.Tensor, token_ids: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        """Probabilities that tokens follow rows.
+
+        Args:
+            x: [tokens, hidden], normed states of the rows that each would follow.
+            token_ids: [tokens] int64.
+            q: [tokens] float32, what drafting gave each of them.
+
+        Returns:
+            [tokens] float32.
+        """
+        return torch.sigmoid(exit_logits(self._weights, x, self._head[token_ids], q))
+
+
+class Streams:
+    """Stream embeddings, adapters and early exit, packed for serving.
+
+    Attributes:
+        config: Their shape.
+        early_exit: Or None where there is none.
+    """
+
+    def __init__(self, config: StreamConfig, weights: dict[str, torch.Tensor], decoder: Decoder) -> None:
+        """Packs the weights.
+
+        Args:
+            config: Their shape.
+            weights: As `config.weight_shapes` names them for the decoder's model, in its dtype.
+            decoder: The model.
+        """
+        self.config = config
+        self._embeddings = weights["embeddings"]
+        model = decoder.config
+        self._adapters = tuple(
+            _adapters(weights, f"layers.{index}.", model, decoder.kernels)
+            for index in range(model.num_layers - config.num_stream_layers, model.num_layers)
+        )
+        self.early_exit = EarlyExit(weights, decoder.head_weight()) if config.exit_rank else None
+
+    def split(self, layers: Sequence[Layer]) -> tuple[Sequence[Layer], Sequence[Layer]]:
+        """A decoder's layers before streams begin, and those that streams go through."""
+        first = len(layers) - self.config.num_stream_layers
+        return layers[:first], layers[first:]
+
+    def start(self, residual: torch.Tensor) -> torch.Tensor:
+        """The streams of rows: [rows, hidden] -> [rows * num_streams, hidden], those of a row together."""
+        return (residual.unsqueeze(1) + self._embeddings).flatten(0, 1)
+
+    def adapt(self, layers: Sequence[Layer], rows: torch.Tensor) -> list[Layer]:
+        """The layers that streams go through, with their adapters for the given rows, [streams] int64."""
+        return [own.on(layer, rows) for layer, own in zip(layers, self._adapters, strict=True)]
+
+
+def _adapters(
+    weights: dict[str, torch.Tensor], prefix: str, model: ModelConfig, kernels: Kernels
+) -> LayerAdapters:
+    """One layer's adapters."""
+    plain = model.weight_shapes()
+
+    def fused(parts: tuple[str, ...]) -> LowRank | None:
+        has = [part for part in parts if f"{prefix}{part}.lora_A.weight" in weights]
+        if not has:
+            return None
+        downs = [weights[f"{prefix}{part}.lora_A.weight"] for part in has]
+        ups = [
+            weights[f"{prefix}{part}.lora_B.weight"]
+            if part in has
+            else downs[0].new_zeros(plain[f"model.{prefix}{part}.weight"][0], 0)
+            for part in parts
+        ]
+        return LowRank(kernels.linear(torch.cat(downs)), kernels.linear(torch.block_diag(*ups)))
+
+    return LayerAdapters(**{name: fused(parts) for name, parts in FUSED.items()})

@@ -1,0 +1,194 @@
+"""Stream rows of a pass: where they stand, and the pass itself.
+
+To attention the streams of a row are a chain of tree nodes below it, which is the mask that Speculative
+Streaming asks for: prefix, ancestors, the row, and the streams before. So they need a slot each, behind those
+of the sequence's own rows; nothing keeps what is written there, and `KVCache.commit` takes the blocks back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from outpace.batch import Batch, BatchEntry, StreamOutput
+from outpace.config import BLOCK_SIZE
+from outpace.kernels import Rows
+from outpace.models.decoder import Decoder
+from outpace.models.streams import Streams
+from outpace.runtime.block_manager import BlockManager
+from outpace.runtime.kv_cache import int32, slot_of
+
+Anchors = list[list[int]]  # for each entry of a batch the nodes that get streams; -1 is its last known token
+
+
+def reserve(blocks: BlockManager, entry: BatchEntry, anchors: list[int], num_streams: int) -> list[int]:
+    """Takes free blocks for the streams of an entry until the step ends.
+
+    Args:
+        blocks: The cache's.
+        entry: Whose rows have their slots already.
+        anchors: Where streams are wanted, the most wanted first.
+        num_streams: Of each.
+
+    Returns:
+        The first of `anchors`, as many as there is room for: streams take a block from nobody.
+    """
+    sequence = entry.sequence
+    end = sequence.num_computed + entry.num_known + len(entry.tree)
+    room = len(sequence.block_ids) * BLOCK_SIZE + blocks.num_free_slots - end
+    kept = anchors[: max(0, room // num_streams)]
+    blocks.reserve(sequence, end + len(kept) * num_streams)
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPass:
+    """A forward pass in which streams start beside some rows before the last layers.
+
+    Attributes:
+        streams: Their weights.
+        anchors: Where they may start, with slots reserved.
+        choose: Of those, given the normed states of all rows where streams begin, [rows, hidden], where they
+            do start.
+    """
+
+    streams: Streams
+    anchors: Anchors
+    choose: Callable[[torch.Tensor], Anchors]
+
+    @torch.inference_mode()
+    def forward(
+        self, decoder: Decoder, batch: Batch, cache: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, StreamOutput]:
+        """Runs all layers. The batch's own rows get the bits that they get without streams.
+
+        Args:
+            decoder: The model.
+            batch: Its own rows.
+            cache: Per layer the key and value cache.
+
+        Returns:
+            [rows, hidden], hidden states of the batch's rows after the final norm, and what streams say.
+        """
+        config = self.streams.config
+        lower, upper = self.streams.split(decoder.layers)
+        residual = decoder.embed(batch.token_ids)
+        normed = decoder.run(residual, lower, batch.rows, cache)
+        layout = lay_out(batch, self.choose(normed), config.num_streams)
+        joined = residual.new_empty(len(layout.rows.positions), residual.shape[1])
+        joined[layout.own] = residual
+        joined[layout.streams] = self.streams.start(residual[layout.anchors])
+        upper = self.streams.adapt(upper, layout.streams)
+        hidden = decoder.run(joined, upper, layout.rows, cache[len(lower) :])
+        said = hidden[layout.streams].unflatten(0, (-1, config.num_streams))
+        num_rows = len(layout.streams) * len(upper) / len(decoder.layers)
+        return hidden[layout.own], StreamOutput(said, layout.places, num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The rows of the last layers.
+
+    Attributes:
+        rows: Where they stand. A sequence with streams is two to attention: its known tokens but the last,
+            and what follows on those.
+        own: [rows of the batch] int64, where the batch's own rows are among them.
+        streams: [streams] int64, where stream rows are, those of an anchor together.
+        anchors: [anchors] int64, the rows of the batch where streams start.
+        places: As `StreamOutput` has them.
+    """
+
+    rows: Rows
+    own: torch.Tensor
+    streams: torch.Tensor
+    anchors: torch.Tensor
+    places: dict[tuple[int, int], int]
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Rows of the last layers as they are added."""
+
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    contexts: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)
+
+    def add(
+        self, context: int, blocks: list[int], positions: list[int], slots: list[int], parents: list[int]
+    ) -> None:
+        """Adds the rows of a sequence."""
+        self.positions += positions
+        self.slots += slots
+        self.parents += parents
+        self.starts.append(len(self.positions))
+        self.contexts.append(context)
+        self.blocks.append(blocks)
+
+    def rows(self) -> Rows:
+        """The rows as tensors."""
+        tables = np.zeros((len(self.blocks), max(map(len, self.blocks))), dtype=np.int32)
+        branching = []
+        for index, blocks in enumerate(self.blocks):
+            tables[index, : len(blocks)] = blocks
+            parents = self.parents[self.starts[index] : self.starts[index + 1]]
+            branching.append(int(any(parent != row - 1 for row, parent in enumerate(parents))))
+        return Rows(
+            positions=int32(self.positions),
+            slots=int32(self.slots),
+            parents=int32(self.parents),
+            row_starts=int32(self.starts),
+            context_lens=int32(self.contexts),
+            block_tables=torch.from_numpy(tables),
+            branching=int32(branching),
+        )
+
+
+def lay_out(batch: Batch, anchors: Anchors, num_streams: int) -> Layout:
+    """Puts the streams of each entry behind its own rows.
+
+    Args:
+        batch: The rows of the first layers.
+        anchors: Where streams start.
+        num_streams: How many at each.
+    """
+    every = (batch.rows.positions.tolist(), batch.rows.slots.tolist(), batch.rows.parents.tolist())
+    builder = _Builder()
+    own: list[int] = []
+    streams: list[int] = []
+    starts: list[int] = []
+    places: dict[tuple[int, int], int] = {}
+    for index, (entry, nodes) in enumerate(zip(batch.entries, anchors, strict=True)):
+        sequence, known = entry.sequence, entry.num_known
+        num_rows = known + len(entry.tree)
+        context, blocks = sequence.num_computed, sequence.block_ids
+        positions, slots, parents = (of[entry.first_row : entry.first_row + num_rows] for of in every)
+        own += range(len(builder.positions), len(builder.positions) + num_rows)
+        # Those before the last known token are read from the cache, where the pass has written them: so a
+        # long prompt stays a chain, which attention walks in place.
+        before = known - 1 if nodes else 0
+        if before:
+            builder.add(context, blocks, positions[:before], slots[:before], parents[:before])
+        parents = [parent - before for parent in parents[before:]]
+        positions, slots = positions[before:], slots[before:]
+        streams += range(
+            len(builder.positions) + len(positions),
+            len(builder.positions) + len(positions) + len(nodes) * num_streams,
+        )
+        for node in nodes:
+            places[index, node] = len(starts)
+            starts.append(entry.first_row + known + node)
+            parents += [node + 1, *range(len(parents), len(parents) + num_streams - 1)]
+            positions += range(positions[node + 1] + 1, positions[node + 1] + 1 + num_streams)
+        slots += (slot_of(sequence, context + num_rows + s) for s in range(len(nodes) * num_streams))
+        builder.add(context + before, blocks, positions, slots, parents)
+    return Layout(builder.rows(), torch.tensor(own), _int64(streams), _int64(starts), places)
+
+
+def _int64(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)

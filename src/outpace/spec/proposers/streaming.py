@@ -1,0 +1,213 @@
+"""Drafts by streams of the target itself, in the pass that verifies the draft before.
+
+Bhendawade et al., "Speculative Streaming: Fast LLM Inference without Auxiliary Models", 2024. Before the
+last layers a row that may end the accepted path gets γ more rows, its streams, of which the j-th predicts
+the token j places after the row's own prediction. Those of the row where the path did end make the next
+draft: every token of depth j + 1 may follow every token of depth j, and of that tree the most probable nodes
+are kept.
+
+Which rows get streams is a question of price. A row's chance of ending the path, times what a draft wins,
+is set against what its streams cost at the going rate of tokens (the paper has a constant threshold). A row
+that ends the path without streams costs a step without a draft. The output head runs on the streams of that
+one row, in the next step, and only if that step may draft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+
+from outpace.batch import Batch, BatchEntry, TargetOutput, Verdict
+from outpace.models.config import ModelConfig
+from outpace.models.decoder import Decoder
+from outpace.models.draft_checkpoint import Shapes, read_draft
+from outpace.models.streams import StreamConfig, Streams
+from outpace.request import Sequence
+from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.streams import Anchors, StreamPass, reserve
+from outpace.sampling import SampleRow
+from outpace.spec.drafter import likely_tokens
+from outpace.spec.proposer import DraftContext, Price, Proposer
+from outpace.tree import EMPTY_TREE, DraftTree, grow
+
+KEYS = tuple(field.name for field in fields(StreamConfig))  # settings of a checkpoint
+_KEPT = 0.98  # weight of what was seen before in what a draft wins: about the last fifty drafts count
+_LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
+_UNKNOWN = 0.5  # acceptance of a draft about which its method says nothing
+
+
+class Streaming(Proposer):
+    """Keeps the streams of each sequence's last row until its next step.
+
+    Attributes:
+        value: Accepted tokens per draft, of late.
+    """
+
+    def __init__(
+        self, streams: Streams, decoder: Decoder, kv: KVCache, branching: int, min_prob: float | None
+    ) -> None:
+        """Joins the parts.
+
+        Args:
+            streams: Weights for that decoder.
+            decoder: The target.
+            kv: Its cache.
+            branching: Most tokens drafted from a stream.
+            min_prob: Least probability of ending the path for a row to get streams; None leaves it to the
+                policy's price.
+        """
+        self.value = 1.0
+        self._streams, self._decoder, self._blocks = streams, decoder, kv.blocks
+        self._branching, self._min_prob = branching, min_prob
+        share = streams.config.num_stream_layers / decoder.config.num_layers
+        self._anchor_rows = streams.config.num_streams * share  # what the streams of a row cost
+        self._wanted: set[str] = set()  # sequences that may draft in the present step
+        self._said: dict[str, torch.Tensor] = {}  # [streams, hidden] of each sequence's last row
+
+    def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
+        """See Proposer. Streams of this step are for those with a limit: they are asked to draft."""
+        self._wanted = {s.id for s, limit in zip(sequences, limits, strict=True) if limit}
+        drafting = [s for s in sequences if s.id in self._wanted and s.id in self._said]
+        if not drafting:
+            return [EMPTY_TREE] * len(sequences)
+        found = self._candidates(drafting)
+        return [
+            _tree(found[s.id], limit) if limit and s.id in found else EMPTY_TREE
+            for s, limit in zip(sequences, limits, strict=True)
+        ]
+
+    def streams(self, batch: Batch, price: Price) -> StreamPass | None:
+        """See Proposer."""
+        wanted, self._wanted = self._wanted, set()
+        anchors = [self._anchors(entry) if entry.sequence.id in wanted else [] for entry in batch.entries]
+        if not any(anchors):
+            return None
+        return StreamPass(self._streams, anchors, partial(self._choose, batch, anchors, price))
+
+    def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
+        """Keeps the streams of the rows where paths ended."""
+        said = target.streams
+        for index, (entry, decision) in enumerate(zip(batch.entries, verdict.decisions, strict=True)):
+            if decision is None:
+                continue
+            if len(entry.tree):
+                self.value += (1 - _KEPT) * (len(decision.path) - self.value)
+            place = said.places.get((index, decision.path[-1] if decision.path else -1)) if said else None
+            if said is None or place is None:
+                self._said.pop(entry.sequence.id, None)
+            else:
+                self._said[entry.sequence.id] = said.hidden[place]
+
+    def release(self, sequence_id: str) -> None:
+        """See Proposer."""
+        self._wanted.discard(sequence_id)
+        self._said.pop(sequence_id, None)
+
+    @torch.inference_mode()
+    def _candidates(self, sequences: list[Sequence]) -> dict[str, list[list[tuple[int, float]]]]:
+        """For each sequence and each depth the tokens that may come, with their probabilities."""
+        depth = self._streams.config.num_streams
+        logits = self._decoder.logits(torch.cat([self._said[s.id] for s in sequences]))
+        # A stream does not know which tokens come before its own; the last known one stands for them.
+        rows = [SampleRow(s, (s.token_ids[-1],) * place) for s in sequences for place in range(depth)]
+        found = likely_tokens(logits, rows, self._branching, self._decoder.kernels)
+        return {s.id: found[i * depth : (i + 1) * depth] for i, s in enumerate(sequences)}
+
+    def _anchors(self, entry: BatchEntry) -> list[int]:
+        """Rows of an entry whose streams could make a draft, as far as there is room in the cache."""
+        sequence, request = entry.sequence, entry.sequence.request
+        num_streams = self._streams.config.num_streams
+        positions = self._decoder.config.max_position_embeddings
+        left = request.max_tokens - sequence.num_output - 1  # after the token that follows the last known one
+        nodes = [
+            node
+            for node, depth in zip((-1, *range(len(entry.tree))), (0, *entry.tree.depths()), strict=True)
+            if left - depth > 1 and len(sequence.token_ids) + depth + num_streams <= positions
+        ]
+        return reserve(self._blocks, entry, nodes, num_streams)
+
+    def _choose(self, batch: Batch, anchors: Anchors, price: Price, normed: torch.Tensor) -> Anchors:
+        """Drops rows whose streams are not worth their time; each sequence keeps its likeliest.
+
+        Args:
+            batch: The step.
+            anchors: Rows that have room for streams.
+            price: What rows cost.
+            normed: [rows, hidden], states where streams begin, after the final norm.
+        """
+        config, model = self._streams.config, self._decoder.config
+        least = self._min_prob
+        if least is None:
+            num_rows = (
+                sum(map(len, anchors)) * config.num_streams * config.num_stream_layers / model.num_layers
+            )
+            cost = price(batch.num_rows, num_rows) / sum(map(len, anchors))
+            least = min(1.0, cost / max(self.value, _LEAST_VALUE))
+        chosen: Anchors = []
+        for entry, nodes in zip(batch.entries, anchors, strict=True):
+            ends = _ends(entry.tree, self._acceptance(entry, normed)) if len(nodes) > 1 else [1.0]
+            best = max(nodes, key=lambda node: ends[node + 1], default=None)
+            chosen.append([node for node in nodes if node == best or ends[node + 1] >= least])
+        return chosen
+
+    def _acceptance(self, entry: BatchEntry, normed: torch.Tensor) -> list[float]:
+        """For each node of a tree the probability that it is accepted if its parent is."""
+        tree, early_exit = entry.tree, self._streams.early_exit
+        expected = list(tree.confidence or [_UNKNOWN] * len(tree))
+        if early_exit is None:
+            return expected
+        parents = [entry.first_row + entry.num_known + parent for parent in tree.parents]
+        states, q = normed[parents], torch.tensor(expected, dtype=torch.float32)
+        probs: list[float] = early_exit.probs(states, torch.tensor(tree.token_ids), q).tolist()
+        return probs
+
+
+def _ends(tree: DraftTree, acceptance: list[float]) -> list[float]:
+    """The probabilities that the accepted path ends at the root, at the first node, and so on."""
+    reached, goes_on = [1.0], [0.0] * (len(tree) + 1)
+    for parent, prob in zip(tree.parents, acceptance, strict=True):
+        reached.append(reached[parent + 1] * prob)
+        goes_on[parent + 1] += prob
+    return [r * max(0.0, 1.0 - g) for r, g in zip(reached, goes_on, strict=True)]
+
+
+def _tree(found: list[list[tuple[int, float]]], limit: int) -> DraftTree:
+    """The most probable nodes of the tree in which every token of a depth may follow every one before."""
+
+    def children(depth: int) -> list[tuple[int, float, int]]:
+        return [(token_id, prob, depth + 1) for token_id, prob in found[depth]]
+
+    return grow(0, children, limit, len(found))
+
+
+def stream_config(settings: dict[str, Any]) -> StreamConfig:
+    """The shape of streams from a checkpoint's settings, which has all of `KEYS`.
+
+    Raises:
+        ConfigError: One is not in range.
+    """
+    return StreamConfig(
+        **{key: settings[key] for key in KEYS} | {"lora_targets": (*settings["lora_targets"],)}
+    )
+
+
+def create(context: DraftContext) -> Streaming:
+    """Loads the checkpoint that `model` names.
+
+    Raises:
+        ConfigError: It cannot be had, or was trained for another target.
+    """
+    settings, decoder = context.speculative, context.decoder
+    model: ModelConfig = decoder.config
+
+    def shapes(raw: dict[str, Any]) -> Shapes:
+        return stream_config(raw).weight_shapes(model)
+
+    checkpoint = read_draft(settings.model, "streaming", model, shapes, decoder.dtype, KEYS)
+    config = stream_config(checkpoint.settings)
+    streams = Streams(config, checkpoint.weights, decoder)
+    branching = settings.draft_branching or config.branching
+    return Streaming(streams, decoder, context.kv, branching, settings.stream_min_prob)
