@@ -75,13 +75,14 @@ def write_draft(
     Raises:
         ConfigError: It cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     method = section["speculators_model_type"]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        # not save_file, whose file only its owner may read
+        (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         # Last, because a directory without it is not taken for a model.
         text = json.dumps(section | {method: settings}, indent=2)
         (directory / "config.json").write_text(text + "\n", encoding="utf-8")
