@@ -131,6 +131,7 @@ class Decoder:
             x = kernels.add_rms_norm(change, residual, next_norm, eps)
         return x
 
+    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head: [rows, hidden] -> [rows, vocab]."""
         return self._head(hidden)
