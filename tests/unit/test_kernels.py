@@ -136,12 +136,15 @@ def test_a_row_attends_to_the_same_bits_alone_in_a_batch_in_a_chunk_or_on_a_tree
     beside = lay_out([(250, chain(50)), (0, chain(64))], 96)  # a chunk beside another sequence
     assert torch.equal(run(beside, torch.cat((tokens[250:], noise)), caches)[:50], whole[250:])
 
-    caches = cache()
-    run(lay_out([(0, chain(253))], 96), tokens[:253], caches)
-    parents = [-1, 0, 0, 1, 2, 4, 5]  # rows 0, 2, 4, 5, 6 are tokens 253..257; rows 1 and 3 are wrong guesses
-    qkv = torch.stack([tokens[253], noise[0], tokens[254], noise[1], tokens[255], tokens[256], tokens[257]])
-    on_tree = run(lay_out([(253, parents)], 96), qkv, caches)
-    assert torch.equal(on_tree[[0, 2, 4, 5, 6]], whole[253:258])
+    # rows 0, 2, 4, 5 and 6 are tokens that follow, 1 and 3 are wrong guesses; in the first chunk and behind it
+    parents = [-1, 0, 0, 1, 2, 4, 5]
+    for start in (253, 290):
+        caches = cache()
+        run(lay_out([(0, chain(start))], 96), tokens[:start], caches)
+        right = tokens[start : start + 5]
+        qkv = torch.stack([right[0], noise[0], right[1], noise[1], right[2], right[3], right[4]])
+        on_tree = run(lay_out([(start, parents)], 96), qkv, caches)
+        assert torch.equal(on_tree[[0, 2, 4, 5, 6]], whole[start : start + 5])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

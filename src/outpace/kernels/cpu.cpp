@@ -475,20 +475,15 @@ struct Partial {
   std::vector<float> values;
 };
 
-// A tile of keys and values: either a cache block, or gathered along a tree path.
+// Tiles of keys and values: cache blocks, the last ones gathered along the path of a tree's row.
 template <typename Scalar>
 struct Tiles {
   const AttendArgs& a;
   const Scalar* k_cache;
   const Scalar* v_cache;
   const Unit& u;
-  int first_gathered;  // tiles from here on are gathered
+  int first_gathered = std::numeric_limits<int>::max();  // tiles from here on are gathered
   std::vector<Scalar> gathered_k, gathered_v;
-
-  Tiles(const AttendArgs& args, const Scalar* k, const Scalar* v, const Unit& unit)
-      : a(args), k_cache(k), v_cache(v), u(unit), first_gathered(std::numeric_limits<int>::max()) {
-    if (a.branching[u.sequence]) gather();
-  }
 
   int64_t block_offset(int logical) const {
     int64_t block = a.block_tables[int64_t(u.sequence) * a.max_blocks + logical / kLanes];
@@ -503,14 +498,14 @@ struct Tiles {
     return v_cache + block_offset(tile * kLanes);
   }
 
-  // Lays the path of the unit's one row out by position, exactly as plain decoding would have cached it.
-  void gather() {
+  // Lays the path of a row out by position, exactly as plain decoding would have cached it.
+  void gather(int path_row) {
     int start = a.row_starts[u.sequence], context = a.context_lens[u.sequence], dim = a.head_dim;
     first_gathered = context / kLanes;
-    int position = a.positions[u.first_row], tiles = position / kLanes + 1 - first_gathered;
+    int position = a.positions[path_row], tiles = position / kLanes + 1 - first_gathered;
     gathered_k.assign(int64_t(tiles) * dim * kLanes, Scalar(0));
     gathered_v.assign(int64_t(tiles) * dim * kLanes, Scalar(0));
-    int row = u.first_row - start;
+    int row = path_row - start;
     for (int p = position; p >= first_gathered * kLanes; p--) {
       int logical = p < context ? p : context + row;
       const Scalar* from_k = k_cache + block_offset(logical) + logical % kLanes;
@@ -632,7 +627,6 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
                  Scalar* out, int window) {
   const int dim = a.head_dim, queries = u.rows * u.heads;
   const int width = (a.num_heads + 2 * a.num_kv_heads) * dim;
-  Tiles<Scalar> tiles(a, k_cache, v_cache, u);
   std::vector<float> q(queries * dim), values(queries * dim, 0.f), chunk_values(queries * dim);
   int lowest[kMaxQueries], highest[kMaxQueries];
   float maxima[kMaxQueries], sums[kMaxQueries], chunk_maxima[kMaxQueries], chunk_sums[kMaxQueries];
@@ -645,14 +639,30 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
     maxima[n] = -kInf;
     sums[n] = 0.f;
   }
-  // Rows of a unit follow one another, so the first reaches furthest back and the last furthest ahead.
-  const int end = highest[queries - 1] + 1;
-  for (int begin = lowest[0] / kChunk * kChunk; begin < end; begin += kChunk) {
-    int from = std::max(begin, lowest[0] / kLanes * kLanes);
-    chunk_kernel<Scalar>(queries)(tiles, q.data(), lowest, highest, from, std::min(begin + kChunk, end), chunk_maxima,
-                                  chunk_sums, chunk_values.data());
-    for (int n = 0; n < queries; n++)
-      fold(maxima[n], sums[n], &values[n * dim], chunk_maxima[n], chunk_sums[n], &chunk_values[n * dim], dim);
+  // Chunks of positions from `begin` to `end` for `count` queries from `first` on.
+  auto walk = [&](const Tiles<Scalar>& tiles, int first, int count, int begin, int end) {
+    const int least = *std::min_element(lowest + first, lowest + first + count) / kLanes * kLanes;
+    for (begin = std::max(begin, least / kChunk * kChunk); begin < end; begin += kChunk) {
+      chunk_kernel<Scalar>(count)(tiles, &q[first * dim], lowest + first, highest + first, std::max(begin, least),
+                                  std::min(begin + kChunk, end), chunk_maxima, chunk_sums, chunk_values.data());
+      for (int n = 0; n < count; n++)
+        fold(maxima[first + n], sums[first + n], &values[(first + n) * dim], chunk_maxima[n], chunk_sums[n],
+             &chunk_values[n * dim], dim);
+    }
+  };
+  Tiles<Scalar> tiles{a, k_cache, v_cache, u};
+  const int end = *std::max_element(highest, highest + queries) + 1;
+  if (!a.branching[u.sequence]) {
+    walk(tiles, 0, queries, 0, end);
+  } else {
+    // Rows of a tree share the chunks that lie wholly before it; behind those each walks its own path.
+    const int shared = a.context_lens[u.sequence] / kChunk * kChunk;
+    walk(tiles, 0, queries, 0, shared);
+    for (int row = 0; row < u.rows; row++) {
+      const int first = row * u.heads;
+      tiles.gather(u.first_row + row);
+      walk(tiles, first, u.heads, shared, highest[first] + 1);
+    }
   }
   for (int n = 0; n < queries; n++) {
     Scalar* to = out + (int64_t(u.first_row + n / u.heads) * a.num_heads + u.first_head + n % u.heads) * dim;
@@ -665,7 +675,7 @@ std::vector<Unit> plan_units(const AttendArgs& a) {
   std::vector<Unit> units;
   const int group = a.num_heads / a.num_kv_heads;
   for (int s = 0; s < a.sequences; s++) {
-    const int tile_rows = a.branching[s] ? 1 : std::max(1, kMaxQueries / group);
+    const int tile_rows = std::max(1, kMaxQueries / group);
     for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
       for (int h = 0; h < a.num_kv_heads; h++)
         for (int g = 0; g < group; g += kMaxQueries)
