@@ -24,6 +24,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -821,6 +825,16 @@ extern "C" void filter_logits(float* logits, const int64_t* top_k, const float* 
 }
 
 extern "C" void set_num_threads(int threads) { Team::instance().resize(threads); }
+
+// Has malloc keep what is freed. The tensors of a pass take megabytes, and other sizes whenever the number of rows
+// changes: given back each time, their pages would be zeroed anew in every step.
+extern "C" void keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest it takes
+  mallopt(M_TRIM_THRESHOLD, 256 << 20);
+  mallopt(M_TOP_PAD, 64 << 20);  // so that a thread's heap is not unmapped when it is empty
+#endif
+}
 
 // Every entry point comes twice: _f32 and _bf16.
 #define EXPORT(suffix, Scalar)                                                                                          \

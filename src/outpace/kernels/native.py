@@ -146,6 +146,7 @@ class NativeKernels(Kernels):
         self._lib.filter_logits.argtypes = (Pointer, Pointer, Pointer, Pointer, Int, Int)
         self._lib.filter_logits.restype = None
         self._lib.set_num_threads(num_threads)
+        self._lib.keep_freed_memory()
         own = SUFFIXES[dtype]
         self._linear = getattr(self._lib, f"linear_{own}")
         self._rms_norm = getattr(self._lib, f"rms_norm_{own}")
