@@ -136,7 +136,7 @@ def test_a_row_attends_to_the_same_bits_alone_in_a_batch_in_a_chunk_or_on_a_tree
     beside = lay_out([(250, chain(50)), (0, chain(64))], 96)  # a chunk beside another sequence
     assert torch.equal(run(beside, torch.cat((tokens[250:], noise)), caches)[:50], whole[250:])
 
-    # rows 0, 2, 4, 5 and 6 are tokens that follow, 1 and 3 are wrong guesses; in the first chunk and behind it
+    # rows 0, 2, 4, 5, 6 are tokens that follow, 1 and 3 wrong guesses; in the first chunk and behind it
     parents = [-1, 0, 0, 1, 2, 4, 5]
     for start in (253, 290):
         caches = cache()
