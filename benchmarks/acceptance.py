@@ -107,7 +107,10 @@ def main() -> None:
     print("| --- " * (TENTHS + 1) + "|")
     for method in args.methods:
         of_method = [found for name, found in results.items() if name.endswith(f" {method}")]
-        reached, accepted = (sum((f[key] for f in of_method), Counter()) for key in ("reached", "accepted"))
+        reached, accepted = Counter[int](), Counter[int]()
+        for found in of_method:
+            reached.update(found["reached"])
+            accepted.update(found["accepted"])
         cells = (
             f"{accepted[i] / reached[i]:.0%} of {reached[i]}" if reached[i] else "" for i in range(TENTHS)
         )

@@ -14,7 +14,7 @@ from outpace.llm import LLM
 from outpace.policy.base import BatchView
 from tiny import GREEDY, FakeModel, answers, run, tiny_engine
 
-SLO = {"spec_method": "prompt_lookup", "spec_policy": "slo"}
+SLO: dict[str, Any] = {"spec_method": "prompt_lookup", "spec_policy": "slo"}
 
 
 def add(engine: Engine, name: str, slo: LatencyTargets | None = None, num_prompt: int = 8) -> None:
@@ -26,7 +26,12 @@ def views(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[BatchView]:
     """What its policy sees from now on."""
     seen: list[BatchView] = []
     limits = engine.policy.limits
-    monkeypatch.setattr(engine.policy, "limits", lambda view: (seen.append(view), limits(view))[1])
+
+    def noted(view: BatchView) -> list[int]:
+        seen.append(view)
+        return limits(view)
+
+    monkeypatch.setattr(engine.policy, "limits", noted)
     return seen
 
 
@@ -57,19 +62,19 @@ def test_the_policy_sees_them_of_requests_that_decode_and_of_those_that_wait(
     add(engine, "first", LatencyTargets(tpot_ms=40))
     engine.step()
     assert [s.tpot_s for s in seen[-1].sequences] == [0.04]
-    assert seen[-1].own_targets == ()
+    assert list(seen[-1].own_targets) == []
     add(engine, "long", LatencyTargets(ttft_ms=300), num_prompt=40)
     add(engine, "none")
     add(engine, "waits", LatencyTargets(ttft_ms=700))
     engine.step()
     assert seen[-1].num_waiting == 3, "a prompt in parts and two in line"
-    assert [wait.ttft_s for wait in seen[-1].own_targets] == [0.3, 0.7]
-    assert all(0 <= wait.wait_s <= seen[-1].oldest_wait_s for wait in seen[-1].own_targets)
+    assert [target.ttft_s for target in seen[-1].own_targets] == [0.3, 0.7]
+    assert all(0 <= target.wait_s <= seen[-1].oldest_wait_s for target in seen[-1].own_targets)
     engine.abort("waits-0")
     engine.step()
-    assert [wait.ttft_s for wait in seen[-1].own_targets] == [0.3]
+    assert [target.ttft_s for target in seen[-1].own_targets] == [0.3]
     run(engine)
-    assert seen[-1].own_targets == ()
+    assert list(seen[-1].own_targets) == []
     assert engine.scheduler._num_targeted == 0
 
 

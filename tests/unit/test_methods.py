@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -137,7 +138,9 @@ def test_the_choice_is_nearly_as_good_as_the_best_of_all_assignments(seed: int) 
     assert 0.97 * best < found <= best * (1 + 1e-8)
 
 
-def known_methods(costs: list[tuple[float, ...]], most: int, num_sequences: int) -> tuple[Methods, BatchView]:
+def known_methods(
+    costs: Sequence[tuple[float, ...]], most: int, num_sequences: int
+) -> tuple[Methods, BatchView]:
     """Methods whose costs were seen, and a view whose sequences they have read."""
     sequences = tuple(SequenceView(str(i), 10, 100) for i in range(num_sequences))
     view = BatchView(sequences, num_sequences, 10 * num_sequences, 1000)

@@ -23,7 +23,7 @@ from outpace.runtime.streams import StreamPass, reserve
 from outpace.spec.proposers.streaming import KEYS, Streaming, stream_config
 from outpace.training.method import Run, TrainBatch
 from outpace.training.methods import streaming as training
-from outpace.training.trunk import Trunk
+from outpace.training.trunk import Trunk, document_mask
 from outpace.tree import DraftTree
 from tiny import GREEDY, MODEL, SAMPLED, _weights, answers, run, submit, tiny_engine, tokens, write_model
 
@@ -134,7 +134,7 @@ def batch_of(module: training.Streaming, rows: list[list[int]], num_prompt: int 
 def said_in_training(module: training.Streaming, tokens: list[int]) -> torch.Tensor:
     """[γ, hidden]: what the streams of the last token say."""
     batch = batch_of(module, [tokens])
-    mask = training.document_mask(batch.positions, batch.documents)
+    mask = document_mask(batch.positions, batch.documents)
     main = training._Rows(batch.hidden[module._first], batch.positions, mask)
     streams = module._start(main, torch.tensor([[len(tokens) - 1]]))
     with torch.no_grad():
@@ -336,7 +336,7 @@ def test_a_sequence_that_may_draft_again_has_its_streams_in_that_step_and_its_dr
         sizes.append(len(trees[0]))
         return trees
 
-    engine.proposer.propose = noted  # type: ignore[method-assign]
+    engine.proposer.propose = noted  # type: ignore[method-assign, assignment]
     submit(engine, "0", list(range(20)), GREEDY)
     for _ in range(5):
         engine.step()
@@ -470,7 +470,7 @@ def test_what_an_anchor_learns_depends_neither_on_other_anchors_nor_on_other_doc
     )
     for batch in (alone, packed):
         main = training._Rows(
-            batch.hidden[1], batch.positions, training.document_mask(batch.positions, batch.documents)
+            batch.hidden[1], batch.positions, document_mask(batch.positions, batch.documents)
         )
         few = torch.tensor([[20]]) if batch is alone else torch.tensor([[3, 20, len(one) + 5]])
         streams = module._start(main, few)
@@ -512,18 +512,16 @@ def test_shared_training_writes_a_model_and_streams_that_fit_it(plain: Any, tmp_
     batch = batch_of(module, [wanted])
     assert fit(module, batch)["next_loss"] < 0.3
     module.save(tmp_path / "tuned")
-    settings = {"dtype": "float32", "kernels": "reference", "max_num_seqs": 4}
+    settings: dict[str, Any] = {"dtype": "float32", "kernels": "reference", "max_num_seqs": 4}
+    streams: dict[str, Any] = {
+        "spec_method": "streaming",
+        "spec_model": str(tmp_path / "tuned" / "streams"),
+        "spec_tokens": 3,
+        "spec_policy": "fixed",
+    }
     engines = [
-        Engine.from_config(EngineConfig(str(tmp_path / "tuned"), **settings, **more))
-        for more in (
-            {},
-            {
-                "spec_method": "streaming",
-                "spec_model": str(tmp_path / "tuned" / "streams"),
-                "spec_tokens": 3,
-                "spec_policy": "fixed",
-            },
-        )
+        Engine.from_config(EngineConfig(str(tmp_path / "tuned"), **settings)),
+        Engine.from_config(EngineConfig(str(tmp_path / "tuned"), **settings, **streams)),
     ]
     submit(engines[0], "0", "x", GREEDY)
     answer = tokens(run(engines[0])["0-0"])
