@@ -238,6 +238,10 @@ def test_synthetic_verification_takes_first_children_and_then_the_targets_choice
     ],
 )
 def test_the_verifier_is_the_one_asked_for(settings: dict[str, str], kind: type) -> None:
-    rates = [0.5] * 5 if settings.get("verification") == "synthetic" else None
+    rates = (
+        [0.5] * SpeculativeConfig().num_speculative_tokens
+        if settings.get("verification") == "synthetic"
+        else None
+    )
     config = SpeculativeConfig(**settings, synthetic_acceptance_rates=rates)  # type: ignore[arg-type]
     assert type(load_verifier(config, KERNELS)) is kind

@@ -286,12 +286,10 @@ def _progress(number: int, load: Any) -> Iterator[Callable[[], None]]:
 def _shown_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags as they were, for the result; never the key."""
     hidden = ("run", "api_key", "command", "bench_command", "version")
-    plain = (bool, int, float, str, list, tuple, dict, type(None))
-    return {
-        name: value if isinstance(value, plain) and value != math.inf else str(value)
-        for name, value in vars(args).items()
-        if name not in hidden
-    }
+    shown = {name: value for name, value in vars(args).items() if name not in hidden}
+    infinite = {name: str(value) for name, value in shown.items() if value == math.inf}  # JSON has none
+    settings: dict[str, Any] = json.loads(json.dumps(shown | infinite, default=str))
+    return settings
 
 
 # --- bench sweep ----------------------------------------------------------------------------------------

@@ -154,13 +154,21 @@ class GoodputPolicy(SpeculationPolicy):
         self._rate = choice.rate
         self.predicted_s = choice.seconds - self._usual_s + self._drafting_s
         counts = [0] * len(drafts)
-        reach, cap = self._reach, self._max_tokens
         for i, count in zip(drafting, choice.counts, strict=True):
-            counts[i], key = count, self._ids[i]
-            reach[key] = min(cap, max(count + AHEAD, reach.get(key, cap) - 1))
-        if self._methods is None:  # else the tokens of the step teach as much without
+            counts[i] = count
+        if (
+            self._methods is None
+        ):  # several know by themselves how far to draft, and learn without verification
+            self._note_reach(drafting, choice.counts)
             self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
         return counts
+
+    def _note_reach(self, drafting: list[int], counts: list[int]) -> None:
+        """How far the next drafts of these sequences may reach: that falls by a node a step."""
+        reach, cap = self._reach, self._max_tokens
+        for i, count in zip(drafting, counts, strict=True):
+            key = self._ids[i]
+            reach[key] = min(cap, max(count + AHEAD, reach.get(key, cap) - 1))
 
     def price(self, num_rows: int, num_more: float) -> float:
         """See SpeculationPolicy."""

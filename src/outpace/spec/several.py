@@ -199,7 +199,7 @@ class Several(Proposer):
         for name, asked in self._asked.items():
             for key, tree in zip(self._ids, asked.trees, strict=True):
                 self._calibrations[name].observe(tree, came[key])
-        self._asked = {}
+        self._ids, self._asked = [], {}
         for proposer in self._proposers.values():
             proposer.observe(batch, target, verdict)
 
