@@ -7,7 +7,6 @@ import pkgutil
 from types import ModuleType
 from typing import Any
 
-from outpace.config import flag
 from outpace.errors import ConfigError
 
 
@@ -23,7 +22,7 @@ def find(package: str, name: str, setting: str) -> ModuleType:
     Args:
         package: Where the built-in ones are.
         name: A module of `package`, or the dotted path of a module from outside.
-        setting: The setting that chose it, for errors.
+        setting: The flag or argument that chose it, for errors.
 
     Raises:
         ConfigError: There is no such module, or it has no `create`.
@@ -31,16 +30,14 @@ def find(package: str, name: str, setting: str) -> ModuleType:
     is_dotted = "." in name
     if not is_dotted and name not in (known := available(package)):
         choices = ", ".join(known)
-        raise ConfigError(
-            f"{flag(setting)} must be one of {choices} or the dotted path of a module, got {name!r}"
-        )
+        raise ConfigError(f"{setting} must be one of {choices} or the dotted path of a module, got {name!r}")
     try:
         module = importlib.import_module(name if is_dotted else f"{package}.{name}")
     except Exception as error:  # a module from outside may raise anything
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{flag(setting)} {name} cannot be imported: {reason}") from error
+        raise ConfigError(f"{setting} {name} cannot be imported: {reason}") from error
     if not hasattr(module, "create"):
-        raise ConfigError(f"{flag(setting)} {name} has no function create()")
+        raise ConfigError(f"{setting} {name} has no function create()")
     return module
 
 
@@ -51,7 +48,7 @@ def build(package: str, name: str, interface: type[Any], setting: str, *argument
         package: Where the built-in ones are.
         name: A module of `package`, or the dotted path of a module from outside.
         interface: What it must be an instance of.
-        setting: The setting that chose it, for errors.
+        setting: The flag or argument that chose it, for errors.
         *arguments: What `create` is given.
 
     Raises:
@@ -60,5 +57,5 @@ def build(package: str, name: str, interface: type[Any], setting: str, *argument
     part = find(package, name, setting).create(*arguments)
     if not isinstance(part, interface):
         made = type(part).__name__
-        raise ConfigError(f"{flag(setting)} {name}: create() made a {made}, not a {interface.__name__}")
+        raise ConfigError(f"{setting} {name}: create() made a {made}, not a {interface.__name__}")
     return part

@@ -132,7 +132,7 @@ def test_the_command_ends_with_its_report_as_json(
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("nothing", {}, "method must be one of .*medusa"),
+        ("nothing", {}, "METHOD must be one of .*medusa"),
         ("medusa", {"heads": 2}, "medusa has no setting 'heads'; there are: num_heads"),
         ("medusa", {"num_heads": "2"}, "num_heads of medusa must be int, got '2'"),
         ("medusa", {"num_heads": 0}, "num_heads of medusa must be at least 1, got 0"),

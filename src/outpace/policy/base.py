@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from outpace import registry
-from outpace.config import EngineConfig, SpeculativeConfig
+from outpace.config import EngineConfig, SpeculativeConfig, flag
 from outpace.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def check_policy(name: str) -> None:
     Raises:
         ConfigError: There is no such policy.
     """
-    registry.find(_PACKAGE, name, "spec_policy")
+    registry.find(_PACKAGE, name, flag("spec_policy"))
 
 
 def load_policy(name: str, context: PolicyContext) -> SpeculationPolicy:
@@ -273,5 +273,7 @@ def load_policy(name: str, context: PolicyContext) -> SpeculationPolicy:
     Raises:
         ConfigError: There is no such policy, or it cannot be had with these settings.
     """
-    policy: SpeculationPolicy = registry.build(_PACKAGE, name, SpeculationPolicy, "spec_policy", context)
+    policy: SpeculationPolicy = registry.build(
+        _PACKAGE, name, SpeculationPolicy, flag("spec_policy"), context
+    )
     return policy

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from outpace import registry
+from outpace.config import flag
 from outpace.errors import InvalidRequestError
 from outpace.sampling import StructuredOutputsParams
 from outpace.spec.grammar import enforceable
@@ -147,7 +148,7 @@ def load_tool_format(name: str) -> ToolFormat:
     Raises:
         ConfigError: There is no such format.
     """
-    tool_format: ToolFormat = registry.build(_PACKAGE, name, ToolFormat, "tool_call_parser")
+    tool_format: ToolFormat = registry.build(_PACKAGE, name, ToolFormat, flag("tool_call_parser"))
     return tool_format
 
 

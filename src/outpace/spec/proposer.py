@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from outpace import registry
 from outpace.batch import Batch, TargetOutput, Verdict
-from outpace.config import EngineConfig, SpeculativeConfig
+from outpace.config import EngineConfig, SpeculativeConfig, flag
 from outpace.models.decoder import Decoder
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
@@ -89,7 +89,7 @@ def check_methods(config: SpeculativeConfig) -> None:
         ConfigError: There is no such method.
     """
     for name in config.methods:
-        registry.find(_PACKAGE, name, "spec_method")
+        registry.find(_PACKAGE, name, flag("spec_method"))
 
 
 def load_proposer(context: DraftContext) -> Proposer:
@@ -103,6 +103,6 @@ def load_proposer(context: DraftContext) -> Proposer:
     from outpace.spec.several import Several  # not at the top: it imports this module
 
     methods = context.speculative.methods or ("none",)
-    built = {name: registry.build(_PACKAGE, name, Proposer, "spec_method", context) for name in methods}
+    built = {name: registry.build(_PACKAGE, name, Proposer, flag("spec_method"), context) for name in methods}
     proposer: Proposer = built[methods[0]] if len(built) == 1 else Several(built)
     return proposer

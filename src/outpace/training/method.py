@@ -172,7 +172,7 @@ def make_settings(method: str, given: dict[str, Any]) -> Any:
     Raises:
         ConfigError: There is no such method or setting, or a value is not of its type.
     """
-    kind = registry.find(_PACKAGE, method, "method").Settings
+    kind = registry.find(_PACKAGE, method, "METHOD").Settings
     hints = typing.get_type_hints(kind)
     for name, value in given.items():
         if name not in hints:
@@ -190,7 +190,7 @@ def make_settings(method: str, given: dict[str, Any]) -> Any:
 def create(trunk: Trunk, run: Run, settings: Any) -> TrainableDraft:
     """Builds the method of a run, untrained."""
     draft: TrainableDraft = registry.build(
-        _PACKAGE, run.method, TrainableDraft, "method", trunk, run, settings
+        _PACKAGE, run.method, TrainableDraft, "METHOD", trunk, run, settings
     )
     return draft
 
