@@ -7,7 +7,7 @@
 //      chunks of kChunk positions in order; a linear layer's inputs in order.
 //
 // Portable C++17 with the vector extensions of GCC and Clang: 16 floats are one AVX-512 register, two AVX
-// ones or four NEON ones. One intrinsic, for the bf16 dot product where there is one (`dot_pairs`). Plain
+// ones or four NEON ones. One intrinsic, for the bf16 dot product where there is a fast one (`dot_group`). Plain
 // torch references with the same signatures: reference.py.
 //
 // Matrices are row-major. `Scalar` is the model's dtype: float, or bf16 stored as uint16_t.
@@ -22,6 +22,7 @@
 #include <limits>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #ifdef __GLIBC__
@@ -305,43 +306,70 @@ void for_rows(int rows, int work, const Body& body) {
 // --------------------------------------------------------------------------------------------- linear
 
 // Weights lie in panels of kPanel outputs: [panel][group of inputs][output][input of the group], where a group
-// is what one instruction takes: two inputs in bf16, one in float. A panel is what a thread claims. Rows are
-// laid out alike for a tile of them: [group][row][input of the group]. Every output is one chain of sums over
-// the inputs in order, whatever the rows of a tile: that is what makes a row's bits independent of the batch.
+// is 4 bytes: two inputs in bf16, one in float. A panel is what a thread claims. Rows are laid out alike for a
+// tile of them: [group][row][input of the group]. Every output is one chain of sums over the inputs in order,
+// whatever the rows of a tile: that is what makes a row's bits independent of the batch.
 constexpr int kPanel = 2 * kLanes;
 constexpr int kTileRows = 12;   // times two registers of sums: 24 of AVX-512's 32
 constexpr int kAhead = 2048;    // bytes of a panel fetched ahead
 
-// acc += x * w: each lane of w is a group of weights, x the group of one row.
-inline vf dot_group(vf acc, const uint16_t* x, const uint16_t* w) {
-  vu weights;
-  std::memcpy(&weights, w, sizeof weights);
-  uint32_t pair;
-  std::memcpy(&pair, x, sizeof pair);
-#ifdef __AVX512BF16__
-  return bits<vf>(_mm512_dpbf16_ps(bits<__m512>(acc), bits<__m512bh>(weights), bits<__m512bh>(_mm512_set1_epi32(pair))));
-#else
-  acc += bits<vf>(weights << 16) * bits<float>(pair << 16);
-  return acc + bits<vf>(weights & 0xFFFF0000u) * bits<float>(pair & 0xFFFF0000u);
-#endif
-}
-inline vf dot_group(vf acc, const float* x, const float* w) { return acc + load(w) * *x; }
-
 template <typename Scalar>
 constexpr int kGroup = sizeof(float) / sizeof(Scalar);
 
+// Whether one instruction takes a group of bf16. Where it has half the rate of a multiplication in float, the
+// build says so (native.py) and weights are widened instead: once for all rows of a tile.
+#if defined(__AVX512BF16__) && !defined(SLOW_BF16_DOT)
+constexpr bool kDotGroups = true;
+inline vf dot_group(vf acc, uint32_t x, vu w) {
+  return bits<vf>(_mm512_dpbf16_ps(bits<__m512>(acc), bits<__m512bh>(w), bits<__m512bh>(_mm512_set1_epi32(x))));
+}
+#else
+constexpr bool kDotGroups = false;
+inline vf dot_group(vf acc, uint32_t, vu) { return acc; }
+#endif
+
+// A row's inputs as they are laid out: groups for the instruction that takes them, else floats.
+template <typename Scalar>
+using Laid = std::conditional_t<kDotGroups, Scalar, float>;
+
+inline void lay(float* to, float x) { *to = x; }
+inline void lay(float* to, uint16_t x) { *to = widen(x); }
+inline void lay(uint16_t* to, uint16_t x) { *to = x; }
+
+// The i-th input of a group's weights, for each output.
+inline vf weights_of(const float* w, int) { return load(w); }
+inline vf weights_of(const uint16_t* w, int i) {
+  vu group;
+  std::memcpy(&group, w, sizeof group);
+  return bits<vf>(i ? group & 0xFFFF0000u : group << 16);
+}
+
 // R rows, laid out, times one panel.
 template <int R, typename Scalar>
-void linear_tile(Scalar* out, const Scalar* x, const Scalar* panel, const Scalar* bias, int groups, int64_t stride,
+void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const Scalar* bias, int groups, int64_t stride,
                  int columns) {
+  constexpr int kInputs = kGroup<Scalar>;
   vf acc[R][2];
   for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
-  for (int g = 0; g < groups; g++) {
-    const Scalar* w = panel + int64_t(g) * kPanel * kGroup<Scalar>;
-    for (int j = 0; j < 2; j++) __builtin_prefetch(reinterpret_cast<const char*>(w + j * kLanes * kGroup<Scalar>) + kAhead);
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < 2; j++)
-        acc[r][j] = dot_group(acc[r][j], x + (g * R + r) * kGroup<Scalar>, w + j * kLanes * kGroup<Scalar>);
+  for (int g = 0; g < groups; g++, x += R * kInputs) {
+    const Scalar* w[2] = {panel + int64_t(g) * kPanel * kInputs, panel + (int64_t(g) * kPanel + kLanes) * kInputs};
+    for (int j = 0; j < 2; j++) __builtin_prefetch(reinterpret_cast<const char*>(w[j]) + kAhead);
+    if constexpr (kDotGroups && kInputs == 2) {
+      for (int r = 0; r < R; r++)
+        for (int j = 0; j < 2; j++) {
+          uint32_t pair;
+          vu weights;
+          std::memcpy(&pair, x + r * kInputs, sizeof pair);
+          std::memcpy(&weights, w[j], sizeof weights);
+          acc[r][j] = dot_group(acc[r][j], pair, weights);
+        }
+    } else {
+      for (int i = 0; i < kInputs; i++) {
+        const vf weights[2] = {weights_of(w[0], i), weights_of(w[1], i)};
+        for (int r = 0; r < R; r++)
+          for (int j = 0; j < 2; j++) acc[r][j] += weights[j] * x[r * kInputs + i];
+      }
+    }
   }
   for (int r = 0; r < R; r++) {
     Scalar row[kPanel];
@@ -352,22 +380,22 @@ void linear_tile(Scalar* out, const Scalar* x, const Scalar* panel, const Scalar
 
 template <typename Scalar>
 void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bias, int rows, int inputs, int outputs) {
-  using Tile = void (*)(Scalar*, const Scalar*, const Scalar*, const Scalar*, int, int64_t, int);
+  using Tile = void (*)(Scalar*, const Laid<Scalar>*, const Scalar*, const Scalar*, int, int64_t, int);
   static const Tile tiles[kTileRows] = {
       linear_tile<1, Scalar>, linear_tile<2, Scalar>,  linear_tile<3, Scalar>,  linear_tile<4, Scalar>,
       linear_tile<5, Scalar>, linear_tile<6, Scalar>,  linear_tile<7, Scalar>,  linear_tile<8, Scalar>,
       linear_tile<9, Scalar>, linear_tile<10, Scalar>, linear_tile<11, Scalar>, linear_tile<12, Scalar>};
   const int groups = inputs / kGroup<Scalar>;
-  static thread_local std::vector<Scalar> laid_out;
+  static thread_local std::vector<Laid<Scalar>> laid_out;
   laid_out.resize(int64_t(rows) * inputs);
-  Scalar* tiled = laid_out.data();
+  Laid<Scalar>* tiled = laid_out.data();
   Team::instance().run((rows + kTileRows - 1) / kTileRows, [&](int tile) {
     const int first = tile * kTileRows, tile_rows = std::min(kTileRows, rows - first);
     const Scalar* from = x + int64_t(first) * inputs;
-    Scalar* to = tiled + int64_t(first) * inputs;
+    Laid<Scalar>* to = tiled + int64_t(first) * inputs;
     for (int g = 0; g < groups; g++)
-      for (int r = 0; r < tile_rows; r++, to += kGroup<Scalar>)
-        std::memcpy(to, from + int64_t(r) * inputs + g * kGroup<Scalar>, sizeof(float));
+      for (int r = 0; r < tile_rows; r++)
+        for (int i = 0; i < kGroup<Scalar>; i++) lay(to++, from[int64_t(r) * inputs + g * kGroup<Scalar> + i]);
   });
   Team::instance().run((outputs + kPanel - 1) / kPanel, [&](int panel) {
     const Scalar* weights = packed + int64_t(panel) * inputs * kPanel;

@@ -96,17 +96,20 @@ def build() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise ConfigError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
-    target = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+    if "GenuineIntel" in _cpu_info("vendor_id"):
+        flags.append("-DSLOW_BF16_DOT")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    machine = f"{platform.machine()} {_cpu_flags()}"
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), *FLAGS, target, version, machine)).encode())
+    # What -march=native looks at, so that a cache shared between machines does not mix their libraries.
+    machine = f"{platform.machine()} {_cpu_info('flags', 'Features')}"
+    key = hashlib.sha256("\0".join((SOURCE.read_text(), *flags, version, machine)).encode())
     library = cache_dir() / "kernels" / f"cpu-{key.hexdigest()[:16]}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         built = Path(scratch) / library.name
-        command = [compiler, *FLAGS, target, "-o", str(built), str(SOURCE)]
+        command = [compiler, *flags, "-o", str(built), str(SOURCE)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode != 0:
             reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[0]
@@ -115,13 +118,13 @@ def build() -> Path:
     return library
 
 
-def _cpu_flags() -> str:
-    """What -march=native looks at, so that a cache shared between machines does not mix their libraries."""
+def _cpu_info(*names: str) -> str:
+    """The first line of /proc/cpuinfo that begins with one of the names, else the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return next((line for line in lines if line.startswith(names)), platform.processor())
 
 
 class NativeKernels(Kernels):
