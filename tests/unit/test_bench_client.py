@@ -308,6 +308,13 @@ def test_a_row_that_is_no_prompt_is_named(tmp_path: Path, row: Any, message: str
         dataset(tmp_path, row)
 
 
+def test_prompts_that_are_too_long_are_left_out_and_at_least_one_must_stay(tmp_path: Path) -> None:
+    read = dataset(tmp_path, {"prompt": "short"}, {"prompt": "much longer"}, {"turns": ["fits"]})
+    assert workload.up_to(read, 5) == [read[0], read[2]]
+    with pytest.raises(ConfigError, match="leaves no prompt: the shortest has 4 characters"):
+        workload.up_to(read, 3)
+
+
 def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no rows"):
         dataset(tmp_path)

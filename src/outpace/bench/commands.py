@@ -89,6 +89,9 @@ def _add_queries(parser: argparse.ArgumentParser) -> None:
         help="JSON lines (.gz) with messages, turns, conversations or prompt; several are mixed; "
         "default: 8 built-in prompts",
     )
+    group.add_argument(
+        "--max-prompt-chars", type=_COUNT, metavar="N", help="leave longer prompts of the dataset out"
+    )
     group.add_argument("--endpoint", choices=("chat", "completions"), default="chat", help="default: chat")
     group.add_argument(
         "--output-len",
@@ -217,7 +220,8 @@ def _conversations(args: argparse.Namespace) -> list[Any]:
     from outpace.bench import workload
 
     read = [conversation for path in args.dataset for conversation in workload.read_dataset(path)]
-    return read or workload.built_in_prompts()
+    read = read or workload.built_in_prompts()
+    return read if args.max_prompt_chars is None else workload.up_to(read, args.max_prompt_chars)
 
 
 def _load(args: argparse.Namespace, num_conversations: int) -> tuple[Any, list[int]]:

@@ -159,6 +159,21 @@ def _user(text: Any) -> Messages:
     return ({"role": "user", "content": text},)
 
 
+def up_to(conversations: list[Messages], max_chars: int) -> list[Messages]:
+    """The conversations whose texts have at most so many characters in all.
+
+    Raises:
+        ConfigError: None has.
+    """
+    lengths = [sum(len(str(message["content"])) for message in messages) for messages in conversations]
+    kept = [messages for messages, length in zip(conversations, lengths, strict=True) if length <= max_chars]
+    if not kept:
+        raise ConfigError(
+            f"--max-prompt-chars {max_chars} leaves no prompt: the shortest has {min(lengths)} characters"
+        )
+    return kept
+
+
 def choose(conversations: list[Messages], number: int, seed: int, skip: int = 0) -> list[Messages]:
     """A seeded choice, without repeats as far as the dataset goes.
 
