@@ -109,7 +109,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     metrics = load_metrics(config.quality)
     configs = engine_configs(config)
-    conversations, questions = _read(config, metrics)
+    conversations, questions = read_prompts(config, metrics)
     answerers = [_Answerer(Engine.from_config(c), conversations, config) for c in configs]
     for answerer in answerers:  # what is built on first use
         answerer.run(1, num_prompts=2)
@@ -159,7 +159,7 @@ def engine_configs(config: EvaluateConfig) -> list[EngineConfig]:
     return [plain, drafting, *bases]
 
 
-def _read(config: EvaluateConfig, metrics: list[Metric]) -> tuple[list[list[Message]], list[Question]]:
+def read_prompts(config: EvaluateConfig, metrics: list[Metric]) -> tuple[list[list[Message]], list[Question]]:
     """The messages of each conversation up to its first answer, and where quality is measured its question.
 
     Raises:
