@@ -43,7 +43,7 @@ def served(config: EvaluateConfig, log_dir: Path) -> list[dict[str, Any]]:
     """What became of drafts over HTTP, at each concurrency."""
     _, engine, *_ = engine_configs(config)
     conversations, _ = read_prompts(config, [])
-    queries = [Query(messages, config.max_tokens, seed) for seed, messages in enumerate(conversations)]
+    queries = [Query(tuple(messages), config.max_tokens, seed) for seed, messages in enumerate(conversations)]
     server = Server("served", serve_command(engine), log_dir)
     server.start()
     try:

@@ -12,9 +12,8 @@ import pytest
 import tasks
 
 from outpace.cli import main
-from outpace.training.trainer import train
 from tiny import write_model
-from training_runs import row, tiny_run, write_rows
+from training_runs import row, write_rows
 
 TRAIN = "--max-len 64 --batch-tokens 128 --holdout 2 --max-steps 3 --dtype float32 --hidden-cache none"
 DRAFTS = ["medusa", "redrafter", "lossless", "shared"]
@@ -66,14 +65,15 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
 def test_what_is_accepted_offline_is_accepted_over_http(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    target = write_model(tmp_path / "target")
+    target, draft = write_model(tmp_path / "target"), write_model(tmp_path / "draft", noise=0.3)
     data = write_rows(tmp_path / "data.jsonl", [row(chr(97 + i) * 3, "y") for i in range(8)])
-    train(tiny_run(target, data, tmp_path / "draft", max_steps=1))
-    flags = ["--data", data, "--max-tokens", "32", "--num-prompts", "6", "--concurrency", "2"]
+    flags = ["--model", str(target), "--data", data, "--max-tokens", "32", "--num-prompts", "6"]
     with pytest.raises(SystemExit) as ended:
-        offline_online.main([str(tmp_path / "draft"), *flags, "--spec-tokens", "3", "--num-threads", "1"])
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        offline_online.main(
+            [str(draft), *flags, "--concurrency", "2", "--spec-tokens", "3", "--num-threads", "1"]
+        )
     assert ended.value.code == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["agrees"]
     (result,) = report["results"]
     assert result["num_drafts"][0] == result["num_drafts"][1] > 50

@@ -47,13 +47,13 @@ class Finetune(Trainable):
         self.layers = model.model.layers.requires_grad_(True)
         self.norm = model.model.norm.requires_grad_(True)
         ends = self._ends() if settings.embedding else []
-        self.ends = torch.nn.ModuleList(ends).requires_grad_(True)
+        self.ends = torch.nn.ParameterList(ends).requires_grad_(True)
 
-    def _ends(self) -> list[torch.nn.Module]:
+    def _ends(self) -> list[torch.nn.Parameter]:
         """The embedding, then the output head unless it is tied: then it is the embedding's parameter."""
         model = self._tuned.model
-        head = [] if self._tuned.config.tie_word_embeddings else [model.lm_head]
-        return [model.model.embed_tokens, *head]
+        head = [] if self._tuned.config.tie_word_embeddings else [model.lm_head.weight]
+        return [model.model.embed_tokens.weight, *head]
 
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross entropy of the next token."""
@@ -64,7 +64,7 @@ class Finetune(Trainable):
             hidden = tuned.embed(batch.token_ids)
             hidden = tuned.layers(hidden, batch.positions, mask, 0, tuned.config.num_layers)
         targets, valid = batch.future(0)
-        head = self._ends()[-1].weight.to(dtype)
+        head = self._ends()[-1].to(dtype)
         loss, best = head_cross_entropy(self.norm(hidden[valid]), head, targets[valid])
         count = max(1, int(valid.sum()))
         return loss / count, {"accuracy_1": float((best == targets[valid]).sum()) / count}
