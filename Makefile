@@ -13,7 +13,7 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Outpace needs Python 3.11 or later; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev,bench,train]'
+	$(BIN)/pip install -c constraints.txt -e '.[dev,bench,train,eval]'
 	@touch $@
 
 serve: install  ## serve MODEL (default: SmolLM2-135M-Instruct) on 127.0.0.1:8000; more flags in ARGS

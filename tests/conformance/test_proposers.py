@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from outpace.engine.engine import Engine
+from outpace.models.loader import load_config, load_weights
 from outpace.policy.base import BatchView, SpeculationPolicy
 from outpace.request import Sequence
 from outpace.runtime.block_manager import BlockManager
@@ -101,15 +102,33 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(root / "half_right", noise=0.3)
 
 
+def drafts_for(directory: Path) -> str | None:
+    """The proposer that a directory is for; None where it is a model that drafts nothing."""
+    section = json.loads((directory / "config.json").read_text()).get("speculators_config", {})
+    algorithm: str | None = section.get("algorithm")
+    return algorithm
+
+
 def settings_of(method: str, draft_model: Path) -> dict[str, Any]:
     """What a method needs beside its name."""
-    trained = {name: {"spec_model": str(draft_model.parent / name)} for name in training.available()}
-    needs: dict[str, dict[str, Any]] = trained | {
+    directories = [draft_model.parent / name for name in training.available()]
+    trained = {drafts_for(directory): {"spec_model": str(directory)} for directory in directories}
+    needs: dict[str | None, dict[str, Any]] = trained | {
         "draft_model": {"spec_model": str(draft_model)},
         # by its path a method like any other: only its name stands for synthetic verification, too
         "synthetic": {"spec_method": "outpace.spec.proposers.synthetic"},
     }
     return {key: value for name in method.split(",") for key, value in needs.get(name, {}).items()}
+
+
+def test_what_is_trained_is_a_draft_with_a_proposer_of_its_name_or_a_model(draft_model: Path) -> None:
+    for name in training.available():
+        directory = draft_model.parent / name
+        if drafts_for(directory) is None:
+            load_weights(directory, load_config(directory), torch.float32)
+        else:
+            assert drafts_for(directory) == name
+            assert name in proposers.available()
 
 
 def speculating(method: str, most: int, draft_model: Path, **settings: Any) -> Engine:

@@ -10,20 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from outpace.cli import main
 from outpace.errors import ConfigError
 from outpace.llm import LLM
+from outpace.request import Sequence
+from outpace.sampling import SamplingParams
 from outpace.training import distill as distill_module
+from outpace.training import divergence, trainer
 from outpace.training import method as methods
-from outpace.training import trainer
 from outpace.training.data import (
     load_corpus,
 )
 from outpace.training.distill import DistillConfig, distill
 from outpace.training.evaluate import EvaluateConfig, engine_configs
-from outpace.training.trainer import TrainConfig, train
+from outpace.training.trainer import train
+from outpace.training.trunk import Trunk
 from tiny import EOS, GREEDY, answers, byte_tokenizer, tiny_engine, write_model
 from training_runs import engine_of, losses_of, row, tiny_run, write_rows
 
@@ -155,29 +159,128 @@ def test_training_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- A draft model --------------------------------------------------------------------------------------
 
 
-def test_a_draft_model_is_trained_saved_as_a_model_and_served(
-    target: Path, texts: str, tmp_path: Path
+@pytest.fixture(scope="module")
+def small(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft model of the target's first layer."""
+    root = tmp_path_factory.mktemp("small")
+    sentence = "the quick brown fox jumps over the lazy dog"
+    data = write_rows(root / "texts.jsonl", [row(sentence[i:], sentence[: 5 + i]) for i in range(30)])
+    options: dict[str, Any] = {"epochs": 10, "batch_tokens": 512, "lr": 1e-2, "settings": {"num_layers": 1}}
+    train(tiny_run(target, data, root / "draft", "draft_model", **options))
+    return root / "draft"
+
+
+def test_a_draft_model_is_trained_and_served_between_the_ends_of_its_target(
+    target: Path, small: Path
 ) -> None:
-    options = {"max_len": 64, "batch_tokens": 512, "holdout": 4, "dtype": "float32", "lr": 1e-2}
-    out = tmp_path / "small"
-    run = TrainConfig("draft_model", texts, out, str(target), {"num_layers": 1}, epochs=10, **options)  # type: ignore[arg-type]
-    report = train(run)
-    first, *_, last = losses_of(out)
+    first, *_, last = losses_of(small)
     assert last < 0.5 * first
-    small, whole = load_file(out / "model.safetensors"), load_file(target / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(small[name], whole[name])
+    own, whole = load_file(small / "model.safetensors"), load_file(target / "model.safetensors")
+    assert own.keys() == {n for n in whole if n.startswith("model.layers.0.") or n == "model.norm.weight"}
     changed = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(small[changed], whole[changed])
-    assert not any(name.startswith("model.layers.1.") for name in small)
-    assert report["num_parameters"] == sum(small[n].numel() for n in small if "layers" in n or "norm" in n)
-    engine = tiny_engine(spec_method="draft_model", spec_model=str(out))
+    assert not torch.equal(own[changed], whole[changed])
+    report = json.loads((small / "training.json").read_text())
+    assert report["num_parameters"] == sum(weight.numel() for weight in own.values())
+    assert report["metrics"].keys() == {"loss", "accuracy_1", "kl"}
+    engine: Any = tiny_engine(spec_method="draft_model", spec_model=str(small))
     assert answers(engine, GREEDY) == answers(tiny_engine(), GREEDY)
+    decoder = engine.proposer.drafter._runner.decoder
+    assert decoder.config.num_layers == 1
+    assert decoder.embedding is engine.runner.decoder.embedding
+    assert decoder._head is engine.runner.decoder._head
 
 
-def test_a_draft_model_is_smaller_than_its_target(target: Path, texts: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="num_layers of draft_model must be below the target's 2, got 2"):
-        train(TrainConfig("draft_model", texts, tmp_path / "o", str(target), {"num_layers": 2}, max_len=64))
+def test_a_draft_model_guesses_as_when_it_was_trained(target: Path, small: Path) -> None:
+    engine: Any = tiny_engine(spec_method="draft_model", spec_model=str(small), spec_tokens=1)
+    trunk = Trunk.load(target, torch.float32)
+    shape = replace(trunk.config, num_layers=1)
+    ends = {name: trunk.model.state_dict()[name] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    alone = Trunk(shape, load_file(small / "model.safetensors") | ends)
+    ids = torch.arange(40, 60)[None]
+    hidden = alone.hidden_states(ids, torch.arange(20)[None], torch.zeros_like(ids), (1,))[1]
+    expected = int(alone.head(hidden)[0, -1].argmax())
+    (request,) = engine.admission.requests("0", ids[0].tolist(), GREEDY)
+    (tree,) = engine.proposer.propose([Sequence.start(request)], [1])
+    assert tree.token_ids == (expected,)
+
+
+def test_a_draft_model_is_refused_by_a_target_with_another_embedding(small: Path, tmp_path: Path) -> None:
+    other = write_model(tmp_path / "other", noise=0.1)
+    with pytest.raises(ConfigError, match="this target has another: train one for it with outpace train dra"):
+        engine_of(other, spec_method="draft_model", spec_model=str(small))
+
+
+def test_the_divergence_has_the_value_and_gradient_of_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divergence, "_CHUNK_LOGITS", 1000)
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher = (torch.randn(40, 16, generator=generator) for _ in range(2))
+    hidden.requires_grad_(True)
+    head = torch.randn(300, 16, generator=generator)
+    targets = torch.randint(0, 300, (40,), generator=generator)
+    log_q, log_p = (hidden @ head.T).log_softmax(1), (teacher @ head.T).log_softmax(1)
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    expected = 0.7 * F.nll_loss(log_q, targets, reduction="sum") + 0.3 * kl
+    loss, best, found_kl = divergence.head_divergence(hidden, head, targets, teacher, 0.3)
+    torch.testing.assert_close(loss, expected)
+    assert found_kl == pytest.approx(float(kl.detach()), rel=1e-4)
+    assert torch.equal(best, log_q.argmax(1))
+    of_plain, of_chunked = (torch.autograd.grad(2 * of, hidden) for of in (expected, loss))
+    torch.testing.assert_close(of_chunked, of_plain, atol=1e-4, rtol=1e-4)
+
+
+def test_training_a_draft_leaves_the_target_as_it_was(target: Path, texts: str) -> None:
+    for method, settings in (("draft_model", {"num_layers": 1}), ("finetune", {})):
+        trunk = Trunk.load(target, torch.float32)
+        before = {name: weight.clone() for name, weight in trunk.model.state_dict().items()}
+        run = methods.Run(method, "target", target, seed=0, max_len=64)
+        draft = methods.create(trunk, run, methods.make_settings(method, settings))
+        with torch.no_grad():
+            for parameter in draft.parameters():
+                parameter.add_(1.0)
+        for name, weight in trunk.model.state_dict().items():
+            assert torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_layers": 2}, "num_layers of draft_model must be below the target's 2, got 2"),
+        ({"num_layers": 1, "kl_weight": 1.5}, r"kl_weight of draft_model must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_a_draft_model_that_makes_no_sense_is_refused(
+    settings: dict[str, Any], message: str, target: Path, texts: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(tiny_run(target, texts, tmp_path / "out", "draft_model", settings=settings))
+
+
+# --- The target itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_a_fine_tuned_model_says_what_it_was_taught(tied: bool, embedding: bool, tmp_path: Path) -> None:
+    config = {"tie_word_embeddings": tied}
+    plain = write_model(tmp_path / "plain", **config)
+    if tied:
+        weights = load_file(plain / "model.safetensors")
+        del weights["lm_head.weight"]
+        save_file(weights, plain / "model.safetensors")
+    data = write_rows(tmp_path / "data.jsonl", [row("say it", "taught")] * 40)
+    settings: dict[str, Any] = {"embedding": embedding}
+    out = tmp_path / "tuned"
+    run = tiny_run(plain, data, out, "finetune", epochs=4, lr=3e-3, settings=settings)
+    report = train(run)
+    before, after = (load_file(path / "model.safetensors") for path in (plain, out))
+    assert before.keys() == after.keys()
+    ends = ("model.embed_tokens.weight", "lm_head.weight")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if embedding or name not in ends}
+    assert report["num_parameters"] == sum(before[name].numel() for name in changed)
+    asked: Any = [{"role": "user", "content": "say it"}]
+    (result,) = LLM.from_engine(engine_of(out)).chat(asked, SamplingParams(temperature=0, max_tokens=6))
+    assert result.outputs[0].text == "taught"
 
 
 # --- Distillation and evaluation ------------------------------------------------------------------------

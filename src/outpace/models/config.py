@@ -114,3 +114,8 @@ class ModelConfig:
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, h)
         return shapes
+
+    def own_weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of `weight_shapes` without the embedding and the head, which another model may share."""
+        shared = ("model.embed_tokens.weight", "lm_head.weight")
+        return {name: shape for name, shape in self.weight_shapes().items() if name not in shared}

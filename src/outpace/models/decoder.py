@@ -68,6 +68,18 @@ class Decoder:
         part._layers = self._layers[:num_layers]
         return part
 
+    def with_layers(self, num_layers: int, weights: dict[str, torch.Tensor]) -> Decoder:
+        """Other layers and another final norm, as a decoder that shares embedding and head with this.
+
+        Args:
+            num_layers: How many, in [1, config.num_layers].
+            weights: As `config.own_weight_shapes()` of so many layers names them; emptied.
+        """
+        other = self.first_layers(num_layers)
+        other._layers = tuple(_layer(other.config, weights, i, self.kernels) for i in range(num_layers))
+        other._norm = weights.pop("model.norm.weight")
+        return other
+
     @property
     def layers(self) -> tuple[Layer, ...]:
         """All of them, the first one first."""
@@ -76,6 +88,11 @@ class Decoder:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the first layer: [rows] int64 -> [rows, hidden]."""
         return self._embedding[token_ids]
+
+    @property
+    def embedding(self) -> torch.Tensor:
+        """[vocab, hidden]."""
+        return self._embedding
 
     def head_weight(self) -> torch.Tensor:
         """The output head's weight, [vocab, hidden]; a copy where the head is not the embedding."""

@@ -8,6 +8,7 @@ The section is that of the `speculators` library; its algorithms do not include 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -59,6 +60,16 @@ def speculators_section(method: str, num_tokens: int, verifier: str, target: Mod
             "verifier": {"name_or_path": verifier, "architectures": [target.architecture], **sizes},
         },
     }
+
+
+def embedding_checksum(embedding: torch.Tensor) -> str:
+    """Says which model's embedding it is, the same in float32 and in bfloat16.
+
+    Args:
+        embedding: [vocab, hidden].
+    """
+    low = embedding.detach().cpu().to(torch.bfloat16).contiguous()
+    return hashlib.sha256(low.view(torch.int16).numpy().data).hexdigest()
 
 
 def write_draft(

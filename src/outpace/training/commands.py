@@ -114,6 +114,15 @@ def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
     add("draft", type=Path, metavar="DIR", help="what outpace train wrote")
     add("--data", required=True, metavar="FILE|HUB_ID", help="conversations whose prompts are answered")
     add("--model", metavar="MODEL", help="the target (default: the one that the draft was trained for)")
+    add("--base", metavar="MODEL", help="measure this model beside it, without drafts, such as its baseline")
+    add(
+        "--quality",
+        nargs="+",
+        default=[],
+        metavar="METRIC",
+        help="score answers against the data's: exact_match, execution_match (SQL), rouge1, rouge2, rougeL, "
+        "rougeLsum, bleu",
+    )
     add("--num-prompts", type=_count, default=80, metavar="N", help="how many (default: 80)")
     add(
         "--concurrency",
@@ -137,9 +146,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     from outpace.bench.report import write_json
     from outpace.training.evaluate import EvaluateConfig, evaluate
 
-    names = set(EvaluateConfig.__dataclass_fields__) - {"concurrency"}
-    values = {name: value for name, value in vars(args).items() if name in names}
-    report = evaluate(EvaluateConfig(concurrency=tuple(args.concurrency), **values))
+    values = {
+        name: value for name, value in vars(args).items() if name in EvaluateConfig.__dataclass_fields__
+    }
+    values |= {name: tuple(values[name]) for name in ("concurrency", "quality")}
+    report = evaluate(EvaluateConfig(**values))
     _print_table(
         str(args.draft),
         ["concurrency", *(str(result["concurrency"]) for result in report["results"])],
@@ -149,10 +160,26 @@ def _evaluate(args: argparse.Namespace) -> int:
             if name != "concurrency"
         ],
     )
+    if "quality" in report:
+        _print_quality(report["quality"])
     if args.json:
         write_json(args.json, report)
     print(json.dumps(report))
     return 0
+
+
+def _print_quality(quality: dict[str, Any]) -> None:
+    of = quality["metrics"]
+    names = ["", *(name for name in ("base", "difference") if name in next(iter(of.values())))]
+    cells = [[_interval(result[name] if name else result) for name in names] for result in of.values()]
+    cut = ", ".join(map(str, quality["num_cut"]))
+    title = f"quality of {quality['num_answers']} answers ({cut} cut), in percent, with 95 % intervals"
+    rows = [[metric, *row] for metric, row in zip(of, cells, strict=True)]
+    _print_table(title, ["", "answers", *names[1:]], rows)
+
+
+def _interval(result: dict[str, float]) -> str:
+    return f"{result['value']:.2f} ({result['low']:.2f} to {result['high']:.2f})"
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,7 @@
-"""What a trained draft gives when served: measured with the real engine, beside one without speculation."""
+"""What a trained draft gives when served: measured with the real engine, beside one without speculation.
+
+A fine-tuned target is measured beside its baseline, too: how good the answers of both are, and how fast.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from outpace.engine.engine import DEFAULT_MODEL_NAME, Engine
 from outpace.errors import ConfigError
 from outpace.models.loader import read_json
 from outpace.models.tokenizer import encode_chat
+from outpace.request import FinishReason, Output
 from outpace.sampling import SamplingParams
-from outpace.training.data import Report, read_conversations
+from outpace.training.data import BadLineError, Message, Report, read_conversations
+from outpace.training.quality import Metric, Question, load_metrics, read_question, score
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class EvaluateConfig:
         draft: Directory of the draft.
         data: File or hub id with conversations: the prompts are theirs, up to the first answer.
         model: The target; None is what the draft was trained for.
+        base: Another model that is measured along without speculation, to compare with; None is none.
+        quality: Metrics of the answers, names of `quality.METRICS`; the data then has the references.
         num_prompts: How many of them.
         concurrency: Requests at a time, each a measurement of its own.
         repeat: How often each measurement is made, in turn with the engine without speculation.
@@ -42,6 +49,8 @@ class EvaluateConfig:
     draft: Path
     data: str
     model: str | None = None
+    base: str | None = None
+    quality: tuple[str, ...] = ()
     num_prompts: int = 80
     concurrency: tuple[int, ...] = (1, 8, 32)
     repeat: int = 1
@@ -55,15 +64,36 @@ class EvaluateConfig:
 
 @dataclass
 class _Pass:
-    """All prompts answered once by one engine."""
+    """All prompts answered once by one engine.
+
+    Attributes:
+        seconds: How long that took.
+        num_steps: Steps of sequences that gave a token.
+        num_cut: Answers that were longer than allowed.
+        answers: Tokens of each.
+        texts: Text of each, in the order of the prompts.
+    """
 
     seconds: float = 0.0
     num_steps: int = 0
+    num_cut: int = 0
     answers: dict[str, list[int]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def add(self, output: Output) -> None:
+        """Takes in what a step gave."""
+        self.num_steps += 1
+        self.num_cut += output.finish_reason is FinishReason.LENGTH
+        self.answers.setdefault(output.request_id, []).extend(output.token_ids)
+        self.texts[output.request_id] += output.text
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.answers.values()))
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -71,22 +101,40 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         The report: for each concurrency the speed-up over no speculation, tokens per step of a sequence,
-        acceptance length and rate, in all and by depth, and how many answers are the same.
+        acceptance length and rate, in all and by depth, and how many answers are the same; with a base its
+        speed, too. Then the quality of the answers.
 
     Raises:
-        ConfigError: The draft, the model or the data cannot be had.
+        ConfigError: The draft, a model, the data or a metric cannot be had.
     """
-    plain, drafting = (Engine.from_config(c) for c in engine_configs(config))
-    prompts = _prompts(config, plain)
-    for engine in (plain, drafting):  # what is built on first use
-        _answer(engine, prompts[:2], 1, config)
-    results = [_compare(plain, drafting, prompts, number, config) for number in config.concurrency]
-    shown = dataclasses.asdict(config) | {"draft": str(config.draft)}
-    return {"kind": "evaluate", **provenance(0), "settings": shown, "results": results}
+    metrics = load_metrics(config.quality)
+    configs = engine_configs(config)
+    conversations, questions = read_prompts(config, metrics)
+    answerers = [_Answerer(Engine.from_config(c), conversations, config) for c in configs]
+    for answerer in answerers:  # what is built on first use
+        answerer.run(1, num_prompts=2)
+    results, passes = [], []
+    for concurrency in config.concurrency:
+        rounds, drafts = _measure(answerers, concurrency, config.repeat)
+        results.append({"concurrency": concurrency} | _compared(rounds, drafts))
+        passes = rounds[-1]
+    report = {"kind": "evaluate", **provenance(0), "settings": _shown(config), "results": results}
+    if metrics:
+        report["quality"] = _quality(metrics, questions, passes)
+    return report
 
 
-def engine_configs(config: EvaluateConfig) -> tuple[EngineConfig, EngineConfig]:
-    """The engine without speculation, and the one with the draft."""
+def _shown(config: EvaluateConfig) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    return dataclasses.asdict(config) | {"draft": str(config.draft)}
+
+
+def engine_configs(config: EvaluateConfig) -> list[EngineConfig]:
+    """The engine without speculation, the one with the draft, and that of the base if there is one.
+
+    Raises:
+        ConfigError: The draft does not say what it drafts for, and no model is named.
+    """
     section = read_json(config.draft / "config.json").get("speculators_config") or {}
     model = config.model or section.get("verifier", {}).get("name_or_path")
     if model == DEFAULT_MODEL_NAME:
@@ -107,69 +155,116 @@ def engine_configs(config: EvaluateConfig) -> tuple[EngineConfig, EngineConfig]:
         spec_tokens=config.spec_tokens,
         spec_policy=config.spec_policy,
     )
-    return plain, drafting
+    bases = [] if config.base is None else [dataclasses.replace(plain, model=config.base)]
+    return [plain, drafting, *bases]
 
 
-def _prompts(config: EvaluateConfig, engine: Engine) -> list[list[int]]:
+def read_prompts(config: EvaluateConfig, metrics: list[Metric]) -> tuple[list[list[Message]], list[Question]]:
+    """The messages of each conversation up to its first answer, and where quality is measured its question.
+
+    Raises:
+        ConfigError: The data cannot be had, or too much of it is of no use.
+    """
     report = Report()
-    prompts = []
-    for _, messages, _ in itertools.islice(read_conversations(config.data, report), config.num_prompts):
-        before = list(itertools.takewhile(lambda message: message["role"] != "assistant", messages))
-        prompts.append(encode_chat(engine.tokenizer, before))
+    conversations: list[list[Message]] = []
+    questions: list[Question] = []
+    for where, messages, row in read_conversations(config.data, report):
+        try:
+            questions += [read_question(messages, row, metrics)] if metrics else []
+        except BadLineError as error:
+            report.add_bad(where, str(error))
+            continue
+        conversations.append(list(itertools.takewhile(lambda m: m["role"] != "assistant", messages)))
+        if len(conversations) == config.num_prompts:
+            break
     report.check(config.data, config.max_bad_share)
-    return prompts
+    return conversations, questions
 
 
-def _compare(
-    plain: Engine, drafting: Engine, prompts: list[list[int]], concurrency: int, config: EvaluateConfig
-) -> dict[str, Any]:
-    """Both engines in turn, since the machine's speed changes; the ratio is of neighbours."""
-    counts = dataclasses.replace(drafting.metrics.drafts)
-    before = list(counts.num_accepted_per_depth)
-    pairs = [
-        [_answer(engine, prompts, concurrency, config) for engine in (plain, drafting)]
-        for _ in range(config.repeat)
-    ]
-    after = drafting.metrics.drafts
-    num_drafts = after.num_drafts - counts.num_drafts
-    accepted = after.num_accepted_tokens - counts.num_accepted_tokens
-    drafted = after.num_draft_tokens - counts.num_draft_tokens
-    by_depth = [b - a for a, b in itertools.zip_longest(before, after.num_accepted_per_depth, fillvalue=0)]
-    _, last = pairs[-1]
-    return {
-        "concurrency": concurrency,
-        "speed_up": statistics.median(p.seconds / d.seconds for p, d in pairs),
-        "tokens_per_s": statistics.median(d.num_tokens / d.seconds for _, d in pairs),
-        "tokens_per_s_plain": statistics.median(p.num_tokens / p.seconds for p, _ in pairs),
-        "tokens_per_step": last.num_tokens / last.num_steps,
+class _Answerer:
+    """An engine and the prompts, as its model reads them."""
+
+    def __init__(self, engine: Engine, conversations: list[list[Message]], config: EvaluateConfig) -> None:
+        self.engine, self._config = engine, config
+        self._prompts = [encode_chat(engine.tokenizer, messages) for messages in conversations]
+
+    def run(self, concurrency: int, num_prompts: int | None = None) -> _Pass:
+        """Answers the prompts in a closed loop: as soon as one is answered, the next one comes."""
+        engine, config = self.engine, self._config
+        groups = [
+            engine.admission.requests(
+                str(number),
+                prompt,
+                SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=number),
+            )
+            for number, prompt in enumerate(self._prompts[:num_prompts])
+        ]
+        result, waiting, num_running = _Pass(texts={group[0].id: "" for group in groups}), iter(groups), 0
+        begin = time.perf_counter()
+        while len(result.answers) < len(groups) or num_running:
+            for group in itertools.islice(waiting, concurrency - num_running):
+                engine.add(group)
+                num_running += 1
+            for output in engine.step():
+                result.add(output)
+                num_running -= output.finish_reason is not None
+        result.seconds = time.perf_counter() - begin
+        return result
+
+
+def _measure(
+    answerers: list[_Answerer], concurrency: int, repeat: int
+) -> tuple[list[list[_Pass]], dict[str, Any]]:
+    """All engines in turn, since the machine's speed changes: ratios are of neighbours.
+
+    Returns:
+        For each repetition a pass of each engine; and what became of the drafts.
+    """
+    counts = answerers[1].engine.metrics.drafts
+    before = dataclasses.replace(counts, num_accepted_per_depth=list(counts.num_accepted_per_depth))
+    rounds = [[answerer.run(concurrency) for answerer in answerers] for _ in range(repeat)]
+    num_drafts = counts.num_drafts - before.num_drafts
+    accepted = counts.num_accepted_tokens - before.num_accepted_tokens
+    drafted = counts.num_draft_tokens - before.num_draft_tokens
+    depths = itertools.zip_longest(counts.num_accepted_per_depth, before.num_accepted_per_depth, fillvalue=0)
+    return rounds, {
         "acceptance_length": 1 + accepted / max(1, num_drafts),
         "acceptance_rate": accepted / max(1, drafted),
-        "acceptance_by_depth": [n / max(1, num_drafts) for n in by_depth],
+        "acceptance_by_depth": [(now - then) / max(1, num_drafts) for now, then in depths],
         "num_drafts": num_drafts,
-        "num_same_answers": sum(p.answers[k] == d.answers[k] for p, d in pairs for k in p.answers),
-        "num_answers": sum(len(p.answers) for p, _ in pairs),
     }
 
 
-def _answer(engine: Engine, prompts: list[list[int]], concurrency: int, config: EvaluateConfig) -> _Pass:
-    """A closed loop: as soon as one is answered, the next one comes."""
-    groups = [
-        engine.admission.requests(
-            str(number),
-            prompt,
-            SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, seed=number),
-        )
-        for number, prompt in enumerate(prompts)
-    ]
-    result, waiting, num_running = _Pass(), iter(groups), 0
-    begin = time.perf_counter()
-    while len(result.answers) < len(groups) or num_running:
-        for group in itertools.islice(waiting, concurrency - num_running):
-            engine.add(group)
-            num_running += 1
-        for output in engine.step():
-            result.num_steps += 1
-            result.answers.setdefault(output.request_id, []).extend(output.token_ids)
-            num_running -= output.finish_reason is not None
-    result.seconds = time.perf_counter() - begin
+def _compared(rounds: list[list[_Pass]], drafts: dict[str, Any]) -> dict[str, Any]:
+    """The result at one concurrency."""
+    plain, drafting, *base = zip(*rounds, strict=True)
+    pairs = list(zip(plain, drafting, strict=True))
+    last = drafting[-1]
+    result = {
+        "speed_up": statistics.median(p.seconds / d.seconds for p, d in pairs),
+        "tokens_per_s": statistics.median(d.tokens_per_s for d in drafting),
+        "tokens_per_s_plain": statistics.median(p.tokens_per_s for p in plain),
+        "tokens_per_step": last.num_tokens / last.num_steps,
+        **drafts,
+        "num_same_answers": sum(p.answers[k] == d.answers[k] for p, d in pairs for k in p.answers),
+        "num_answers": sum(len(p.answers) for p in plain),
+    }
+    for of_base in base:
+        # answers differ in length: not of seconds
+        ratios = [d.tokens_per_s / b.tokens_per_s for d, b in zip(drafting, of_base, strict=True)]
+        result |= {
+            "tokens_per_s_base": statistics.median(b.tokens_per_s for b in of_base),
+            "speed_up_over_base": statistics.median(ratios),
+        }
     return result
+
+
+def _quality(metrics: list[Metric], questions: list[Question], passes: list[_Pass]) -> dict[str, Any]:
+    """How good the answers with drafts are, and the base's."""
+    _, *measured = passes
+    texts = [list(p.texts.values()) for p in measured]
+    return {
+        "num_answers": len(questions),
+        "num_cut": [p.num_cut for p in measured],
+        "metrics": {metric.name: score(metric, questions, *texts) for metric in metrics},
+    }

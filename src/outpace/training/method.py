@@ -1,4 +1,4 @@
-"""The interface of every draft method that is trained.
+"""The interface of everything that is trained: drafts, and a target itself.
 
 A file `training/methods/NAME.py` has
 
@@ -6,9 +6,10 @@ A file `training/methods/NAME.py` has
     class Settings:                 # what `--settings` may set, with defaults and help (`config.setting`)
         num_heads: int = setting(4, "Heads, and so the depth of drafts")
 
-    def create(trunk: Trunk, run: Run, settings: Settings) -> TrainableDraft: ...
+    def create(trunk: Trunk, run: Run, settings: Settings) -> Trainable: ...
 
-and what it saves is served by `spec/proposers/NAME.py` with `--spec-model`.
+What a `TrainableDraft` saves is served by `spec/proposers/NAME.py` with `--spec-model`; what another saves is
+a model, served by its directory.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class TrainBatch:
         positions: [batch, rows] int64, within each document.
         documents: [batch, rows] int64, which document of its batch row a token is of; -1 at padding.
         answer: [batch, rows] bool, whether a token is one that the model answered: loss is on those only.
-        hidden: For each layer of `TrainableDraft.hidden_layers` [batch, rows, hidden], in the trunk's dtype.
+        hidden: For each layer of `Trainable.hidden_layers` [batch, rows, hidden], in the trunk's dtype.
     """
 
     token_ids: torch.Tensor
@@ -116,8 +117,8 @@ class TrainBatch:
         return tokens, valid
 
 
-class TrainableDraft(torch.nn.Module, ABC):
-    """A draft that is trained: its parameters are the trainable ones only, the trunk is not among them.
+class Trainable(torch.nn.Module, ABC):
+    """What is trained: its parameters are the trainable ones only, the trunk is not among them.
 
     Attributes:
         recipe: How it is trained by default.
@@ -154,7 +155,11 @@ class TrainableDraft(torch.nn.Module, ABC):
 
     @abstractmethod
     def save(self, directory: Path) -> None:
-        """Writes what is served: config.json with `speculators_section`, and model.safetensors."""
+        """Writes what is served."""
+
+
+class TrainableDraft(Trainable):
+    """A draft: it saves config.json with `speculators_section`, and model.safetensors."""
 
 
 def available() -> list[str]:
@@ -187,12 +192,10 @@ def make_settings(method: str, given: dict[str, Any]) -> Any:
     return kind(**given)
 
 
-def create(trunk: Trunk, run: Run, settings: Any) -> TrainableDraft:
+def create(trunk: Trunk, run: Run, settings: Any) -> Trainable:
     """Builds the method of a run, untrained."""
-    draft: TrainableDraft = registry.build(
-        _PACKAGE, run.method, TrainableDraft, "METHOD", trunk, run, settings
-    )
-    return draft
+    built: Trainable = registry.build(_PACKAGE, run.method, Trainable, "METHOD", trunk, run, settings)
+    return built
 
 
 def section(trunk: Trunk, run: Run, num_tokens: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from outpace.models.tokenizer import load_tokenizer
 from outpace.training import method as methods
 from outpace.training.data import Corpus, PackedRows, Report, collate, epoch_order, load_corpus, pack
 from outpace.training.hidden import HiddenStates, cache_directory
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch
+from outpace.training.method import Recipe, Run, Trainable, TrainBatch
 from outpace.training.trunk import Trunk, fingerprint, load_trunk
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class TrainConfig:
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Trains a draft and writes it to `config.out`.
+    """Trains a draft or a model and writes it to `config.out`.
 
     Returns:
         The report, which is in `training.json` there too.
@@ -124,12 +124,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     trunk = load_trunk(config.model, _dtype(config, accelerator.device), accelerator.device)
     run = Run(config.method, config.model or DEFAULT_MODEL_NAME, path, config.seed, config.max_len)
     torch.manual_seed(config.seed)
-    draft = methods.create(trunk, run, settings)
-    training = _Training(config, accelerator, trunk, draft, corpus)
+    trained = methods.create(trunk, run, settings)
+    training = _Training(config, accelerator, trunk, trained, corpus)
     training.run()
     report = training.report(data_report)
     if accelerator.is_main_process:
-        draft.save(config.out)
+        trained.save(config.out)
         write_json(config.out / _REPORT, report)
         shutil.rmtree(config.out / _CHECKPOINT, ignore_errors=True)
     return report
@@ -182,24 +182,24 @@ class _Training:
         config: TrainConfig,
         accelerator: Accelerator,
         trunk: Trunk,
-        draft: TrainableDraft,
+        trained: Trainable,
         corpus: Corpus,
     ) -> None:
-        self._config, self._accelerator, self._corpus, self._draft = config, accelerator, corpus, draft
+        self._config, self._accelerator, self._corpus, self._trained = config, accelerator, corpus, trained
         self._num_rows = config.batch_tokens // config.max_len
-        self._hidden = HiddenStates(trunk, corpus, draft.hidden_layers, self._hidden_directory(trunk))
+        self._hidden = HiddenStates(trunk, corpus, trained.hidden_layers, self._hidden_directory(trunk))
         num_held = min(config.holdout, len(corpus) // 2)
         self._held = epoch_order(len(corpus), 0, seed=0)[:num_held]  # the same for every method and seed
         self._batches = self._plan()
-        recipe = draft.recipe
+        recipe = trained.recipe
         optimizer = torch.optim.AdamW(
-            draft.parameters(), lr=config.lr or recipe.lr, weight_decay=recipe.weight_decay
+            trained.parameters(), lr=config.lr or recipe.lr, weight_decay=recipe.weight_decay
         )
         # stepped by the loop and not by accelerate, whose own would count processes
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: lr_share(step, len(self._batches), recipe)
         )
-        self._model, self._optimizer = accelerator.prepare(draft, optimizer)
+        self._model, self._optimizer = accelerator.prepare(trained, optimizer)
         accelerator.register_for_checkpointing(self._schedule)
         self._step = 0
         self._seconds = 0.0
@@ -208,7 +208,7 @@ class _Training:
 
     def _hidden_directory(self, trunk: Trunk) -> Path | None:
         kept = self._config.hidden_cache
-        if kept == "none" or not self._draft.hidden_layers:
+        if kept == "none" or not self._trained.hidden_layers:
             return None
         root = cache_dir() / "hidden_states" if kept is None else Path(kept)
         return cache_directory(root, fingerprint(self._config.model), self._corpus, trunk.dtype)
@@ -259,7 +259,7 @@ class _Training:
         loss, metrics = self._model(batch)
         self._accelerator.backward(loss)
         value = loss.item()
-        norm = self._accelerator.clip_grad_norm_(self._draft.parameters(), _MAX_NORM)
+        norm = self._accelerator.clip_grad_norm_(self._trained.parameters(), _MAX_NORM)
         if not math.isfinite(value):
             raise ConfigError(f"the loss is {value} at step {self._step}: lower {flag('lr')}")
         lr = self._schedule.get_last_lr()[0]
@@ -318,7 +318,7 @@ class _Training:
     def report(self, data: Report) -> dict[str, Any]:
         """Measures on the conversations that were held out, and says where it all came from."""
         order = pack(self._corpus.lengths().tolist(), self._held, self._config.max_len, self._num_rows)
-        metrics = self._draft.measure(self._batch(rows) for rows in order)
+        metrics = self._trained.measure(self._batch(rows) for rows in order)
         where = provenance(self._config.seed)
         where["versions"] |= {name: metadata.version(name) for name in _PACKAGES if _is_installed(name)}
         return {
@@ -336,7 +336,7 @@ class _Training:
                 "num_without_answer": data.num_without_answer,
                 "bad_lines": data.bad,
             },
-            "num_parameters": sum(p.numel() for p in self._draft.parameters()),
+            "num_parameters": sum(p.numel() for p in self._trained.parameters()),
             "num_processes": self._accelerator.num_processes,
             "num_steps": self._step,
             "seconds": self._seconds,

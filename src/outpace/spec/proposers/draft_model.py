@@ -4,20 +4,25 @@ Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2
 its own with room for as many tokens as the target's, and computes what it has not seen yet when it is next
 asked: a prompt at its sequence's first draft, the target's own token after each verification, everything
 since the last draft where a policy had allowed none.
+
+Any model of the target's vocabulary will do. One that `outpace train draft_model` made has layers of its own
+between the embedding and the head of its target, which are in memory once.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from outpace.config import num_cores
 from outpace.errors import ConfigError
 from outpace.kernels import load_kernels
 from outpace.models.decoder import Decoder
+from outpace.models.draft_checkpoint import Shapes, embedding_checksum, read_draft
 from outpace.models.hub import resolve_model
-from outpace.models.loader import load_config, load_weights
+from outpace.models.loader import is_gguf, load_config, load_weights, read_json
 from outpace.models.tokenizer import load_tokenizer
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
+
+_EMBEDDING = "embedding_sha256"  # the setting that says whose embedding is shared
 
 
 @dataclass(slots=True, eq=False)
@@ -141,11 +148,42 @@ def create(context: DraftContext) -> DraftModel:
     """Loads the model that `model` names.
 
     Raises:
-        ConfigError: It cannot be had, or its vocabulary is not the target's.
+        ConfigError: It cannot be had, its vocabulary is not the target's, or it was trained for another one.
     """
-    settings, target = context.speculative, context.decoder
+    settings, dtype = context.speculative, context.decoder.dtype
     path = resolve_model(settings.model)
-    config = load_config(path)
+    decoder = _trained(path, context) if _is_trained(path) else _whole(path, context)
+    # As many tokens as the target's: `choose_num_blocks` has planned both.
+    kv = KVCache(decoder.config, context.kv.blocks.num_blocks, dtype, context.config.enable_prefix_caching)
+    logger.info("draft model %s of %d layers", settings.model, decoder.config.num_layers)
+    rows = context.config.max_num_batched_tokens
+    return DraftModel(Drafter(decoder, kv, settings.draft_branching or 1, rows))
+
+
+def _is_trained(path: Path) -> bool:
+    """Whether a directory holds layers between the ends of a target, not a model of its own."""
+    settings = {} if is_gguf(path) else read_json(path / "config.json").get("draft_model")
+    return isinstance(settings, dict) and _EMBEDDING in settings
+
+
+def _trained(path: Path, context: DraftContext) -> Decoder:
+    target = context.decoder
+
+    def shapes(settings: dict[str, Any]) -> Shapes:
+        return replace(target.config, num_layers=settings["num_layers"]).own_weight_shapes()
+
+    keys = ("num_layers", _EMBEDDING)
+    draft = read_draft(str(path), "draft_model", target.config, shapes, target.dtype, keys)
+    if draft.settings[_EMBEDDING] != embedding_checksum(target.embedding):
+        raise ConfigError(
+            f"{path} shares the embedding of the target it was trained for, and this target has another: "
+            "train one for it with outpace train draft_model"
+        )
+    return target.with_layers(draft.settings["num_layers"], draft.weights)
+
+
+def _whole(path: Path, context: DraftContext) -> Decoder:
+    target, config = context.decoder, load_config(path)
     check_vocabulary(target.config.vocab_size, config.vocab_size, context.tokenizer, load_tokenizer(path))
     kernels = load_kernels(
         context.config.kernels,
@@ -154,9 +192,4 @@ def create(context: DraftContext) -> DraftModel:
         widths=(config.hidden_size, config.intermediate_size),
         num_threads=context.config.num_threads or num_cores(),
     )
-    decoder = Decoder(config, load_weights(path, config, target.dtype), target.dtype, kernels)
-    # As many tokens as the target's: `choose_num_blocks` has planned both.
-    kv = KVCache(config, context.kv.blocks.num_blocks, target.dtype, context.config.enable_prefix_caching)
-    logger.info("draft model %s of %d layers", settings.model, config.num_layers)
-    rows = context.config.max_num_batched_tokens
-    return DraftModel(Drafter(decoder, kv, settings.draft_branching or 1, rows))
+    return Decoder(config, load_weights(path, config, target.dtype), target.dtype, kernels)

@@ -1,9 +1,14 @@
 """A small model that continues as the target does: the draft of the classical method, by distillation.
 
 It has the target's shape but for the number of layers, begins as the target's first layers with its final
-norm, and shares its embedding and output head, which stay as they are: so only what lies between is trained,
-and a large vocabulary costs no training. Cross entropy on answers; with `outpace distill` those are the
-target's own, which is sequence-level distillation (Kim and Rush, 2016). Saved as an ordinary model directory.
+norm, and shares its embedding and output head, which stay as they are: only what lies between is trained and
+saved, and a large vocabulary costs no training. The loss is
+
+    (1 - w) · cross entropy of the answers + w · KL(target || draft), at temperature 1, w = `kl_weight`
+
+On answers that are the target's own (`outpace distill`) the first is sequence-level distillation (Kim and
+Rush, 2016), the second teaches the target's whole distribution at each token (Hinton et al., 2015; forward
+KL as in DistillSpec, Zhou et al., 2023).
 """
 
 from __future__ import annotations
@@ -16,9 +21,8 @@ import torch
 from outpace.config import setting
 from outpace.errors import ConfigError
 from outpace.models.convert import hugging_face_config
-from outpace.models.draft_checkpoint import write_draft
-from outpace.models.tokenizer import load_tokenizer
-from outpace.training.losses import head_cross_entropy
+from outpace.models.draft_checkpoint import embedding_checksum, write_draft
+from outpace.training.divergence import head_divergence
 from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, section
 from outpace.training.trunk import Trunk, document_mask
 
@@ -28,6 +32,7 @@ class Settings:
     """What can be chosen."""
 
     num_layers: int = setting(2, "Layers of the small model")
+    kl_weight: float = setting(0.5, "Share of KL(target || draft) in the loss, the rest being cross entropy")
 
 
 class DraftModel(TrainableDraft):
@@ -44,7 +49,7 @@ class DraftModel(TrainableDraft):
         """The target's first layers.
 
         Raises:
-            ConfigError: The target has no more layers than that.
+            ConfigError: The target has no more layers than that, or the share is none.
         """
         super().__init__()
         config, num_layers = trunk.config, settings.num_layers
@@ -52,17 +57,19 @@ class DraftModel(TrainableDraft):
             raise ConfigError(
                 f"num_layers of draft_model must be below the target's {config.num_layers}, got {num_layers}"
             )
+        if not 0 <= settings.kl_weight <= 1:
+            raise ConfigError(f"kl_weight of draft_model must be in [0, 1], got {settings.kl_weight}")
         small = replace(config, num_layers=num_layers, sliding_windows=config.sliding_windows[:num_layers])
-        weights = trunk.model.state_dict()
-        self._trunk, self._run = trunk, run
-        self._small = Trunk(
-            small, {name: weights[name] for name in small.weight_shapes()}, device=trunk.device
-        )
+        self._trunk, self._run, self._settings = trunk, run, settings
+        self.hidden_layers = (config.num_layers,)
+        # copies: in float32 they would be the frozen target's own weights
+        weights = {name: trunk.model.state_dict()[name].clone() for name in small.weight_shapes()}
+        self._small = Trunk(small, weights, device=trunk.device)
         self.layers = self._small.model.model.layers.requires_grad_(True)
         self.norm = self._small.model.model.norm.requires_grad_(True)
 
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
-        """Cross entropy of the next token."""
+        """Cross entropy of the next token, and how far its distribution is from the target's."""
         trunk, small = self._trunk, self._small
         mask = document_mask(batch.positions, batch.documents)
         is_low = trunk.dtype is torch.bfloat16
@@ -70,23 +77,25 @@ class DraftModel(TrainableDraft):
             hidden = trunk.embed(batch.token_ids).float()
             hidden = small.layers(hidden, batch.positions, mask, 0, small.config.num_layers)
         targets, valid = batch.future(0)
-        loss, best = head_cross_entropy(self.norm(hidden[valid]), trunk.head_weight, targets[valid])
+        said, wanted = self.norm(hidden[valid]), batch.hidden[trunk.config.num_layers][valid]
+        loss, best, kl = head_divergence(
+            said, trunk.head_weight, targets[valid], wanted, self._settings.kl_weight
+        )
         count = max(1, int(valid.sum()))
-        return loss / count, {"accuracy_1": float((best == targets[valid]).sum()) / count}
+        accuracy = float((best == targets[valid]).sum()) / count
+        return loss / count, {"accuracy_1": accuracy, "kl": kl / count}
 
     def save(self, directory: Path) -> None:
-        """Writes a model directory: weights, configuration and the target's tokenizer."""
+        """Writes the layers and the norm, with the shape of a whole model and whose embedding it shares."""
         trunk, small = self._trunk, self._small
         weights = small.model.state_dict()
-        weights = {name: weights[name].to(trunk.dtype) for name in small.config.weight_shapes()}
-        names = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-        shape = hugging_face_config(small.config) | {
-            "bos_token_id": small.config.bos_token_id,
-            "eos_token_id": list(small.config.eos_token_ids) or None,
-            "dtype": names[trunk.dtype],
+        own = {name: weights[name].to(trunk.dtype) for name in small.config.own_weight_shapes()}
+        settings = {
+            "num_layers": small.config.num_layers,
+            "embedding_sha256": embedding_checksum(trunk.model.model.embed_tokens.weight),
         }
-        load_tokenizer(self._run.path).save_pretrained(directory)
-        write_draft(directory, section(trunk, self._run, 1) | shape, {}, weights)
+        shape = hugging_face_config(small.config) | {"dtype": str(trunk.dtype).removeprefix("torch.")}
+        write_draft(directory, section(trunk, self._run, 1) | shape, settings, own)
 
 
 def create(trunk: Trunk, run: Run, settings: Settings) -> DraftModel:
