@@ -118,14 +118,26 @@ def train(config: TrainConfig) -> dict[str, Any]:
             f"{flag('max_len')} {config.max_len} is above the model's limit of "
             f"{shape.max_position_embeddings} positions"
         )
+    tokenizer = load_tokenizer(path)
     corpus, data_report = load_corpus(
-        config.data, load_tokenizer(path), shape.eos_token_ids, config.max_len, config.max_bad_share
+        config.data, tokenizer, shape.eos_token_ids, config.max_len, config.max_bad_share
     )
+    # the same for every method and seed
+    held = epoch_order(len(corpus), 0, seed=0)[: min(config.holdout, len(corpus) // 2)]
+    counts = [corpus.answer_counts(shape.vocab_size, documents) for documents in (None, held)]
     trunk = load_trunk(config.model, _dtype(config, accelerator.device), accelerator.device)
-    run = Run(config.method, config.model or DEFAULT_MODEL_NAME, path, config.seed, config.max_len)
+    run = Run(
+        config.method,
+        config.model or DEFAULT_MODEL_NAME,
+        path,
+        config.seed,
+        config.max_len,
+        counts[0] - counts[1],
+        (*shape.eos_token_ids, *tokenizer.all_special_ids),
+    )
     torch.manual_seed(config.seed)
     draft = methods.create(trunk, run, settings)
-    training = _Training(config, accelerator, trunk, draft, corpus)
+    training = _Training(config, accelerator, trunk, draft, corpus, held)
     training.run()
     report = training.report(data_report)
     if accelerator.is_main_process:
@@ -184,12 +196,12 @@ class _Training:
         trunk: Trunk,
         draft: TrainableDraft,
         corpus: Corpus,
+        held: list[int],
     ) -> None:
         self._config, self._accelerator, self._corpus, self._draft = config, accelerator, corpus, draft
         self._num_rows = config.batch_tokens // config.max_len
         self._hidden = HiddenStates(trunk, corpus, draft.hidden_layers, self._hidden_directory(trunk))
-        num_held = min(config.holdout, len(corpus) // 2)
-        self._held = epoch_order(len(corpus), 0, seed=0)[:num_held]  # the same for every method and seed
+        self._held = held
         self._batches = self._plan()
         recipe = draft.recipe
         optimizer = torch.optim.AdamW(
@@ -336,6 +348,7 @@ class _Training:
                 "num_without_answer": data.num_without_answer,
                 "bad_lines": data.bad,
             },
+            "draft_vocab": self._vocab_report(),
             "num_parameters": sum(p.numel() for p in self._draft.parameters()),
             "num_processes": self._accelerator.num_processes,
             "num_steps": self._step,
@@ -343,6 +356,14 @@ class _Training:
             "holdout": len(self._held),
             "metrics": metrics,
         }
+
+    def _vocab_report(self) -> dict[str, Any] | None:
+        """How many tokens are drafted, and their share of the answers that were held out."""
+        vocab = self._draft.vocab
+        if vocab is None:
+            return None
+        counts = self._corpus.answer_counts(vocab.target_size, self._held).to(self._accelerator.device)
+        return {"size": len(vocab), "coverage": vocab.coverage(counts)}
 
 
 def lr_share(step: int, num_steps: int, recipe: Recipe) -> float:
