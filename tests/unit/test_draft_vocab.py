@@ -20,6 +20,7 @@ from outpace.spec.drafter import likely_tokens
 from outpace.training.losses import draft_cross_entropy
 from outpace.training.method import make_settings
 from outpace.training.trainer import train
+from outpace.tree import DraftTree
 from tiny import EOS, GREEDY, MODEL, SAMPLED, VOCAB_SIZE, answers, tiny_engine, write_model
 from training_runs import row, tiny_run, write_rows
 
@@ -129,7 +130,8 @@ def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Medusa heads over the twelve most frequent tokens, each with an output head of its own."""
     out = tmp_path_factory.mktemp("draft") / "medusa"
     data = write_rows(out.with_suffix(".jsonl"), [row("x", "abracadabra")] * 6 + [row("x", "zzz")] * 6)
-    train(tiny_run(target, data, out, settings={"draft_vocab_size": 12, "own_heads": True}))
+    settings = {"draft_vocab_size": 12, "own_heads": True, "num_heads": 2}
+    train(tiny_run(target, data, out, settings=settings, epochs=20, lr=1e-2))
     return out
 
 
@@ -147,15 +149,15 @@ def test_what_is_drafted_is_among_the_tokens_of_the_checkpoint(draft: Path) -> N
     engine = tiny_engine(spec_method="medusa", spec_model=str(draft), spec_tokens=6)
     propose, drafted = engine.proposer.propose, set[int]()
 
-    def noted(*args: Any) -> Any:
-        trees = propose(*args)
+    def noted(sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
+        trees = propose(sequences, limits)
         drafted.update(token for tree in trees for token in tree.token_ids)
         return trees
 
     engine.proposer.propose = noted  # type: ignore[method-assign]
     assert answers(engine, SAMPLED) == answers(tiny_engine(), SAMPLED)
     token_ids = load_file(draft / "model.safetensors")["d2t"] + torch.arange(12)
-    assert len(drafted) > 3
+    assert len(drafted) > 2
     assert drafted <= set(token_ids.tolist())
 
 
@@ -168,7 +170,7 @@ def test_what_is_drafted_is_among_the_tokens_of_the_checkpoint(draft: Path) -> N
         ([0] * 11 + [300], r"rising token ids in \[0, 259\), got 0 to 311, 12 different ones of 12"),
         ([-1] + [0] * 11, "got -1 to 11"),
         ([0, 0, -1] + [0] * 9, "11 different ones of 12"),
-        ([0] * 11, r"d2t has the wrong shape|d2t .*\(11,\)"),
+        ([0] * 11, r"wrongly shaped d2t \[11\] instead of \[12\]"),
         (None, "missing d2t"),
     ],
     ids=["too large", "negative", "twice", "short", "absent"],

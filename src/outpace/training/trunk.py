@@ -72,7 +72,8 @@ class Trunk:
     @property
     def head_weight(self) -> torch.Tensor:
         """[vocab, hidden]: the output head."""
-        weight: torch.Tensor = self.model.lm_head.weight
+        # detached: a module that keeps a Parameter would count it among its own
+        weight: torch.Tensor = self.model.lm_head.weight.detach()
         return weight
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
