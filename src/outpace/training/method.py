@@ -45,6 +45,7 @@ class Run:
         counts: [vocab] int64, how often each token is answered in what is trained on; None where that is
             not known, and all are drafted.
         special_ids: Tokens that are drafted however rare they are.
+        save_dtype: What weights are written in; None is what they are computed in.
     """
 
     method: str
@@ -54,6 +55,7 @@ class Run:
     max_len: int
     counts: torch.Tensor | None = None
     special_ids: tuple[int, ...] = ()
+    save_dtype: torch.dtype | None = None
 
     def draft_vocab(self, settings: VocabSettings, trunk: Trunk) -> DraftVocab:
         """The tokens to draft."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _CHECKPOINT, _LOG, _REPORT = "checkpoint", "log.jsonl", "training.json"
 _MAX_NORM = 1.0  # of gradients
 _NOT_THE_CURVE = ("out", "save_every", "resume", "hidden_cache")  # settings that may differ on --resume
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _PACKAGES = ("accelerate", "datasets", "safetensors")
 
 
@@ -56,6 +57,7 @@ class TrainConfig:
         max_bad_share: Most lines of `data` that may be of no use, as a share.
         seed: Of order and initial weights.
         dtype: Of the frozen target; None is bfloat16 where the device computes in it.
+        save_dtype: Of the weights that are written; None is `dtype`.
         hidden_cache: Where hidden states are kept: a directory, `none`, or None for the cache directory.
         save_every: Steps between checkpoints.
         resume: Whether to go on from the last checkpoint in `out`.
@@ -75,6 +77,7 @@ class TrainConfig:
     max_bad_share: float = 0.01
     seed: int = 0
     dtype: str | None = None
+    save_dtype: str | None = None
     hidden_cache: str | None = None
     save_every: int = 200
     resume: bool = False
@@ -134,6 +137,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config.max_len,
         counts[0] - counts[1],
         (*shape.eos_token_ids, *tokenizer.all_special_ids),
+        None if config.save_dtype is None else _DTYPES[config.save_dtype],
     )
     torch.manual_seed(config.seed)
     draft = methods.create(trunk, run, settings)
@@ -182,7 +186,7 @@ def _accelerator() -> Accelerator:
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.dtype is not None:
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+        return _DTYPES[config.dtype]
     return choose_dtype(EngineConfig()) if device.type == "cpu" else torch.bfloat16
 
 

@@ -78,12 +78,13 @@ class DraftModel(TrainableDraft):
         """Writes a model directory: weights, configuration and the target's tokenizer."""
         trunk, small = self._trunk, self._small
         weights = small.model.state_dict()
-        weights = {name: weights[name].to(trunk.dtype) for name in small.config.weight_shapes()}
+        dtype = self._run.save_dtype or trunk.dtype
+        weights = {name: weights[name].to(dtype) for name in small.config.weight_shapes()}
         names = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
         shape = hugging_face_config(small.config) | {
             "bos_token_id": small.config.bos_token_id,
             "eos_token_id": list(small.config.eos_token_ids) or None,
-            "dtype": names[trunk.dtype],
+            "dtype": names[dtype],
         }
         load_tokenizer(self._run.path).save_pretrained(directory)
         write_draft(directory, section(trunk, self._run, 1) | shape, {}, weights)

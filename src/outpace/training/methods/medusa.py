@@ -109,7 +109,9 @@ class Medusa(TrainableDraft):
         for k in range(num_heads):
             weights[f"heads.{k}.weight"], weights[f"heads.{k}.bias"] = self.weight[k], self.bias[k]
             weights[f"heads.{k}.output"] = self.output[k]
-        weights = {name: weight.to(self._trunk.dtype) for name, weight in weights.items()}
+        weights = {
+            name: weight.to(self._run.save_dtype or self._trunk.dtype) for name, weight in weights.items()
+        }
         settings = {
             "num_heads": num_heads,
             "own_heads": self._settings.own_heads,

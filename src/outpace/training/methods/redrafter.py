@@ -85,7 +85,8 @@ class ReDrafter(TrainableDraft):
     def save(self, directory: Path) -> None:
         """See TrainableDraft."""
         settings = {"num_tokens": self._settings.num_tokens, "num_blocks": self._settings.num_blocks}
-        weights = {name: weight.to(self._trunk.dtype) for name, weight in self.state_dict().items()}
+        dtype = self._run.save_dtype or self._trunk.dtype
+        weights = {name: weight.to(dtype) for name, weight in self.state_dict().items()}
         of_run = section(self._trunk, self._run, self._settings.num_tokens)
         write_draft(directory, of_run, settings, weights, self.vocab)
 

@@ -40,6 +40,9 @@ _STREAM_WEIGHT = 0.1  # α_j of the paper: each stream's loss against that of th
 _EXIT_EVERY = (
     4  # of the anchors the early exit learns from one: it is small, and their drafts cost a head each
 )
+_PIECE = (
+    32  # anchors whose attention is worked out together: more hide more from each other, fewer are more calls
+)
 _FIRST_EMBEDDING = 0.02  # size of the embeddings at first
 _FIRST_EXIT = (1.0, 0.1, 0.0)  # a, s and c at first: mostly what the stream says
 
@@ -60,6 +63,23 @@ class Settings(VocabSettings):
     num_anchors: int = setting(128, "Positions of each row of a batch at which streams are trained")
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows whose attention is worked out together: a document's, or the streams of some of its anchors.
+
+    Attributes:
+        rows: Where they are.
+        tokens: Where the tokens are that they may attend to. Streams also attend among themselves.
+        seen: [seen rows] int64, the positions of the tokens, then of those streams.
+        mask: [rows, seen rows], 0 or -inf, added to scores; None where each attends to those up to itself.
+    """
+
+    rows: slice
+    tokens: slice
+    seen: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
 @dataclass
 class _Rows:
     """Rows on their way through the layers: the tokens of a batch, or the streams of its anchors.
@@ -67,17 +87,12 @@ class _Rows:
     Attributes:
         hidden: [rows, hidden], the residual stream.
         positions: [rows] int64.
-        documents: Where the rows of each document are.
-        seen: For each document [seen rows] int64, the positions of what its rows attend to.
-        masks: For each document [rows, seen rows] bool, what they attend to; None where each row attends to
-            those up to itself.
+        pieces: All of them in order.
     """
 
     hidden: torch.Tensor
     positions: torch.Tensor
-    documents: list[slice]
-    seen: list[torch.Tensor]
-    masks: list[torch.Tensor] | None = None
+    pieces: list[_Piece]
 
 
 class Streaming(TrainableDraft):
@@ -153,27 +168,27 @@ class Streaming(TrainableDraft):
 
     def save(self, directory: Path) -> None:
         """Writes the streams; in shared mode the fine-tuned model, and the streams in `streams` there."""
-        model, dtype = self._trunk.config, self._trunk.dtype
-        config, run = self.config, self._run
+        model, config, run = self._trunk.config, self.config, self._run
+        dtype = run.save_dtype or self._trunk.dtype
         weights = {name.replace("-", "."): weight.detach() for name, weight in self.weights.items()}
         if self._is_shared:
-            write_model(directory, model, self._merged(weights), load_tokenizer(run.path))
+            write_model(directory, model, self._merged(weights, dtype), load_tokenizer(run.path))
             config, run = replace(config, lora_rank=0, lora_targets=()), replace(run, model=str(directory))
             directory = directory / "streams"
         served = {name: weights[name].to(dtype) for name in config.weight_shapes(model)}
         of_run = section(self._trunk, run, config.num_streams)
         write_draft(directory, of_run, asdict(config), served, self.vocab)
 
-    def _merged(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _merged(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The model's weights with the adapters in them."""
         plain = self._trunk.model.state_dict()
-        merged = {name: plain[name] for name in self._trunk.config.weight_shapes()}
+        merged = {name: plain[name].to(dtype) for name in self._trunk.config.weight_shapes()}
         for name, down in weights.items():
             if name.endswith("lora_A.weight"):
                 part = name.removesuffix(".lora_A.weight")
                 change = weights[f"{part}.lora_B.weight"] @ down
                 of_model = f"model.{part}.weight"
-                merged[of_model] = (merged[of_model].float() + change).to(self._trunk.dtype)
+                merged[of_model] = (plain[of_model].float() + change).to(dtype)
         return merged
 
     def _lower(self, batch: TrainBatch) -> _Rows:
@@ -185,7 +200,7 @@ class Streaming(TrainableDraft):
         ends = lengths.cumsum(0).tolist()
         documents = [slice(end - length, end) for end, length in zip(ends, lengths.tolist(), strict=True)]
         positions = batch.positions[kept]
-        main = _Rows(states[kept], positions, documents, [positions[of] for of in documents])
+        main = _Rows(states[kept], positions, [_Piece(of, of, positions[of]) for of in documents])
         for layer in range(self._first if self._is_shared else 0):
             self._step(layer, main)
         return main
@@ -212,20 +227,20 @@ class Streaming(TrainableDraft):
         # positions beyond the model's are those of streams without a target
         most = self._trunk.config.max_position_embeddings - 1
         positions = (main.positions[anchors].unsqueeze(1) + ahead).clamp(max=most).flatten()
-        places, ends = anchors.tolist(), [0]
-        streams = _Rows(hidden.flatten(0, 1), positions, [], [])
-        masks = []
-        for tokens in main.documents:
-            ends.append(bisect_left(places, tokens.stop))
-            own = slice(ends[-2] * gamma, ends[-1] * gamma)
-            streams.documents.append(own)
-            streams.seen.append(torch.cat((main.positions[tokens], positions[own])))
-            of = anchors[ends[-2] : ends[-1], None]
-            up_to_anchor = torch.arange(tokens.start, tokens.stop, device=device) <= of  # [anchors, tokens]
-            place = torch.arange(own.stop - own.start, device=device)
-            up_to_self = (place // gamma == place.unsqueeze(1) // gamma) & (place <= place.unsqueeze(1))
-            masks.append(torch.cat((up_to_anchor.repeat_interleave(gamma, 0), up_to_self), 1))
-        streams.masks = masks
+        streams = _Rows(hidden.flatten(0, 1), positions, [])
+        places, end = anchors.tolist(), 0
+        for document in main.pieces:
+            begin, end = end, bisect_left(places, document.rows.stop)
+            for first in range(begin, end, _PIECE):
+                few = slice(first, min(first + _PIECE, end))
+                tokens = slice(document.rows.start, places[few.stop - 1] + 1)
+                rows = slice(few.start * gamma, few.stop * gamma)
+                before = torch.arange(tokens.start, tokens.stop, device=device) <= anchors[few, None]
+                place = torch.arange(rows.stop - rows.start, device=device)
+                among = (place // gamma == place.unsqueeze(1) // gamma) & (place <= place.unsqueeze(1))
+                may_see = torch.cat((before.repeat_interleave(gamma, 0), among), 1)
+                seen = torch.cat((main.positions[tokens], positions[rows]))
+                streams.pieces.append(_Piece(rows, tokens, seen, _added(may_see, hidden.dtype)))
         return streams
 
     def _step(self, index: int, main: _Rows, streams: _Rows | None = None) -> None:
@@ -233,21 +248,24 @@ class Streaming(TrainableDraft):
         layer = self._trunk.model.model.layers[index]
         with torch.set_grad_enabled(self._is_shared and torch.is_grad_enabled()):
             q, k, v = self._heads(index, layer.input_layernorm(main.hidden), main.positions, self._is_shared)
-            keys, values = ([of[:, rows] for rows in main.documents] for of in (k, v))
             is_last = index + 1 == self._trunk.config.num_layers
             if self._is_shared or not is_last:  # a frozen model's own logits train nothing
-                main.hidden = self._finish(index, main, q, keys, values, self._is_shared)
+                mixed = [
+                    self._attend(index, main, piece, q, k[:, piece.tokens], v[:, piece.tokens])
+                    for piece in main.pieces
+                ]
+                main.hidden = self._finish(index, main, torch.cat(mixed), self._is_shared)
         if streams is not None:
             x = layer.input_layernorm(streams.hidden)
-            q, k, v = self._heads(index, x, streams.positions, True)
-            keys, values = (
-                [
-                    torch.cat((of_main, of[:, rows]), 1)
-                    for of_main, rows in zip(seen, streams.documents, strict=True)
+            q, *own = self._heads(index, x, streams.positions, True)
+            mixed = []
+            for piece in streams.pieces:
+                seen = [
+                    torch.cat((of_main[:, piece.tokens], of_streams[:, piece.rows]), 1)
+                    for of_main, of_streams in zip((k, v), own, strict=True)
                 ]
-                for seen, of in ((keys, k), (values, v))
-            )
-            streams.hidden = self._finish(index, streams, q, keys, values, True)
+                mixed.append(self._attend(index, streams, piece, q, *seen))
+            streams.hidden = self._finish(index, streams, torch.cat(mixed), True)
 
     def _heads(
         self, index: int, x: torch.Tensor, positions: torch.Tensor, adapted: bool
@@ -270,48 +288,49 @@ class Streaming(TrainableDraft):
         left, right = x.float().chunk(2, dim=-1)
         return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
 
-    def _finish(
-        self,
-        index: int,
-        rows: _Rows,
-        q: torch.Tensor,
-        keys: list[torch.Tensor],
-        values: list[torch.Tensor],
-        adapted: bool,
+    def _attend(
+        self, index: int, rows: _Rows, piece: _Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """Attention, document by document, then the MLP.
+        """What the rows of a piece take in.
+
+        Args:
+            index: The layer.
+            rows: Of which it is a piece.
+            piece: The piece.
+            q: [heads, rows, head_dim], of all rows.
+            k: [key heads, seen rows, head_dim], of what the piece sees.
+            v: The same.
+
+        Returns:
+            [rows of the piece, heads * head_dim].
+        """
+        config, mask = self._trunk.config, piece.mask
+        window = config.sliding_windows[index] if config.sliding_windows else None
+        if window is not None:
+            distance = rows.positions[piece.rows].unsqueeze(1) - piece.seen
+            inside = _added((distance >= 0) & (distance < window), q.dtype)
+            mask = inside if mask is None else inside + mask
+        # repeated here and not by torch, whose fast kernels take a mask or fewer key heads but not both
+        k, v = (x.repeat_interleave(config.num_heads // config.num_kv_heads, 0)[None] for x in (k, v))
+        mixed = F.scaled_dot_product_attention(
+            q[None, :, piece.rows], k, v, attn_mask=mask, is_causal=mask is None
+        )
+        return mixed[0].transpose(0, 1).flatten(1)
+
+    def _finish(self, index: int, rows: _Rows, mixed: torch.Tensor, adapted: bool) -> torch.Tensor:
+        """What follows attention in a layer: the residual stream behind it.
 
         Args:
             index: The layer.
             rows: What goes through it.
-            q: [heads, rows, head_dim].
-            keys: For each document [key heads, seen rows, head_dim].
-            values: The same.
+            mixed: [rows, heads * head_dim], what they took in.
             adapted: Whether adapters apply.
         """
         layer = self._trunk.model.model.layers[index]
-        mixed = [self._attend(index, rows, d, q, keys[d], values[d]) for d in range(len(keys))]
-        hidden = rows.hidden + self._linear(index, "self_attn.o_proj", torch.cat(mixed), adapted)
+        hidden = rows.hidden + self._linear(index, "self_attn.o_proj", mixed, adapted)
         x = layer.post_attention_layernorm(hidden)
         gate, up = (self._linear(index, f"mlp.{name}_proj", x, adapted) for name in ("gate", "up"))
         return hidden + self._linear(index, "mlp.down_proj", F.silu(gate) * up, adapted)
-
-    def _attend(
-        self, index: int, rows: _Rows, document: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        """What the rows of a document take in, [rows of the document, heads * head_dim]."""
-        config, of = self._trunk.config, rows.documents[document]
-        window = config.sliding_windows[index] if config.sliding_windows else None
-        mask = None if rows.masks is None else rows.masks[document]
-        if window is not None:
-            distance = rows.positions[of].unsqueeze(1) - rows.seen[document]
-            mask = (distance < window) & (distance >= 0 if mask is None else mask)
-        # repeated here and not by torch, whose fast kernels take a mask or fewer key heads but not both
-        k, v = (x.repeat_interleave(config.num_heads // config.num_kv_heads, 0) for x in (k, v))
-        mixed = F.scaled_dot_product_attention(
-            q[None, :, of], k[None], v[None], attn_mask=mask, is_causal=mask is None
-        )
-        return mixed[0].transpose(0, 1).flatten(1)
 
     def _linear(self, index: int, part: str, x: torch.Tensor, adapted: bool) -> torch.Tensor:
         """A linear layer of the trunk, with its adapter."""
@@ -370,6 +389,11 @@ class Streaming(TrainableDraft):
         hidden = self._trunk.norm(main.hidden[valid])
         loss, _ = head_cross_entropy(hidden, self._trunk.head_weight, targets[valid])
         return loss / max(1, len(hidden))
+
+
+def _added(may_see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as it is added to scores; torch would turn one of bool into it in every layer anew."""
+    return torch.zeros(may_see.shape, dtype=dtype, device=may_see.device).masked_fill_(~may_see, -torch.inf)
 
 
 def _first_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
