@@ -27,6 +27,12 @@ def test_every_variant_survives_a_conversion(tmp_path: Path, variant: str) -> No
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(tmp_path: Path) -> None:
+    convert(str(write_checkpoint(tmp_path / "source", "llama-llama3")), tmp_path / "out", "float32")
+    modes = {(tmp_path / "out" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
+
+
 @pytest.mark.parametrize("variant", ["llama-llama3", "qwen2-yarn", "qwen3"])
 def test_transformers_computes_the_same_from_a_converted_gguf(tmp_path: Path, variant: str) -> None:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

@@ -267,3 +267,9 @@ def test_no_row_within_reach_costs_more_than_the_steepest() -> None:
         assert np.diff(seconds).max() <= steepest * (1 + 1e-9)
         if first == 3 and more < 5:
             assert steepest == pytest.approx(0.2 + 0.13)
+
+
+def test_a_profile_whose_noise_leaves_rows_no_time_is_still_a_cost_model() -> None:
+    shapes = [Shape(rows, 0, context, 0) for rows in (1, 2, 4) for context in (100, 200)]
+    model = CostModel.fit(shapes, [shape.context * 1e-5 for shape in shapes])
+    assert float(model.target_s(2, 0, 100, 0)) == pytest.approx(1e-3, rel=1e-3)

@@ -23,7 +23,7 @@ from outpace.runtime.streams import StreamPass, reserve
 from outpace.spec.proposers.streaming import KEYS, Streaming, stream_config
 from outpace.training.method import Run, TrainBatch
 from outpace.training.methods import streaming as training
-from outpace.training.trunk import Trunk, document_mask
+from outpace.training.trunk import Trunk
 from outpace.tree import DraftTree
 from tiny import GREEDY, MODEL, SAMPLED, _weights, answers, run, submit, tiny_engine, tokens, write_model
 
@@ -113,7 +113,7 @@ def trainable(
     module = training.create(trunk, Run("streaming", "tiny", path, 0, 256), training.Settings(**chosen))
     if checkpoint is not None:
 
-        def shapes(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        def shapes(raw: dict[str, Any], _: int) -> dict[str, tuple[int, ...]]:
             return stream_config(raw).weight_shapes(trunk.config)
 
         found = read_draft(str(checkpoint), "streaming", trunk.config, shapes, torch.float32, KEYS)
@@ -134,13 +134,12 @@ def batch_of(module: training.Streaming, rows: list[list[int]], num_prompt: int 
 def said_in_training(module: training.Streaming, tokens: list[int]) -> torch.Tensor:
     """[γ, hidden]: what the streams of the last token say."""
     batch = batch_of(module, [tokens])
-    mask = document_mask(batch.positions, batch.documents)
-    main = training._Rows(batch.hidden[module._first], batch.positions, mask)
-    streams = module._start(main, torch.tensor([[len(tokens) - 1]]))
+    main = module._lower(batch)
+    streams = module._start(main, torch.tensor([len(tokens) - 1]))
     with torch.no_grad():
         for layer in range(module._first, module._trunk.config.num_layers):
             module._step(layer, main, streams)
-    return module._trunk.norm(streams.hidden)[0]
+    return module._trunk.norm(streams.hidden)
 
 
 # --- The pass -------------------------------------------------------------------------------------------
@@ -469,21 +468,23 @@ def test_what_an_anchor_learns_depends_neither_on_other_anchors_nor_on_other_doc
         packed.token_ids, packed.positions, packed.documents, module.hidden_layers
     )
     for batch in (alone, packed):
-        main = training._Rows(
-            batch.hidden[1], batch.positions, document_mask(batch.positions, batch.documents)
-        )
-        few = torch.tensor([[20]]) if batch is alone else torch.tensor([[3, 20, len(one) + 5]])
+        main = module._lower(batch)
+        few = torch.tensor([20]) if batch is alone else torch.tensor([3, 20, len(one) + 5])
         streams = module._start(main, few)
         module._step(1, main, streams)
-        said = streams.hidden.unflatten(1, (-1, 3))[0, 0 if batch is alone else 1]
+        said = streams.hidden.unflatten(0, (-1, 3))[0 if batch is alone else 1]
         if batch is alone:
             expected = said
     torch.testing.assert_close(said, expected)
     # valid anchors are those whose next two tokens are answers of the same document
     _, valid = packed.future(1)
-    assert len(module._anchors(packed)[0]) == 40
-    assert all(valid[0, anchor] for anchor in module._anchors(packed)[0])
-    assert torch.equal(module._anchors(packed), module._anchors(packed))
+    anchors = module._anchors(packed, valid[0])
+    assert len(anchors) == 40
+    assert valid[0][anchors].all()
+    assert anchors.tolist() == sorted(module._anchors(packed, valid[0]).tolist())
+    one_row = replace(packed, documents=torch.where(packed.documents == 1, -1, 0))
+    # padding is left out
+    assert [piece.rows for piece in module._lower(one_row).pieces] == [slice(0, len(one))]
 
 
 def test_the_early_exit_learns_which_drafted_tokens_come_true(

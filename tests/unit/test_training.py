@@ -100,6 +100,20 @@ def test_a_run_is_resumed_only_as_it_was_and_overwrites_nothing(
         train(tiny_run(target, texts, out, save_every=2, resume=True, settings={"num_heads": 2}))
 
 
+@pytest.mark.parametrize("method", methods.available())
+def test_weights_are_written_in_the_type_that_is_asked_for(
+    method: str, target: Path, texts: str, tmp_path: Path
+) -> None:
+    settings = {"num_layers": 1} if method == "draft_model" else {}
+    train(
+        tiny_run(
+            target, texts, tmp_path / "out", method, max_steps=1, settings=settings, save_dtype="bfloat16"
+        )
+    )
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
 def test_too_little_data_is_refused(target: Path, tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [row("a", "b")])
     with pytest.raises(ConfigError, match="1 conversations are too few: --holdout takes 0"):
@@ -137,7 +151,7 @@ def test_the_command_ends_with_its_report_as_json(
     ("method", "settings", "message"),
     [
         ("nothing", {}, "METHOD must be one of .*medusa"),
-        ("medusa", {"heads": 2}, "medusa has no setting 'heads'; there are: num_heads"),
+        ("medusa", {"heads": 2}, "medusa has no setting 'heads'; there are: draft_vocab_size, num"),
         ("medusa", {"num_heads": "2"}, "num_heads of medusa must be int, got '2'"),
         ("medusa", {"num_heads": 0}, "num_heads of medusa must be at least 1, got 0"),
         ("medusa", {"mode": "shared"}, "medusa has no setting 'mode'"),

@@ -66,6 +66,8 @@ def write_model(
         tokenizer.save_pretrained(out)
         save_torch_state_dict(weights, out, metadata={"format": "pt"})
         _write_json(out / "generation_config.json", special)
+        for file in out.glob("*.safetensors"):  # written for their owner alone
+            file.chmod((out / "generation_config.json").stat().st_mode)
         # Last, because a directory without it is not taken for a model.
         _write_json(out / "config.json", content)
     except OSError as error:

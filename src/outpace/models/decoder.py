@@ -11,6 +11,7 @@ import torch
 
 from outpace.kernels import Heads, Kernels, Linear, RopeTable, Rows
 from outpace.models.config import ModelConfig, RopeConfig
+from outpace.models.draft_vocab import DraftVocab
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,10 @@ class Decoder:
             next_norm = layers[i + 1].input_norm if i + 1 < len(layers) else self._norm
             x = kernels.add_rms_norm(change, residual, next_norm, eps)
         return x
+
+    def head(self, vocab: DraftVocab) -> Linear:
+        """The output head for some tokens: [rows, hidden] -> [rows, tokens of `vocab`]."""
+        return self._head if vocab.token_ids is None else self.kernels.linear(vocab.rows(self.head_weight()))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

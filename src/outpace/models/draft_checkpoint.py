@@ -1,7 +1,8 @@
 """Trained drafts on disk: a Hugging Face directory whose config.json says what it drafts for.
 
     config.json          speculators_config: algorithm, proposal_methods, verifier; the method's own settings
-    model.safetensors    the trained weights, and no others
+                         where it drafts some tokens only, draft_vocab_size
+    model.safetensors    the trained weights, and no others but d2t, which tokens those are
 
 The section is that of the `speculators` library; its algorithms do not include ours, which go by our names.
 """
@@ -20,11 +21,13 @@ import torch
 from outpace.config import flag
 from outpace.errors import ConfigError
 from outpace.models.config import ModelConfig
+from outpace.models.draft_vocab import DraftVocab
 from outpace.models.hub import resolve_model
 from outpace.models.loader import load_tensors, read_json
 
 Shapes = dict[str, tuple[int, ...]]
 _SECTION = "speculators_config"
+_VOCAB_SIZE, _D2T = "draft_vocab_size", "d2t"
 _SIZES = ("hidden_size", "vocab_size", "num_layers")  # of the target, which a draft must fit
 
 
@@ -35,10 +38,12 @@ class DraftCheckpoint:
     Attributes:
         settings: The method's own, as it wrote them.
         weights: By name, as the method named them.
+        vocab: Which tokens it drafts.
     """
 
     settings: dict[str, Any]
     weights: dict[str, torch.Tensor]
+    vocab: DraftVocab
 
 
 def speculators_section(method: str, num_tokens: int, verifier: str, target: ModelConfig) -> dict[str, Any]:
@@ -73,7 +78,11 @@ def embedding_checksum(embedding: torch.Tensor) -> str:
 
 
 def write_draft(
-    directory: Path, section: dict[str, Any], settings: dict[str, Any], weights: dict[str, torch.Tensor]
+    directory: Path,
+    section: dict[str, Any],
+    settings: dict[str, Any],
+    weights: dict[str, torch.Tensor],
+    vocab: DraftVocab | None = None,
 ) -> None:
     """Writes a checkpoint.
 
@@ -82,6 +91,7 @@ def write_draft(
         section: Of `speculators_section`.
         settings: The method's own, as JSON has them.
         weights: What was trained.
+        vocab: Which tokens it drafts; None where it is all.
 
     Raises:
         ConfigError: It cannot be written.
@@ -89,6 +99,8 @@ def write_draft(
     from safetensors.torch import save
 
     method = section["speculators_model_type"]
+    if vocab is not None and vocab.d2t is not None:
+        section, weights = section | {_VOCAB_SIZE: len(vocab)}, weights | {_D2T: vocab.d2t}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
@@ -105,7 +117,7 @@ def read_draft(
     name: str | None,
     method: str,
     target: ModelConfig,
-    shapes: Callable[[dict[str, Any]], Shapes],
+    shapes: Callable[[dict[str, Any], int], Shapes],
     dtype: torch.dtype,
     keys: Collection[str],
 ) -> DraftCheckpoint:
@@ -115,7 +127,7 @@ def read_draft(
         name: Directory or hub id, as `--spec-model` gives it.
         method: Which it must be of.
         target: The target's shape.
-        shapes: Name and shape of every weight, from the method's settings.
+        shapes: Name and shape of every weight, from the method's settings and the number of tokens it drafts.
         dtype: Of the weights that are returned.
         keys: Settings of the method that there must be.
 
@@ -150,4 +162,15 @@ def read_draft(
         raise ConfigError(f"{path}: config.json has no settings of {method}")
     if missing := sorted(set(keys) - settings.keys()):
         raise ConfigError(f"{path}: config.json has no {missing[0]!r} of {method}")
-    return DraftCheckpoint(settings, load_tensors(path, shapes(settings), dtype))
+    size = config.get(_VOCAB_SIZE, target.vocab_size)
+    if type(size) is not int or not 0 < size <= target.vocab_size:
+        raise ConfigError(
+            f"{path}: {_VOCAB_SIZE} in config.json must be an integer in [1, {target.vocab_size}], the "
+            f"target's vocabulary, got {size!r}"
+        )
+    expected = shapes(settings, size)
+    if size == target.vocab_size:
+        return DraftCheckpoint(settings, load_tensors(path, expected, dtype), DraftVocab(size))
+    weights = load_tensors(path, expected | {_D2T: (size,)}, dtype, integers=(_D2T,))
+    vocab = DraftVocab.from_d2t(weights.pop(_D2T), target.vocab_size)
+    return DraftCheckpoint(settings, weights, vocab)

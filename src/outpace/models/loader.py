@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -69,16 +69,22 @@ def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[st
 
 
 def load_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, integers: Collection[str] = ()
 ) -> dict[str, torch.Tensor]:
     """Reads the safetensors of a directory, which must be exactly those of the given names and shapes.
+
+    Args:
+        path: The directory.
+        shapes: What there must be.
+        dtype: Type of the result, whatever is stored.
+        integers: Names of those that are stored, and returned, as int64 instead.
 
     Raises:
         ConfigError: A weight is missing, unexpected or of the wrong shape, or a file cannot be read.
     """
-    stored = _safetensors_weights(path)
+    stored = _safetensors_weights(path, integers)
     _check_weights(path, shapes, stored)
-    return {name: stored[name].read(dtype) for name in shapes}
+    return {name: stored[name].read(torch.int64 if name in integers else dtype) for name in shapes}
 
 
 def is_gguf(path: Path) -> bool:
@@ -101,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _safetensors_weights(path: Path) -> dict[str, StoredWeight]:
+def _safetensors_weights(path: Path, integers: Collection[str] = ()) -> dict[str, StoredWeight]:
     weights: dict[str, StoredWeight] = {}
     for file in _safetensors_files(path):
         try:
@@ -110,7 +116,7 @@ def _safetensors_weights(path: Path) -> dict[str, StoredWeight]:
             raise ConfigError(f"cannot read {file}: {error}") from error
         for name in handle.keys():  # noqa: SIM118 (not a mapping)
             part = handle.get_slice(name)
-            if part.get_dtype() not in _STORED_TYPES:
+            if part.get_dtype() not in (("I64",) if name in integers else _STORED_TYPES):
                 raise unsupported(f"{file}: {name} stored as {part.get_dtype()}")
             weights[name] = StoredWeight(tuple(part.get_shape()), partial(_read_safetensor, handle, name))
     return weights

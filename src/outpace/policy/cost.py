@@ -40,6 +40,7 @@ _LINEAR_ALL, _LINEAR_EVERY = 16, 32  # measurements that are learnt from at once
 _FIRST_DRAFTS = 16  # steps that draft, before their cost counts as known
 _SPREAD_RATE = 0.2  # of the usual size of an error, at which larger ones are clipped: a median, nearly
 _NUM_ERRORS = 1024  # latest steps that the error statistics cover
+_LEAST_S = 1e-9  # of a pass, where noise leaves its rows without any time of their own
 _HOST_PHASES = ("between", "plan", "policy", "advance")
 
 
@@ -380,7 +381,7 @@ class CostModel:
         weights = 1 / np.array(seconds)
         unit = np.maximum(np.abs(design * weights[:, None]).max(axis=0), 1e-30)
         solution = nonnegative_least_squares(design * weights[:, None] / unit, np.ones(len(shapes))) / unit
-        table = np.cumsum(solution[: len(knots)])
+        table = np.maximum(np.cumsum(solution[: len(knots)]), _LEAST_S)
         context, pair, sample = map(float, solution[len(knots) :])
         return cls(knots, table.tolist(), per_context=context, per_pair=pair, per_sample=sample, meta=meta)
 

@@ -12,6 +12,7 @@ import torch
 from outpace.batch import Scheduled, Verdict
 from outpace.kernels import Kernels
 from outpace.models.decoder import Decoder
+from outpace.models.draft_vocab import DraftVocab
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
@@ -150,7 +151,11 @@ class Drafter:
 
 
 def likely_tokens(
-    logits: torch.Tensor, rows: Ordered[SampleRow], number: int, kernels: Kernels
+    logits: torch.Tensor,
+    rows: Ordered[SampleRow],
+    number: int,
+    kernels: Kernels,
+    vocab: DraftVocab | None = None,
 ) -> list[list[tuple[int, float]]]:
     """For each row the tokens that would be chosen first, second and so on, with their probabilities.
 
@@ -159,13 +164,18 @@ def likely_tokens(
         rows: What each is for.
         number: Most tokens of a row.
         kernels: Who filters and chooses.
+        vocab: Which tokens the logits are of; None where they are of all.
     """
+    vocab = vocab or DraftVocab(logits.shape[1])
+    if any(row.params.adjusts or not row.params.is_greedy for row in rows):
+        # Penalties and noise go by token ids. Where there are none the best of the few is the best of all.
+        logits, vocab = vocab.spread(logits), DraftVocab(vocab.target_size)
     wanted = target_logits(logits, rows, kernels=kernels)
     total = wanted.float().logsumexp(dim=1, keepdim=True)  # [rows, 1]
     candidates: list[list[tuple[int, float]]] = [[] for _ in rows]
     for rank in range(number):
-        token_ids = choose(wanted, rows, kernels=kernels)
-        index = torch.tensor(token_ids).unsqueeze(1)  # [rows, 1]
+        index = torch.tensor(choose(wanted, rows, kernels=kernels)).unsqueeze(1)  # [rows, 1]
+        token_ids = vocab.ids(index.squeeze(1)).tolist()
         probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0).squeeze(1).tolist()
         for found, token_id, prob in zip(candidates, token_ids, probs, strict=True):
             if prob or not rank:  # what the filters left out is chosen when nothing else remains

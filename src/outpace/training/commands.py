@@ -45,6 +45,7 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--dtype", choices=("bfloat16", "float32"), help="of the frozen target (default: what the device can)"
     )
+    add("--save-dtype", choices=("bfloat16", "float32"), help="of what is written (default: that of --dtype)")
     add(
         "--hidden-cache",
         metavar="DIR",

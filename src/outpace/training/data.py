@@ -188,6 +188,16 @@ class Corpus:
         """Tokens of each document."""
         return np.diff(self.offsets)
 
+    def answer_counts(self, vocab_size: int, documents: Sequence[int] | None = None) -> torch.Tensor:
+        """How often each token is answered, [vocab_size] int64, in all documents or in some."""
+        answer = self.answer
+        if documents is not None:
+            answer = np.zeros_like(self.answer)
+            for document in documents:
+                piece = slice(*self.offsets[document : document + 2])
+                answer[piece] = self.answer[piece]
+        return torch.from_numpy(np.bincount(self.token_ids[answer], minlength=vocab_size))
+
     def checksum(self) -> str:
         """Of the tokens and where documents begin."""
         return hashlib.sha256(self.token_ids.tobytes() + self.offsets.tobytes()).hexdigest()

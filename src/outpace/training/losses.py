@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from outpace.models.draft_vocab import DraftVocab
+
 _CHUNK_LOGITS = 1 << 22  # values of logits that are there at once: about what a cache holds
 
 
@@ -78,3 +80,30 @@ def head_cross_entropy(
     apply: Any = _HeadCrossEntropy.apply
     loss, best = apply(hidden, head, targets, weights)
     return loss, best
+
+
+def draft_cross_entropy(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    vocab: DraftVocab,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`head_cross_entropy` of a draft; of a target that it cannot draft there is nothing to learn.
+
+    Args:
+        hidden: [rows, hidden].
+        head: [tokens of `vocab`, hidden].
+        vocab: What it drafts.
+        targets: [rows] int64, the target's token ids.
+        weights: [rows] float32, or None.
+
+    Returns:
+        The weighted sum, float32, and [rows] bool: whether the most probable token is the target.
+    """
+    places = vocab.places(targets)
+    known = (places >= 0).float()
+    loss, best = head_cross_entropy(
+        hidden, head, places.clamp(min=0), known if weights is None else weights * known
+    )
+    return loss, best == places

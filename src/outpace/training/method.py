@@ -18,7 +18,7 @@ import dataclasses
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -27,6 +27,7 @@ import torch
 from outpace import registry
 from outpace.errors import ConfigError
 from outpace.models.draft_checkpoint import speculators_section
+from outpace.models.draft_vocab import DraftVocab
 from outpace.training.trunk import Trunk
 
 _PACKAGE = "outpace.training.methods"
@@ -42,6 +43,10 @@ class Run:
         path: Where it is.
         seed: Of all chance.
         max_len: Longest document, in tokens.
+        counts: [vocab] int64, how often each token is answered in what is trained on; None where that is
+            not known, and all are drafted.
+        special_ids: Tokens that are drafted however rare they are.
+        save_dtype: What weights are written in; None is what they are computed in.
     """
 
     method: str
@@ -49,6 +54,30 @@ class Run:
     path: Path
     seed: int
     max_len: int
+    counts: torch.Tensor | None = None
+    special_ids: tuple[int, ...] = ()
+    save_dtype: torch.dtype | None = None
+
+    def draft_vocab(self, settings: VocabSettings, trunk: Trunk) -> DraftVocab:
+        """The tokens to draft."""
+        if self.counts is None:
+            return DraftVocab(trunk.config.vocab_size)
+        return DraftVocab.most_frequent(
+            self.counts.to(trunk.device), settings.draft_vocab_size, self.special_ids
+        )
+
+
+@dataclass(frozen=True)
+class VocabSettings:
+    """What can be chosen where a draft's output head is over some of the target's tokens."""
+
+    draft_vocab_size: int = field(
+        default=8192,
+        metadata={
+            "help": "Tokens that are drafted, the most frequent ones of the answers; 0: all",
+            "least": 0,
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +113,7 @@ class TrainBatch:
     positions: torch.Tensor
     documents: torch.Tensor
     answer: torch.Tensor
-    hidden: dict[int, torch.Tensor] = dataclasses.field(default_factory=dict)
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> TrainBatch:
         """The same on a device."""
@@ -122,11 +151,13 @@ class Trainable(torch.nn.Module, ABC):
 
     Attributes:
         recipe: How it is trained by default.
+        vocab: The tokens that it drafts; None where it is a model of its own.
         hidden_layers: The trunk's hidden states that its batches bring, as `Trunk.hidden_states` counts them;
             they are computed once and kept on disk.
     """
 
     recipe: ClassVar[Recipe]
+    vocab: DraftVocab | None = None
     hidden_layers: tuple[int, ...] = ()
 
     @abstractmethod
@@ -179,6 +210,7 @@ def make_settings(method: str, given: dict[str, Any]) -> Any:
     """
     kind = registry.find(_PACKAGE, method, "METHOD").Settings
     hints = typing.get_type_hints(kind)
+    least = {f.name: f.metadata.get("least", 1) for f in dataclasses.fields(kind)}
     for name, value in given.items():
         if name not in hints:
             raise ConfigError(f"{method} has no setting {name!r}; there are: {', '.join(hints)}")
@@ -187,8 +219,8 @@ def make_settings(method: str, given: dict[str, Any]) -> Any:
         if not fits:
             accepted = f"one of {', '.join(map(str, choices))}" if choices else hints[name].__name__
             raise ConfigError(f"{name} of {method} must be {accepted}, got {value!r}")
-        if hints[name] is int and value < 1:
-            raise ConfigError(f"{name} of {method} must be at least 1, got {value}")
+        if hints[name] is int and value < least[name]:
+            raise ConfigError(f"{name} of {method} must be at least {least[name]}, got {value}")
     return kind(**given)
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _CHECKPOINT, _LOG, _REPORT = "checkpoint", "log.jsonl", "training.json"
 _MAX_NORM = 1.0  # of gradients
 _NOT_THE_CURVE = ("out", "save_every", "resume", "hidden_cache")  # settings that may differ on --resume
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _PACKAGES = ("accelerate", "datasets", "safetensors")
 
 
@@ -56,6 +57,7 @@ class TrainConfig:
         max_bad_share: Most lines of `data` that may be of no use, as a share.
         seed: Of order and initial weights.
         dtype: Of the frozen target; None is bfloat16 where the device computes in it.
+        save_dtype: Of the weights that are written; None is `dtype`.
         hidden_cache: Where hidden states are kept: a directory, `none`, or None for the cache directory.
         save_every: Steps between checkpoints.
         resume: Whether to go on from the last checkpoint in `out`.
@@ -75,6 +77,7 @@ class TrainConfig:
     max_bad_share: float = 0.01
     seed: int = 0
     dtype: str | None = None
+    save_dtype: str | None = None
     hidden_cache: str | None = None
     save_every: int = 200
     resume: bool = False
@@ -118,14 +121,27 @@ def train(config: TrainConfig) -> dict[str, Any]:
             f"{flag('max_len')} {config.max_len} is above the model's limit of "
             f"{shape.max_position_embeddings} positions"
         )
+    tokenizer = load_tokenizer(path)
     corpus, data_report = load_corpus(
-        config.data, load_tokenizer(path), shape.eos_token_ids, config.max_len, config.max_bad_share
+        config.data, tokenizer, shape.eos_token_ids, config.max_len, config.max_bad_share
     )
+    # the same for every method and seed
+    held = epoch_order(len(corpus), 0, seed=0)[: min(config.holdout, len(corpus) // 2)]
+    counts = [corpus.answer_counts(shape.vocab_size, documents) for documents in (None, held)]
     trunk = load_trunk(config.model, _dtype(config, accelerator.device), accelerator.device)
-    run = Run(config.method, config.model or DEFAULT_MODEL_NAME, path, config.seed, config.max_len)
+    run = Run(
+        config.method,
+        config.model or DEFAULT_MODEL_NAME,
+        path,
+        config.seed,
+        config.max_len,
+        counts[0] - counts[1],
+        (*shape.eos_token_ids, *tokenizer.all_special_ids),
+        None if config.save_dtype is None else _DTYPES[config.save_dtype],
+    )
     torch.manual_seed(config.seed)
     trained = methods.create(trunk, run, settings)
-    training = _Training(config, accelerator, trunk, trained, corpus)
+    training = _Training(config, accelerator, trunk, trained, corpus, held)
     training.run()
     report = training.report(data_report)
     if accelerator.is_main_process:
@@ -170,7 +186,7 @@ def _accelerator() -> Accelerator:
 
 def _dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     if config.dtype is not None:
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[config.dtype]
+        return _DTYPES[config.dtype]
     return choose_dtype(EngineConfig()) if device.type == "cpu" else torch.bfloat16
 
 
@@ -184,12 +200,12 @@ class _Training:
         trunk: Trunk,
         trained: Trainable,
         corpus: Corpus,
+        held: list[int],
     ) -> None:
         self._config, self._accelerator, self._corpus, self._trained = config, accelerator, corpus, trained
         self._num_rows = config.batch_tokens // config.max_len
         self._hidden = HiddenStates(trunk, corpus, trained.hidden_layers, self._hidden_directory(trunk))
-        num_held = min(config.holdout, len(corpus) // 2)
-        self._held = epoch_order(len(corpus), 0, seed=0)[:num_held]  # the same for every method and seed
+        self._held = held
         self._batches = self._plan()
         recipe = trained.recipe
         optimizer = torch.optim.AdamW(
@@ -336,6 +352,7 @@ class _Training:
                 "num_without_answer": data.num_without_answer,
                 "bad_lines": data.bad,
             },
+            "draft_vocab": self._vocab_report(),
             "num_parameters": sum(p.numel() for p in self._trained.parameters()),
             "num_processes": self._accelerator.num_processes,
             "num_steps": self._step,
@@ -343,6 +360,14 @@ class _Training:
             "holdout": len(self._held),
             "metrics": metrics,
         }
+
+    def _vocab_report(self) -> dict[str, Any] | None:
+        """How many tokens are drafted, and their share of the answers that were held out."""
+        vocab = self._trained.vocab
+        if vocab is None:
+            return None
+        counts = self._corpus.answer_counts(vocab.target_size, self._held).to(self._accelerator.device)
+        return {"size": len(vocab), "coverage": vocab.coverage(counts)}
 
 
 def lr_share(step: int, num_steps: int, recipe: Recipe) -> float:

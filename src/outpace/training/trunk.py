@@ -72,7 +72,8 @@ class Trunk:
     @property
     def head_weight(self) -> torch.Tensor:
         """[vocab, hidden]: the output head."""
-        weight: torch.Tensor = self.model.lm_head.weight
+        # detached: a module that keeps a Parameter would count it among its own
+        weight: torch.Tensor = self.model.lm_head.weight.detach()
         return weight
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -98,9 +99,12 @@ class Trunk:
         rotation = self._cos[positions], self._sin[positions]
         distance = positions[:, None, :, None] - positions[:, None, None, :]
         windows = self.config.sliding_windows or (None,) * self.config.num_layers
+        masks: dict[int | None, torch.Tensor] = {}  # by window, as they are added to scores
         for layer, window in zip(self.model.model.layers[first:last], windows[first:last], strict=True):
-            seen = mask if window is None else mask & (distance < window)
-            hidden = layer(hidden, attention_mask=seen, position_embeddings=rotation)
+            if window not in masks:
+                seen = mask if window is None else mask & (distance < window)
+                masks[window] = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill_(~seen, -torch.inf)
+            hidden = layer(hidden, attention_mask=masks[window], position_embeddings=rotation)
         return hidden
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:

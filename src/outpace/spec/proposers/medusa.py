@@ -17,6 +17,7 @@ from outpace.errors import ConfigError
 from outpace.kernels import Kernels, Linear
 from outpace.models.config import ModelConfig
 from outpace.models.draft_checkpoint import Shapes, read_draft
+from outpace.models.draft_vocab import DraftVocab
 from outpace.request import Sequence
 from outpace.sampling import SampleRow
 from outpace.spec.drafter import likely_tokens
@@ -41,6 +42,7 @@ class Medusa(Proposer):
         blocks: list[Linear],
         outputs: list[Linear],
         shared: Linear | None,
+        vocab: DraftVocab,
         tree: list[list[int]],
         kernels: Kernels,
     ) -> None:
@@ -50,13 +52,15 @@ class Medusa(Proposer):
             blocks: By depth.
             outputs: By depth.
             shared: The output head of all; None where `outputs` are output heads.
+            vocab: The tokens that output heads are over.
             tree: For each node the ranks on its path, best first.
             kernels: Who chooses.
 
         Raises:
             ConfigError: The tree is none.
         """
-        self._blocks, self._outputs, self._shared, self._kernels = blocks, outputs, shared, kernels
+        self._blocks, self._outputs, self._shared = blocks, outputs, shared
+        self._vocab, self._kernels = vocab, kernels
         self._places = _places(tree, len(blocks))
         self._hidden = LastHidden()
 
@@ -89,11 +93,11 @@ class Medusa(Proposer):
         hidden = self._hidden.stack(sequences)  # [sequences, hidden]
         heads = zip(self._blocks[:depth], self._outputs[:depth], strict=True)
         out = torch.cat([output(hidden + F.silu(block(hidden))) for block, output in heads])
-        logits = out if self._shared is None else self._shared(out)  # [depth * sequences, vocab]
+        logits = out if self._shared is None else self._shared(out)  # [depth * sequences, tokens]
         # What will stand between is not known; it matters only to penalties, and a draft may err.
         rows = [SampleRow(s, (s.token_ids[-1],) * d) for d in range(depth) for s in sequences]
         ranks = 1 + max(place.rank for place in places)
-        found = likely_tokens(logits, rows, ranks, self._kernels)
+        found = likely_tokens(logits, rows, ranks, self._kernels, self._vocab)
         return [found[i :: len(sequences)] for i in range(len(sequences))]
 
 
@@ -131,11 +135,11 @@ def _places(tree: list[list[int]], num_heads: int) -> list[_Place]:
     return places
 
 
-def _shapes(settings: dict[str, Any], target: ModelConfig) -> Shapes:
+def _shapes(settings: dict[str, Any], vocab_size: int, target: ModelConfig) -> Shapes:
     width, shapes = target.hidden_size, Shapes()
     for k in range(settings["num_heads"]):
         shapes[f"heads.{k}.weight"], shapes[f"heads.{k}.bias"] = (width, width), (width,)
-        shapes[f"heads.{k}.output"] = (target.vocab_size if settings["own_heads"] else width, width)
+        shapes[f"heads.{k}.output"] = (vocab_size if settings["own_heads"] else width, width)
     return shapes
 
 
@@ -150,7 +154,7 @@ def create(context: DraftContext) -> Medusa:
         context.speculative.model,
         "medusa",
         target.config,
-        lambda settings: _shapes(settings, target.config),
+        lambda settings, vocab_size: _shapes(settings, vocab_size, target.config),
         target.dtype,
         keys=("num_heads", "own_heads", "tree"),
     )
@@ -158,5 +162,5 @@ def create(context: DraftContext) -> Medusa:
     heads = range(draft.settings["num_heads"])
     blocks = [kernels.linear(weights[f"heads.{k}.weight"], weights[f"heads.{k}.bias"]) for k in heads]
     outputs = [kernels.linear(weights[f"heads.{k}.output"]) for k in heads]
-    shared = None if draft.settings["own_heads"] else target.logits
-    return Medusa(blocks, outputs, shared, draft.settings["tree"], kernels)
+    shared = None if draft.settings["own_heads"] else target.head(draft.vocab)
+    return Medusa(blocks, outputs, shared, draft.vocab, draft.settings["tree"], kernels)

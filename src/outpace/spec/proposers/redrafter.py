@@ -19,6 +19,7 @@ from outpace.kernels import Linear
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, read_draft
+from outpace.models.draft_vocab import DraftVocab
 from outpace.request import Sequence
 from outpace.sampling import SampleRow
 from outpace.spec.drafter import likely_tokens
@@ -102,15 +103,17 @@ class Recurrence:
 class ReDrafter(Proposer):
     """Searches for all sequences side by side, one pass of the recurrence per depth."""
 
-    def __init__(self, target: Decoder, layers: Recurrence, num_tokens: int) -> None:
+    def __init__(self, target: Decoder, layers: Recurrence, vocab: DraftVocab, num_tokens: int) -> None:
         """Joins the parts.
 
         Args:
             target: Lends its embedding and its output head.
             layers: What was trained.
+            vocab: The tokens that are drafted.
             num_tokens: Greatest depth.
         """
         self._target, self._layers, self._num_tokens = target, layers, num_tokens
+        self._vocab, self._head = vocab, target.head(vocab)
         self._hidden = LastHidden()
 
     @torch.inference_mode()
@@ -160,10 +163,10 @@ class ReDrafter(Proposer):
         x = torch.cat((hidden, states), dim=1)
         for block in layers.blocks:
             x = x + F.silu(block(x))
-        logits = self._target.logits(layers.output(x))
+        logits = self._head(layers.output(x))
         rows = [SampleRow(sequence, beam.tokens) for sequence, beam in beams]
         widest = max(search.width for search in searches)
-        found = likely_tokens(logits, rows, widest, self._target.kernels)
+        found = likely_tokens(logits, rows, widest, self._target.kernels, self._vocab)
         first_row = 0
         for search in searches:
             end = first_row + len(search.beams)
@@ -192,7 +195,7 @@ def create(context: DraftContext) -> ReDrafter:
         context.speculative.model,
         "redrafter",
         target.config,
-        lambda settings: _shapes(settings, target.config),
+        lambda settings, _: _shapes(settings, target.config),
         target.dtype,
         keys=("num_tokens", "num_blocks"),
     )
@@ -202,4 +205,4 @@ def create(context: DraftContext) -> ReDrafter:
 
     blocks = tuple(linear(f"blocks.{i}") for i in range(draft.settings["num_blocks"]))
     layers = Recurrence(linear("token"), linear("state"), blocks, linear("output"))
-    return ReDrafter(target, layers, draft.settings["num_tokens"])
+    return ReDrafter(target, layers, draft.vocab, draft.settings["num_tokens"])

@@ -24,6 +24,7 @@ from outpace.batch import Batch, BatchEntry, TargetOutput, Verdict
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, read_draft
+from outpace.models.draft_vocab import DraftVocab
 from outpace.models.streams import StreamConfig, Streams
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
@@ -47,12 +48,19 @@ class Streaming(Proposer):
     """
 
     def __init__(
-        self, streams: Streams, decoder: Decoder, kv: KVCache, branching: int, min_prob: float | None
+        self,
+        streams: Streams,
+        vocab: DraftVocab,
+        decoder: Decoder,
+        kv: KVCache,
+        branching: int,
+        min_prob: float | None,
     ) -> None:
         """Joins the parts.
 
         Args:
             streams: Weights for that decoder.
+            vocab: The tokens that they draft.
             decoder: The target.
             kv: Its cache.
             branching: Most tokens drafted from a stream.
@@ -61,6 +69,7 @@ class Streaming(Proposer):
         """
         self.value = 1.0
         self._streams, self._decoder, self._blocks = streams, decoder, kv.blocks
+        self._vocab, self._head = vocab, decoder.head(vocab)
         self._branching, self._min_prob = branching, min_prob
         share = streams.config.num_stream_layers / decoder.config.num_layers
         self._anchor_rows = streams.config.num_streams * share  # what the streams of a row cost
@@ -110,10 +119,10 @@ class Streaming(Proposer):
     def _candidates(self, sequences: list[Sequence]) -> dict[str, list[list[tuple[int, float]]]]:
         """For each sequence and each depth the tokens that may come, with their probabilities."""
         depth = self._streams.config.num_streams
-        logits = self._decoder.logits(torch.cat([self._said[s.id] for s in sequences]))
+        logits = self._head(torch.cat([self._said[s.id] for s in sequences]))
         # A stream does not know which tokens come before its own; the last known one stands for them.
         rows = [SampleRow(s, (s.token_ids[-1],) * place) for s in sequences for place in range(depth)]
-        found = likely_tokens(logits, rows, self._branching, self._decoder.kernels)
+        found = likely_tokens(logits, rows, self._branching, self._decoder.kernels, self._vocab)
         return {s.id: found[i * depth : (i + 1) * depth] for i, s in enumerate(sequences)}
 
     def _anchors(self, entry: BatchEntry) -> list[int]:
@@ -203,11 +212,11 @@ def create(context: DraftContext) -> Streaming:
     settings, decoder = context.speculative, context.decoder
     model: ModelConfig = decoder.config
 
-    def shapes(raw: dict[str, Any]) -> Shapes:
+    def shapes(raw: dict[str, Any], _: int) -> Shapes:
         return stream_config(raw).weight_shapes(model)
 
     checkpoint = read_draft(settings.model, "streaming", model, shapes, decoder.dtype, KEYS)
     config = stream_config(checkpoint.settings)
     streams = Streams(config, checkpoint.weights, decoder)
     branching = settings.draft_branching or config.branching
-    return Streaming(streams, decoder, context.kv, branching, settings.stream_min_prob)
+    return Streaming(streams, checkpoint.vocab, decoder, context.kv, branching, settings.stream_min_prob)

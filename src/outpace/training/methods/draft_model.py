@@ -89,12 +89,13 @@ class DraftModel(TrainableDraft):
         """Writes the layers and the norm, with the shape of a whole model and whose embedding it shares."""
         trunk, small = self._trunk, self._small
         weights = small.model.state_dict()
-        own = {name: weights[name].to(trunk.dtype) for name in small.config.own_weight_shapes()}
+        dtype = self._run.save_dtype or trunk.dtype
+        own = {name: weights[name].to(dtype) for name in small.config.own_weight_shapes()}
         settings = {
             "num_layers": small.config.num_layers,
             "embedding_sha256": embedding_checksum(trunk.model.model.embed_tokens.weight),
         }
-        shape = hugging_face_config(small.config) | {"dtype": str(trunk.dtype).removeprefix("torch.")}
+        shape = hugging_face_config(small.config) | {"dtype": str(dtype).removeprefix("torch.")}
         write_draft(directory, section(trunk, self._run, 1) | shape, settings, own)
 
 

@@ -72,8 +72,8 @@ class Finetune(Trainable):
     def save(self, directory: Path) -> None:
         """Writes a model directory: weights, configuration and tokenizer."""
         weights = self._tuned.model.state_dict()
-        shapes = self._tuned.config.weight_shapes()
-        tuned = {name: weights[name].to(self._trunk.dtype) for name in shapes}
+        dtype, shapes = self._run.save_dtype or self._trunk.dtype, self._tuned.config.weight_shapes()
+        tuned = {name: weights[name].to(dtype) for name in shapes}
         write_model(directory, self._tuned.config, tuned, load_tokenizer(self._run.path))
 
 

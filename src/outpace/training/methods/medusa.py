@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from outpace.config import setting
 from outpace.models.draft_checkpoint import write_draft
-from outpace.training.losses import head_cross_entropy
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, section
+from outpace.models.draft_vocab import DraftVocab
+from outpace.training.losses import draft_cross_entropy
+from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, VocabSettings, section
 from outpace.training.trunk import Trunk
 from outpace.tree import grow
 
@@ -31,7 +32,7 @@ _DECAY = 0.8  # weight of each head's loss against that of the head before
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(VocabSettings):
     """What can be chosen."""
 
     num_heads: int = setting(4, "Heads, and so the greatest depth of a draft")
@@ -46,7 +47,7 @@ class Medusa(TrainableDraft):
     Attributes:
         weight: [heads, hidden, hidden], W.
         bias: [heads, hidden], b.
-        output: [heads, vocab, hidden], H of their own, or [heads, hidden, hidden], P.
+        output: [heads, tokens, hidden], H of their own, or [heads, hidden, hidden], P.
     """
 
     recipe = Recipe(lr=1e-3)
@@ -59,7 +60,9 @@ class Medusa(TrainableDraft):
         heads, width = settings.num_heads, trunk.config.hidden_size
         self.weight = torch.nn.Parameter(torch.zeros(heads, width, width, device=trunk.device))
         self.bias = torch.nn.Parameter(torch.zeros(heads, width, device=trunk.device))
-        start = trunk.head_weight.float() if settings.own_heads else torch.eye(width, device=trunk.device)
+        self.vocab: DraftVocab = run.draft_vocab(settings, trunk)
+        self._shared = self.vocab.rows(trunk.head_weight)  # [tokens, hidden]
+        start = self._shared.float() if settings.own_heads else torch.eye(width, device=trunk.device)
         self.output = torch.nn.Parameter(start.repeat(heads, 1, 1))
         self._accuracies: list[list[float]] = []
 
@@ -69,10 +72,10 @@ class Medusa(TrainableDraft):
         metrics: dict[str, float] = {}
         for k in range(self._settings.num_heads):
             hidden, targets = self._examples(batch, k)
-            loss, best = head_cross_entropy(self._transform(hidden, k), self._head(k), targets)
+            loss, right = draft_cross_entropy(self._transform(hidden, k), self._head(k), self.vocab, targets)
             count = max(1, len(targets))
             total = total + _DECAY ** (k + 1) * loss / count
-            metrics[f"accuracy_{k + 1}"] = float((best == targets).sum()) / count
+            metrics[f"accuracy_{k + 1}"] = float(right.sum()) / count
         return total, metrics
 
     @torch.no_grad()
@@ -85,8 +88,9 @@ class Medusa(TrainableDraft):
             for batch in batches:
                 for k in range(num_heads):
                     hidden, targets = self._examples(batch, k)
+                    wanted_places = self.vocab.places(targets)
                     # some rows at a time: they are as wide as the vocabulary
-                    for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True):
+                    for rows, wanted in zip(hidden.split(256), wanted_places.split(256), strict=True):
                         head = self._head(k)
                         logits = F.linear(self._transform(rows, k).to(head.dtype), head)
                         best = logits.topk(num_ranks, dim=1).indices
@@ -105,14 +109,16 @@ class Medusa(TrainableDraft):
         for k in range(num_heads):
             weights[f"heads.{k}.weight"], weights[f"heads.{k}.bias"] = self.weight[k], self.bias[k]
             weights[f"heads.{k}.output"] = self.output[k]
-        weights = {name: weight.to(self._trunk.dtype) for name, weight in weights.items()}
+        weights = {
+            name: weight.to(self._run.save_dtype or self._trunk.dtype) for name, weight in weights.items()
+        }
         settings = {
             "num_heads": num_heads,
             "own_heads": self._settings.own_heads,
             "accuracies": self._accuracies,
             "tree": static_tree(self._accuracies, self._settings.num_nodes),
         }
-        write_draft(directory, section(self._trunk, self._run, num_heads), settings, weights)
+        write_draft(directory, section(self._trunk, self._run, num_heads), settings, weights, self.vocab)
 
     def _examples(self, batch: TrainBatch, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states, and the token that head k should guess from each."""
@@ -126,7 +132,7 @@ class Medusa(TrainableDraft):
         return hidden if self._settings.own_heads else F.linear(hidden, self.output[k])
 
     def _head(self, k: int) -> torch.Tensor:
-        return self.output[k] if self._settings.own_heads else self._trunk.head_weight
+        return self.output[k] if self._settings.own_heads else self._shared
 
 
 def static_tree(accuracies: list[list[float]], num_nodes: int) -> list[list[int]]:

@@ -22,13 +22,14 @@ import torch.nn.functional as F
 
 from outpace.config import setting
 from outpace.models.draft_checkpoint import write_draft
-from outpace.training.losses import head_cross_entropy
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, section
+from outpace.models.draft_vocab import DraftVocab
+from outpace.training.losses import draft_cross_entropy
+from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, VocabSettings, section
 from outpace.training.trunk import Trunk
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(VocabSettings):
     """What can be chosen."""
 
     num_tokens: int = setting(5, "Tokens that are looked ahead, and so the greatest depth of a draft")
@@ -45,6 +46,8 @@ class ReDrafter(TrainableDraft):
         super().__init__()
         self._trunk, self._run, self._settings = trunk, run, settings
         self.hidden_layers = (trunk.config.num_layers,)
+        self.vocab: DraftVocab = run.draft_vocab(settings, trunk)
+        self._head = self.vocab.rows(trunk.head_weight)  # [tokens, hidden]
         width = trunk.config.hidden_size
         with torch.device(trunk.device):
             self.token = torch.nn.Linear(width, width, bias=False)
@@ -72,18 +75,20 @@ class ReDrafter(TrainableDraft):
             x = torch.cat((hidden[valid], state[valid]), dim=1)
             for block in self.blocks:
                 x = x + F.silu(block(x))
-            loss, best = head_cross_entropy(self.output(x), self._trunk.head_weight, targets[valid])
+            loss, right = draft_cross_entropy(self.output(x), self._head, self.vocab, targets[valid])
             count = max(1, int(valid.sum()))
             total = total + loss / count
-            metrics[f"accuracy_{depth}"] = float((best == targets[valid]).sum()) / count
+            metrics[f"accuracy_{depth}"] = float(right.sum()) / count
             taken_in = targets
         return total, metrics
 
     def save(self, directory: Path) -> None:
         """See TrainableDraft."""
         settings = {"num_tokens": self._settings.num_tokens, "num_blocks": self._settings.num_blocks}
-        weights = {name: weight.to(self._trunk.dtype) for name, weight in self.state_dict().items()}
-        write_draft(directory, section(self._trunk, self._run, self._settings.num_tokens), settings, weights)
+        dtype = self._run.save_dtype or self._trunk.dtype
+        weights = {name: weight.to(dtype) for name, weight in self.state_dict().items()}
+        of_run = section(self._trunk, self._run, self._settings.num_tokens)
+        write_draft(directory, of_run, settings, weights, self.vocab)
 
 
 def create(trunk: Trunk, run: Run, settings: Settings) -> ReDrafter:

@@ -16,6 +16,7 @@ state, where streams begin, of the token before (`outpace.models.streams`).
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -28,22 +29,26 @@ from outpace.errors import ConfigError
 from outpace.models.convert import write_model
 from outpace.models.decoder import rope_table
 from outpace.models.draft_checkpoint import write_draft
+from outpace.models.draft_vocab import DraftVocab
 from outpace.models.streams import TARGETS, StreamConfig, exit_logits
 from outpace.models.tokenizer import load_tokenizer
-from outpace.training.losses import head_cross_entropy
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, section
-from outpace.training.trunk import Trunk, document_mask
+from outpace.training.losses import draft_cross_entropy, head_cross_entropy
+from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, VocabSettings, section
+from outpace.training.trunk import Trunk
 
 _STREAM_WEIGHT = 0.1  # α_j of the paper: each stream's loss against that of the next token
 _EXIT_EVERY = (
     4  # of the anchors the early exit learns from one: it is small, and their drafts cost a head each
+)
+_PIECE = (
+    32  # anchors whose attention is worked out together: more hide more from each other, fewer are more calls
 )
 _FIRST_EMBEDDING = 0.02  # size of the embeddings at first
 _FIRST_EXIT = (1.0, 0.1, 0.0)  # a, s and c at first: mostly what the stream says
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(VocabSettings):
     """What can be chosen."""
 
     mode: Literal["lossless", "shared"] = setting(
@@ -58,19 +63,36 @@ class Settings:
     num_anchors: int = setting(128, "Positions of each row of a batch at which streams are trained")
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows whose attention is worked out together: a document's, or the streams of some of its anchors.
+
+    Attributes:
+        rows: Where they are.
+        tokens: Where the tokens are that they may attend to. Streams also attend among themselves.
+        seen: [seen rows] int64, the positions of the tokens, then of those streams.
+        mask: [rows, seen rows], 0 or -inf, added to scores; None where each attends to those up to itself.
+    """
+
+    rows: slice
+    tokens: slice
+    seen: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
 @dataclass
 class _Rows:
     """Rows on their way through the layers: the tokens of a batch, or the streams of its anchors.
 
     Attributes:
-        hidden: [batch, rows, hidden], the residual stream.
-        positions: [batch, rows] int64.
-        mask: [batch, 1, rows, seen rows] bool; streams see the batch's tokens, then streams.
+        hidden: [rows, hidden], the residual stream.
+        positions: [rows] int64.
+        pieces: All of them in order.
     """
 
     hidden: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor
+    pieces: list[_Piece]
 
 
 class Streaming(TrainableDraft):
@@ -102,6 +124,8 @@ class Streaming(TrainableDraft):
             exit_rank=settings.exit_rank,
         )
         self._trunk, self._run, self._settings = trunk, run, settings
+        self.vocab: DraftVocab = run.draft_vocab(settings, trunk)
+        self._head = self.vocab.rows(trunk.head_weight)  # [tokens, hidden]
         self._is_shared = settings.mode == "shared"
         self._first = model.num_layers - self.config.num_stream_layers
         self.hidden_layers = () if self._is_shared else (self._first,)
@@ -121,151 +145,188 @@ class Streaming(TrainableDraft):
 
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross entropy of the streams, in shared mode of the next token, too; and the early exit's."""
-        mask = document_mask(batch.positions, batch.documents)
+        kept = batch.documents >= 0  # padding has no part in anything
+        futures = [[of[kept] for of in batch.future(depth)] for depth in range(self.config.num_streams + 1)]
         with torch.set_grad_enabled(self._is_shared and torch.is_grad_enabled()):
-            main = _Rows(self._lower(batch, mask), batch.positions, mask)
+            main = self._lower(batch)
         begun = main.hidden.detach()
-        anchors = self._anchors(batch)
+        anchors = self._anchors(batch, futures[1][1])
         streams = self._start(main, anchors)
         for layer in range(self._first, self._trunk.config.num_layers):
             self._step(layer, main, streams)
-        said = self._trunk.norm(streams.hidden).unflatten(1, (anchors.shape[1], -1))  # [batch, anchors, γ, h]
-        targets, valid = self._targets(batch, anchors)
-        loss, metrics = self._stream_loss(said, targets, valid)
-        picked = slice(None, None, _EXIT_EVERY)
-        loss = loss + self._exit_loss(
-            begun, anchors[:, picked], *(t[:, picked] for t in (said, targets, valid))
+        said = self._trunk.norm(streams.hidden).unflatten(0, (len(anchors), -1))  # [anchors, γ, hidden]
+        targets, valid = (
+            torch.stack([of[anchors] for of in each], 1) for each in zip(*futures[1:], strict=True)
         )
+        loss, metrics = self._stream_loss(said, targets, valid)
+        few = slice(None, None, _EXIT_EVERY)
+        loss = loss + self._exit_loss(begun, anchors[few], said[few], targets[few], valid[few])
         if self._is_shared:
-            next_loss = self._next_loss(batch, main)
+            next_loss = self._next_loss(main, *futures[0])
             loss, metrics = loss + next_loss, metrics | {"next_loss": next_loss.item()}
         return loss, metrics
 
     def save(self, directory: Path) -> None:
         """Writes the streams; in shared mode the fine-tuned model, and the streams in `streams` there."""
-        model, dtype = self._trunk.config, self._trunk.dtype
-        config, run = self.config, self._run
+        model, config, run = self._trunk.config, self.config, self._run
+        dtype = run.save_dtype or self._trunk.dtype
         weights = {name.replace("-", "."): weight.detach() for name, weight in self.weights.items()}
         if self._is_shared:
-            write_model(directory, model, self._merged(weights), load_tokenizer(run.path))
+            write_model(directory, model, self._merged(weights, dtype), load_tokenizer(run.path))
             config, run = replace(config, lora_rank=0, lora_targets=()), replace(run, model=str(directory))
             directory = directory / "streams"
         served = {name: weights[name].to(dtype) for name in config.weight_shapes(model)}
-        write_draft(directory, section(self._trunk, run, config.num_streams), asdict(config), served)
+        of_run = section(self._trunk, run, config.num_streams)
+        write_draft(directory, of_run, asdict(config), served, self.vocab)
 
-    def _merged(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _merged(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The model's weights with the adapters in them."""
         plain = self._trunk.model.state_dict()
-        merged = {name: plain[name] for name in self._trunk.config.weight_shapes()}
+        merged = {name: plain[name].to(dtype) for name in self._trunk.config.weight_shapes()}
         for name, down in weights.items():
             if name.endswith("lora_A.weight"):
                 part = name.removesuffix(".lora_A.weight")
                 change = weights[f"{part}.lora_B.weight"] @ down
                 of_model = f"model.{part}.weight"
-                merged[of_model] = (merged[of_model].float() + change).to(self._trunk.dtype)
+                merged[of_model] = (plain[of_model].float() + change).to(dtype)
         return merged
 
-    def _lower(self, batch: TrainBatch, mask: torch.Tensor) -> torch.Tensor:
-        """The residual stream where streams begin: computed before, or in shared mode with the adapters."""
-        if not self._is_shared:
-            return batch.hidden[self._first]
-        main = _Rows(self._trunk.embed(batch.token_ids), batch.positions, mask)
-        for layer in range(self._first):
+    def _lower(self, batch: TrainBatch) -> _Rows:
+        """The rows where streams begin: computed before, or in shared mode with the adapters."""
+        kept = batch.documents >= 0
+        states = self._trunk.embed(batch.token_ids) if self._is_shared else batch.hidden[self._first]
+        of_rows = torch.arange(len(kept), device=kept.device).unsqueeze(1) * kept.shape[1] + batch.documents
+        _, lengths = of_rows[kept].unique_consecutive(return_counts=True)
+        ends = lengths.cumsum(0).tolist()
+        documents = [slice(end - length, end) for end, length in zip(ends, lengths.tolist(), strict=True)]
+        positions = batch.positions[kept]
+        main = _Rows(states[kept], positions, [_Piece(of, of, positions[of]) for of in documents])
+        for layer in range(self._first if self._is_shared else 0):
             self._step(layer, main)
-        return main.hidden
+        return main
 
-    def _anchors(self, batch: TrainBatch) -> torch.Tensor:
-        """[batch, anchors] int64: rows where streams have something to learn, drawn at random.
+    def _anchors(self, batch: TrainBatch, valid: torch.Tensor) -> torch.Tensor:
+        """[anchors] int64, rising: rows where streams have something to learn, drawn at random.
 
         What is drawn depends on the batch and the seed alone, so that a resumed run draws the same.
+
+        Args:
+            batch: From it comes chance, and how many there are.
+            valid: [rows] bool, where there is something to learn.
         """
-        _, valid = batch.future(1)
-        num = max(1, min(self._settings.num_anchors, int(valid.sum(dim=1).max())))
+        num = max(1, min(self._settings.num_anchors * len(batch.token_ids), int(valid.sum())))
         generator = torch.Generator().manual_seed(self._run.seed + int(batch.token_ids.sum()))
         order = torch.rand(valid.shape, generator=generator).to(valid.device)
-        return order.masked_fill(~valid, -1.0).topk(num, dim=1).indices
-
-    def _targets(self, batch: TrainBatch, anchors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each stream of each anchor its token, and whether there is one: [batch, anchors, γ] both."""
-        futures = [batch.future(j + 1) for j in range(self.config.num_streams)]
-        targets, valid = (
-            torch.stack([of.gather(1, anchors) for of in each], 2) for each in zip(*futures, strict=True)
-        )
-        return targets, valid
+        return order.masked_fill(~valid, -1.0).topk(num).indices.sort().values
 
     def _start(self, main: _Rows, anchors: torch.Tensor) -> _Rows:
         """The streams of anchors: S_j = M + P_j, at the j-th position behind M."""
-        gamma = self.config.num_streams
-        embeddings = self.weights["embeddings"].to(main.hidden.dtype)
-        at = anchors.unsqueeze(2)
-        hidden = main.hidden.gather(1, at.expand(-1, -1, main.hidden.shape[2])).unsqueeze(2) + embeddings
-        ahead = torch.arange(1, gamma + 1, device=anchors.device)
+        gamma, device = self.config.num_streams, anchors.device
+        hidden = main.hidden[anchors].unsqueeze(1) + self.weights["embeddings"].to(main.hidden.dtype)
+        ahead = torch.arange(1, gamma + 1, device=device)
         # positions beyond the model's are those of streams without a target
         most = self._trunk.config.max_position_embeddings - 1
-        positions = (main.positions.gather(1, anchors).unsqueeze(2) + ahead).clamp(max=most)
-        tokens = main.mask[:, 0].gather(1, at.expand(-1, -1, main.mask.shape[3])).repeat_interleave(gamma, 1)
-        before = torch.ones(gamma, gamma, dtype=torch.bool, device=anchors.device).tril()
-        own = torch.block_diag(*[before] * anchors.shape[1]).expand(len(anchors), -1, -1)
-        return _Rows(hidden.flatten(1, 2), positions.flatten(1), torch.cat((tokens, own), 2).unsqueeze(1))
+        positions = (main.positions[anchors].unsqueeze(1) + ahead).clamp(max=most).flatten()
+        streams = _Rows(hidden.flatten(0, 1), positions, [])
+        places, end = anchors.tolist(), 0
+        for document in main.pieces:
+            begin, end = end, bisect_left(places, document.rows.stop)
+            for first in range(begin, end, _PIECE):
+                few = slice(first, min(first + _PIECE, end))
+                tokens = slice(document.rows.start, places[few.stop - 1] + 1)
+                rows = slice(few.start * gamma, few.stop * gamma)
+                before = torch.arange(tokens.start, tokens.stop, device=device) <= anchors[few, None]
+                place = torch.arange(rows.stop - rows.start, device=device)
+                among = (place // gamma == place.unsqueeze(1) // gamma) & (place <= place.unsqueeze(1))
+                may_see = torch.cat((before.repeat_interleave(gamma, 0), among), 1)
+                seen = torch.cat((main.positions[tokens], positions[rows]))
+                streams.pieces.append(_Piece(rows, tokens, seen, _added(may_see, hidden.dtype)))
+        return streams
 
     def _step(self, index: int, main: _Rows, streams: _Rows | None = None) -> None:
         """Takes rows through a layer."""
         layer = self._trunk.model.model.layers[index]
         with torch.set_grad_enabled(self._is_shared and torch.is_grad_enabled()):
             q, k, v = self._heads(index, layer.input_layernorm(main.hidden), main.positions, self._is_shared)
-            seen = main.positions
             is_last = index + 1 == self._trunk.config.num_layers
             if self._is_shared or not is_last:  # a frozen model's own logits train nothing
-                main.hidden = self._finish(index, main, q, k, v, seen, self._is_shared)
+                mixed = [
+                    self._attend(index, main, piece, q, k[:, piece.tokens], v[:, piece.tokens])
+                    for piece in main.pieces
+                ]
+                main.hidden = self._finish(index, main, torch.cat(mixed), self._is_shared)
         if streams is not None:
             x = layer.input_layernorm(streams.hidden)
-            q, own_k, own_v = self._heads(index, x, streams.positions, True)
-            k, v = torch.cat((k, own_k), 2), torch.cat((v, own_v), 2)
-            seen = torch.cat((seen, streams.positions), 1)
-            streams.hidden = self._finish(index, streams, q, k, v, seen, True)
+            q, *own = self._heads(index, x, streams.positions, True)
+            mixed = []
+            for piece in streams.pieces:
+                seen = [
+                    torch.cat((of_main[:, piece.tokens], of_streams[:, piece.rows]), 1)
+                    for of_main, of_streams in zip((k, v), own, strict=True)
+                ]
+                mixed.append(self._attend(index, streams, piece, q, *seen))
+            streams.hidden = self._finish(index, streams, torch.cat(mixed), True)
 
     def _heads(
         self, index: int, x: torch.Tensor, positions: torch.Tensor, adapted: bool
     ) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values, [batch, heads, rows, head_dim] each, rotated."""
+        """Queries, keys and values of rows, [heads, rows, head_dim] each, rotated."""
         attention = self._trunk.model.model.layers[index].self_attn
         q, k, v = (
             self._linear(index, f"self_attn.{name}_proj", x, adapted).unflatten(
-                2, (-1, self._trunk.config.head_dim)
+                1, (-1, self._trunk.config.head_dim)
             )
             for name in "qkv"
         )
         if self._trunk.config.qk_norm:
             q, k = attention.q_norm(q), attention.k_norm(k)
-        return (
-            self._rotate(q, positions).transpose(1, 2),
-            self._rotate(k, positions).transpose(1, 2),
-            v.transpose(1, 2),
-        )
+        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        cos, sin = self._rope[positions].unsqueeze(2).chunk(2, dim=-1)
+        cos, sin = self._rope[positions].unsqueeze(1).chunk(2, dim=-1)
         left, right = x.float().chunk(2, dim=-1)
         return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
 
-    def _finish(
-        self,
-        index: int,
-        rows: _Rows,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        seen: torch.Tensor,
-        adapted: bool,
+    def _attend(
+        self, index: int, rows: _Rows, piece: _Piece, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        """Attention over rows at positions `seen`, then the MLP."""
-        config, layer, mask = self._trunk.config, self._trunk.model.model.layers[index], rows.mask
+        """What the rows of a piece take in.
+
+        Args:
+            index: The layer.
+            rows: Of which it is a piece.
+            piece: The piece.
+            q: [heads, rows, head_dim], of all rows.
+            k: [key heads, seen rows, head_dim], of what the piece sees.
+            v: The same.
+
+        Returns:
+            [rows of the piece, heads * head_dim].
+        """
+        config, mask = self._trunk.config, piece.mask
         window = config.sliding_windows[index] if config.sliding_windows else None
         if window is not None:
-            mask = mask & (rows.positions[:, None, :, None] - seen[:, None, None, :] < window)
+            distance = rows.positions[piece.rows].unsqueeze(1) - piece.seen
+            inside = _added((distance >= 0) & (distance < window), q.dtype)
+            mask = inside if mask is None else inside + mask
         # repeated here and not by torch, whose fast kernels take a mask or fewer key heads but not both
-        k, v = (of.repeat_interleave(config.num_heads // config.num_kv_heads, 1) for of in (k, v))
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        k, v = (x.repeat_interleave(config.num_heads // config.num_kv_heads, 0)[None] for x in (k, v))
+        mixed = F.scaled_dot_product_attention(
+            q[None, :, piece.rows], k, v, attn_mask=mask, is_causal=mask is None
+        )
+        return mixed[0].transpose(0, 1).flatten(1)
+
+    def _finish(self, index: int, rows: _Rows, mixed: torch.Tensor, adapted: bool) -> torch.Tensor:
+        """What follows attention in a layer: the residual stream behind it.
+
+        Args:
+            index: The layer.
+            rows: What goes through it.
+            mixed: [rows, heads * head_dim], what they took in.
+            adapted: Whether adapters apply.
+        """
+        layer = self._trunk.model.model.layers[index]
         hidden = rows.hidden + self._linear(index, "self_attn.o_proj", mixed, adapted)
         x = layer.post_attention_layernorm(hidden)
         gate, up = (self._linear(index, f"mlp.{name}_proj", x, adapted) for name in ("gate", "up"))
@@ -284,12 +345,13 @@ class Streaming(TrainableDraft):
         self, said: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """0.1 · Σ_j of the mean cross entropy of stream j, and how often each is right."""
-        counts = valid.sum(dim=(0, 1)).clamp(min=1)  # [γ]
+        counts = valid.sum(dim=0).clamp(min=1)  # [γ]
         weights = _STREAM_WEIGHT * valid / counts
-        head = self._trunk.head_weight
-        loss, best = head_cross_entropy(said.flatten(0, 2), head, targets.flatten(), weights.flatten())
-        right = (best.view_as(targets) == targets) & valid
-        accuracies = (right.sum(dim=(0, 1)) / counts).tolist()
+        loss, right = draft_cross_entropy(
+            said.flatten(0, 1), self._head, self.vocab, targets.flatten(), weights.flatten()
+        )
+        right = right.view_as(valid) & valid
+        accuracies = (right.sum(dim=0) / counts).tolist()
         return loss, {f"accuracy_{depth}": value for depth, value in enumerate(accuracies, 1)}
 
     def _exit_loss(
@@ -303,32 +365,35 @@ class Streaming(TrainableDraft):
         """How wrong the early exit is about the tokens that these streams would draft; trains nothing else.
 
         Args:
-            begun: [batch, rows, hidden], the residual stream where streams begin.
-            anchors: [batch, anchors] int64.
-            said: [batch, anchors, γ, hidden], what their streams say.
-            targets: [batch, anchors, γ] int64.
+            begun: [rows, hidden], the residual stream where streams begin.
+            anchors: [anchors] int64.
+            said: [anchors, γ, hidden], what their streams say.
+            targets: [anchors, γ] int64.
             valid: The same, bool.
         """
         with torch.no_grad():
-            probs = self._trunk.head(said).float().softmax(-1)
-            q, token_ids = probs.topk(self.config.branching)  # [batch, anchors, γ, branching]
-            came = (token_ids == targets.unsqueeze(-1)).float()
-            ahead = torch.arange(1, said.shape[2] + 1, device=anchors.device)
-            parents = (anchors.unsqueeze(2) + ahead).clamp(max=begun.shape[1] - 1).flatten(1)
-            states = begun.gather(1, parents.unsqueeze(2).expand(-1, -1, begun.shape[2]))
-            x = self._trunk.norm(states).view_as(said).unsqueeze(3)
+            probs = F.linear(said, self._head).float().softmax(-1)
+            q, places = probs.topk(self.config.branching)  # [anchors, γ, branching]
+            came = (places == self.vocab.places(targets).unsqueeze(-1)).float()
+            ahead = torch.arange(1, said.shape[1] + 1, device=anchors.device)
+            parents = (anchors.unsqueeze(1) + ahead).clamp(max=len(begun) - 1)  # [anchors, γ]
+            x = self._trunk.norm(begun[parents]).unsqueeze(2)
         weights = {name.replace("-", "."): w for name, w in self.weights.items() if name.startswith("exit-")}
-        logits = exit_logits(weights, x, self._trunk.head_weight[token_ids], q)
+        logits = exit_logits(weights, x, self._head[places], q)
         losses = F.binary_cross_entropy_with_logits(logits, came, reduction="none").mean(-1)
         loss: torch.Tensor = (losses * valid).sum() / valid.sum().clamp(min=1)
         return _STREAM_WEIGHT * loss
 
-    def _next_loss(self, batch: TrainBatch, main: _Rows) -> torch.Tensor:
+    def _next_loss(self, main: _Rows, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of the next token."""
-        targets, valid = batch.future(0)
         hidden = self._trunk.norm(main.hidden[valid])
         loss, _ = head_cross_entropy(hidden, self._trunk.head_weight, targets[valid])
         return loss / max(1, len(hidden))
+
+
+def _added(may_see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as it is added to scores; torch would turn one of bool into it in every layer anew."""
+    return torch.zeros(may_see.shape, dtype=dtype, device=may_see.device).masked_fill_(~may_see, -torch.inf)
 
 
 def _first_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
