@@ -169,7 +169,7 @@ def _is_trained(path: Path) -> bool:
 def _trained(path: Path, context: DraftContext) -> Decoder:
     target = context.decoder
 
-    def shapes(settings: dict[str, Any]) -> Shapes:
+    def shapes(settings: dict[str, Any], num_tokens: int) -> Shapes:
         return replace(target.config, num_layers=settings["num_layers"]).own_weight_shapes()
 
     keys = ("num_layers", _EMBEDDING)
