@@ -210,8 +210,8 @@ class EngineConfig:
     revision: str | None = setting(None, "Branch, tag or commit of the hub model")
     load_format: Literal["auto", "dummy"] = setting(
         "auto",
-        "Where weights come from: the model's files, or dummy: random ones, for measuring; the model needs no "
-        "more than its config.json then",
+        "Where weights come from: the model's files, or dummy: random ones, for measuring; the model needs "
+        "no more than its config.json then",
     )
     device: str = setting(
         "auto", "Where the model runs: cpu, cuda or cuda:N; auto is a GPU where there is one, else cpu"

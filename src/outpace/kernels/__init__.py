@@ -26,7 +26,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_GPU_MODULE = "outpace.kernels.triton"  # its `create(dtype, device)` makes the backend
+_GPU_MODULE = "outpace.kernels.gpu"  # its `create(dtype, device)` makes the backend
 
 
 def gpu_problem() -> str | None:
