@@ -1,4 +1,4 @@
-"""Passes padded to buckets, as CUDA graphs need them: which bucket, what padding is, and that it changes nothing."""
+"""Passes padded to buckets, as CUDA graphs need them: which bucket, what padding is, that it is harmless."""
 
 from __future__ import annotations
 
