@@ -11,12 +11,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from outpace.errors import ConfigError
 
 CPU = torch.device("cpu")
 _ALIGNED = 64  # bytes; kernels are compiled anew for pointers that are aligned to less than 16
+
+_NUMPY = {torch.int64: np.int64, torch.int32: np.int32}
 
 
 def choose_device(name: str, gpu_problem: str | None) -> torch.device:
@@ -71,6 +74,14 @@ class Packing:
         """The tensors in a buffer, [num_bytes] uint8 or more."""
         return [
             buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for start, (dtype, shape) in zip(self.starts, self._fields, strict=True)
+        ]
+
+    def arrays(self, buffer: torch.Tensor) -> list[np.ndarray]:
+        """The same in a buffer of the host, as numpy has them: there small things are faster."""
+        raw = buffer.numpy()
+        return [
+            np.ndarray(shape, _NUMPY[dtype], raw, start)
             for start, (dtype, shape) in zip(self.starts, self._fields, strict=True)
         ]
 

@@ -10,10 +10,10 @@ Everything but the recording works on any device (`Recorder`), so that the rest 
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 
 from outpace.batch import Batch
@@ -22,8 +22,6 @@ from outpace.device import Packing
 from outpace.kernels import Rows
 from outpace.models.decoder import Decoder
 from outpace.runtime.kv_cache import KVCache
-
-logger = logging.getLogger(__name__)
 
 LARGEST = 512  # rows of the largest bucket, unless told otherwise: beyond it launches cost next to nothing
 Program = Callable[[], None]
@@ -86,6 +84,7 @@ class Bucket:
         self.num_rows = num_rows
         self.num_sequences = min(num_rows, max_sequences) + 1
         self._num_blocks = max(num_blocks, -(-num_rows // BLOCK_SIZE))  # that of padding may have all rows
+        self._padding = np.arange(num_rows, dtype=np.int32)
         per_row, per_sequence = (torch.int32, (num_rows,)), (torch.int32, (self.num_sequences,))
         self.packing = Packing(
             [
@@ -121,29 +120,26 @@ class Bucket:
         Returns:
             Bytes that matter, from the beginning: tables of sequences without rows are not read.
         """
-        tokens, samples, rows = self.inputs(buffer)
-        num_rows, num_sequences = batch.num_rows, len(batch.entries)
-        num_padding = self.num_rows - num_rows
-        tokens[:num_rows], tokens[num_rows:] = batch.token_ids, 0
-        samples[: len(batch.sample_rows)] = batch.sample_rows
-        more = torch.arange(num_padding, dtype=torch.int32)
-        for ours, theirs, padding in (
-            (rows.positions, batch.rows.positions, more),
-            (rows.slots, batch.rows.slots, null_block * BLOCK_SIZE + more % BLOCK_SIZE),
-            (rows.parents, batch.rows.parents, more - 1),
-        ):
-            ours[:num_rows], ours[num_rows:] = theirs, padding
-        rows.row_starts[: num_sequences + 1] = batch.rows.row_starts
-        rows.row_starts[num_sequences + 1 :] = self.num_rows
-        for ours, theirs in (
-            (rows.context_lens, batch.rows.context_lens),
-            (rows.branching, batch.rows.branching),
-        ):
-            ours[:num_sequences], ours[num_sequences:] = theirs, 0
-        tables = rows.block_tables
-        tables[:num_sequences, : batch.rows.block_tables.shape[1]] = batch.rows.block_tables
+        tokens, samples, positions, slots, parents, starts, contexts, branching, tables = self.packing.arrays(
+            buffer
+        )
+        theirs, num_rows, num_sequences = batch.rows, batch.num_rows, len(batch.entries)
+        num_samples, width = len(batch.sample_rows), theirs.block_tables.shape[1]
+        padding = self._padding[: self.num_rows - num_rows]
+        tokens[:num_rows], tokens[num_rows:] = batch.token_ids.numpy(), 0
+        samples[:num_samples] = batch.sample_rows.numpy()
+        positions[:num_rows], positions[num_rows:] = theirs.positions.numpy(), padding
+        slots[:num_rows], slots[num_rows:] = (
+            theirs.slots.numpy(),
+            null_block * BLOCK_SIZE + padding % BLOCK_SIZE,
+        )
+        parents[:num_rows], parents[num_rows:] = theirs.parents.numpy(), padding - 1
+        starts[: num_sequences + 1], starts[num_sequences + 1 :] = theirs.row_starts.numpy(), self.num_rows
+        contexts[:num_sequences], contexts[num_sequences:] = theirs.context_lens.numpy(), 0
+        branching[:num_sequences], branching[num_sequences:] = theirs.branching.numpy(), 0
+        tables[:num_sequences, :width] = theirs.block_tables.numpy()
         tables[num_sequences] = null_block
-        return self.packing.starts[-1] + (num_sequences + 1) * tables.shape[1] * tables.itemsize
+        return self.packing.starts[-1] + (num_sequences + 1) * int(tables[0].nbytes)
 
 
 class Graphs:
@@ -185,6 +181,7 @@ class Graphs:
             max(self.sizes), decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device
         )
         self._programs: dict[int, Program] = {}
+        self._samples: dict[int, torch.Tensor] = {}
 
     def beside(self, decoder: Decoder, cache: KVCache) -> Graphs:
         """Passes of a decoder that drafts, recorded: buckets for a row or two of each sequence."""
@@ -198,7 +195,7 @@ class Graphs:
     def record(self, size: int) -> None:
         """Records the pass of a bucket; the largest first, so that the others find its memory."""
         bucket = self._buckets[size]
-        tokens, _, rows = bucket.inputs(self._inputs)
+        tokens, self._samples[size], rows = bucket.inputs(self._inputs)
         hidden = self._hidden[:size]
         staged = bucket.packing.buffer()
         bucket.write(_nothing(), staged, self._cache.null_block)
@@ -224,8 +221,7 @@ class Graphs:
         num_bytes = bucket.write(batch, staged, self._cache.null_block)
         self._inputs[:num_bytes].copy_(staged[:num_bytes], non_blocking=True)
         self._programs[size]()
-        _, samples, _ = bucket.inputs(self._inputs)
-        return self._hidden[: batch.num_rows], samples[: len(batch.sample_rows)]
+        return self._hidden[: batch.num_rows], self._samples[size][: len(batch.sample_rows)]
 
 
 def _nothing() -> Batch:

@@ -81,8 +81,7 @@ class KVCache:
             sequence.num_computed = end + len(path)
             self.blocks.trim(sequence)
         if moves:
-            source, target = upload(torch.tensor(moves).unbind(1), self.keys.device)
-            self._move(source, target)
+            self.move(moves)
 
     def _fit(self, scheduled: Scheduled, tree: DraftTree) -> DraftTree:
         if not len(tree):
@@ -94,8 +93,10 @@ class KVCache:
         self.blocks.reserve(sequence, known + len(tree))
         return tree
 
-    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies slots over all layers; indexing copies the sources before any target is written."""
+    def move(self, moves: list[tuple[int, int]]) -> None:
+        """Copies physical slots, (from, to) each, over all layers."""
+        # Indexing copies the sources before any target is written.
+        source, target = upload(torch.tensor(moves).unbind(1), self.keys.device)
         from_block, from_offset = source // BLOCK_SIZE, source % BLOCK_SIZE
         to_block, to_offset = target // BLOCK_SIZE, target % BLOCK_SIZE
         self.keys[:, to_block, :, :, to_offset] = self.keys[:, from_block, :, :, from_offset]
