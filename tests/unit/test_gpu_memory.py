@@ -65,7 +65,7 @@ def test_the_weights_of_a_draft_are_counted_before_they_are_loaded(tmp_path: Pat
 
 
 def test_a_model_without_weights_is_served_with_random_ones(tmp_path: Path) -> None:
-    write_model(tmp_path, vocab_size=MODEL.vocab_size + 5)
+    write_model(tmp_path, vocab_size=1000)
     (tmp_path / "model.safetensors").unlink()
     config = EngineConfig(
         str(tmp_path), load_format="dummy", dtype="float32", kernels="reference", max_model_len=256
