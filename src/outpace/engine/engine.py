@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from outpace.config import BLOCK_SIZE, EngineConfig, flag, num_cores
+from outpace.device import CPU, choose_device
 from outpace.engine.admission import Admission
 from outpace.engine.detokenizer import detokenizer_factory
+from outpace.engine.gpu_memory import DEFAULT_UTILIZATION, Use, measure_use
 from outpace.engine.metrics import Metrics
 from outpace.engine.profile import load_or_measure
 from outpace.engine.scheduler import Scheduler
@@ -24,13 +26,13 @@ from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.hub import resolve_model, resolve_tokenizer
-from outpace.models.loader import load_config, load_weights
+from outpace.models.loader import dummy_weights, load_config, load_weights
 from outpace.models.tokenizer import load_tokenizer
 from outpace.policy.base import BatchView, PolicyContext, StepRecord, check_policy, load_policy
 from outpace.policy.cost import CostModel
 from outpace.request import Output, Request, Sequence
 from outpace.runtime.kv_cache import KVCache
-from outpace.runtime.runner import ModelRunner
+from outpace.runtime.runner import ModelRunner, build_runner
 from outpace.spec.grammar import GrammarStates
 from outpace.spec.proposer import DraftContext, check_methods, load_proposer
 from outpace.spec.several import Several
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+_BF16_CAPABILITY = (8, 0)  # of a GPU
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
 _TYPICAL_LEN = 1024  # tokens per running sequence that the default cache has room for
 
@@ -97,7 +100,7 @@ class Engine:
         self.max_model_len = max_model_len(config, model)
         self.admission = Admission(config, model, tokenizer, self.max_model_len)
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
-        self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv))
+        self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv, runner))
         self._several = self.proposer if isinstance(self.proposer, Several) else None
         self.grammars = GrammarStates(tokenizer, model.vocab_size)
         self.runner, self.verifier = runner, verifier
@@ -117,10 +120,15 @@ class Engine:
         """
         check_methods(config.speculative)
         check_policy(config.policy)
-        path = resolve_model(config.model, config.revision)
+        device = choose_device(config.device)
+        check_device(config, device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: where streams, graphs and kernels go
+        path = resolve_model(config.model, config.revision, weights=config.load_format != "dummy")
         model = load_config(path)
-        dtype = choose_dtype(config)
-        num_blocks = choose_num_blocks(config, cached_models(config, model), dtype)
+        dtype = choose_dtype(config, device)
+        cached = cached_models(config, model)
+        num_blocks = 0 if device.type == "cuda" else choose_num_blocks(config, cached, dtype)
         tokenizer = load_tokenizer(resolve_tokenizer(config.tokenizer) if config.tokenizer else path)
         widths = (model.hidden_size, model.intermediate_size)
         kernels = load_kernels(
@@ -129,14 +137,23 @@ class Engine:
             head_dim=model.head_dim,
             widths=widths,
             num_threads=config.num_threads or num_cores(),
+            device=device,
         )
-        decoder = Decoder(model, load_weights(path, model, dtype), dtype, kernels)
-        kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching)
+        if config.load_format == "dummy":
+            logger.warning("weights are random (--load-format dummy): answers mean nothing")
+            weights = dummy_weights(model, dtype, device)
+        else:
+            weights = load_weights(path, model, dtype, device)
+        decoder = Decoder(model, weights, dtype, kernels)
+        verifier = load_verifier(config.speculative, kernels)
+        if device.type == "cuda":
+            num_blocks = choose_num_gpu_blocks(config, cached, dtype, measure_use(config, decoder, verifier))
+        kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching, device)
         if config.speculative.is_synthetic:
             logger.warning("drafts are accepted by chance, at synthetic rates: answers mean nothing")
-        logger.info("KV cache of %d tokens in %s, kernels: %s", num_blocks * BLOCK_SIZE, dtype, kernels.name)
-        verifier = load_verifier(config.speculative, kernels)
-        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), verifier)
+        tokens = num_blocks * BLOCK_SIZE
+        logger.info("KV cache of %d tokens in %s on %s, kernels: %s", tokens, dtype, device, kernels.name)
+        return cls(config, model, tokenizer, kv, build_runner(config, decoder, kv), verifier)
 
     @property
     def has_work(self) -> bool:
@@ -251,11 +268,33 @@ def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def choose_dtype(config: EngineConfig) -> torch.dtype:
-    """The type of weights and cache; `auto` is bfloat16 where the CPU has arithmetic for it."""
+def check_device(config: EngineConfig, device: torch.device) -> None:
+    """Refuses settings that say nothing to a device.
+
+    Raises:
+        ConfigError: One is given that is for GPUs, and the model runs on a CPU.
+    """
+    if device.type == "cuda":
+        return
+    for name in ("gpu_memory_utilization", "cudagraph_capture_sizes"):
+        if (value := getattr(config, name)) is not None:
+            instead = (
+                f" ({flag('kv_cache_memory_bytes')} sizes the KV cache there)" if "memory" in name else ""
+            )
+            raise ConfigError(
+                f"{flag(name)} {value} is for a GPU, and the model runs on the CPU{instead}: leave it out, "
+                f"or choose a GPU with {flag('device')} cuda"
+            )
+
+
+def choose_dtype(config: EngineConfig, device: torch.device = CPU) -> torch.dtype:
+    """The type of weights and cache; `auto` is bfloat16 where the device has arithmetic for it."""
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if config.dtype != "auto":
         return named[config.dtype]
+    if device.type == "cuda":
+        able_to = torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
+        return torch.bfloat16 if able_to else torch.float32
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if any(able.get(name) for name in _BF16_INSTRUCTIONS) else torch.float32
 
@@ -283,9 +322,7 @@ def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: to
     Raises:
         ConfigError: The cache would not hold one sequence of the longest length, or not fit the machine.
     """
-    longest = max_model_len(config, models[0])
-    block_bytes = sum(KVCache.block_bytes(model, dtype) for model in models)
-    num_needed = -(-longest // BLOCK_SIZE)
+    longest, num_needed, block_bytes = _block_needs(config, models, dtype)
     if config.kv_cache_memory_bytes is None:
         typical = -(-min(longest, _TYPICAL_LEN) // BLOCK_SIZE)
         num_blocks = max(config.max_num_seqs * typical, num_needed)
@@ -305,3 +342,49 @@ def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: to
             f"lower {flag('kv_cache_memory_bytes')} (without it, {flag('max_num_seqs')})"
         )
     return num_blocks
+
+
+def choose_num_gpu_blocks(
+    config: EngineConfig, models: list[ModelConfig], dtype: torch.dtype, use: Use
+) -> int:
+    """Blocks of each KV cache on a GPU: those of --kv-cache-memory-bytes, else as many as there is room for.
+
+    Args:
+        config: The settings.
+        models: As `choose_num_blocks` takes them.
+        dtype: Type of the caches.
+        use: What else needs the memory.
+
+    Raises:
+        ConfigError: The cache would not hold one sequence of the longest length, or not fit the GPU.
+    """
+    longest, num_needed, block_bytes = _block_needs(config, models, dtype)
+    given = config.kv_cache_memory_bytes
+    utilization = config.gpu_memory_utilization or DEFAULT_UTILIZATION
+    room = use.left(1.0 if given is not None else utilization)
+    # One more block than there are: the null block.
+    num_blocks = (room if given is None else given) // block_bytes - 1
+    if given is not None and given > room:
+        raise ConfigError(
+            f"{flag('kv_cache_memory_bytes')} {given} exceeds what weights and passes leave of the GPU's "
+            f"memory, {room} bytes ({use}): lower it"
+        )
+    if num_blocks < num_needed:
+        more = (
+            f"raise {flag('kv_cache_memory_bytes')}"
+            if given is not None
+            else (f"raise {flag('gpu_memory_utilization')} ({utilization})")
+        )
+        raise ConfigError(
+            f"a KV cache of {max(num_blocks, 0) * BLOCK_SIZE} tokens on the GPU ({use}) holds fewer than one "
+            f"sequence of {longest}, which needs {(num_needed + 1) * block_bytes} bytes: {more}, or lower "
+            f"{flag('max_model_len')}, {flag('max_num_batched_tokens')} or {flag('max_num_seqs')}"
+        )
+    return num_blocks
+
+
+def _block_needs(config: EngineConfig, models: list[ModelConfig], dtype: torch.dtype) -> tuple[int, int, int]:
+    """Tokens of the longest sequence, the blocks that it needs, and the bytes of a block of all caches."""
+    longest = max_model_len(config, models[0])
+    block_bytes = sum(KVCache.block_bytes(model, dtype) for model in models)
+    return longest, -(-longest // BLOCK_SIZE), block_bytes

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from outpace.config import flag
+from outpace.device import CPU
 from outpace.errors import ConfigError
 from outpace.models.config import ModelConfig
 from outpace.models.draft_vocab import DraftVocab
@@ -120,6 +121,7 @@ def read_draft(
     shapes: Callable[[dict[str, Any], int], Shapes],
     dtype: torch.dtype,
     keys: Collection[str],
+    device: torch.device = CPU,
 ) -> DraftCheckpoint:
     """Reads the checkpoint of a method and makes sure that it fits the target.
 
@@ -130,6 +132,7 @@ def read_draft(
         shapes: Name and shape of every weight, from the method's settings and the number of tokens it drafts.
         dtype: Of the weights that are returned.
         keys: Settings of the method that there must be.
+        device: Where the weights go.
 
     Raises:
         ConfigError: There is none, it is of another method, or made for another target.
@@ -170,7 +173,7 @@ def read_draft(
         )
     expected = shapes(settings, size)
     if size == target.vocab_size:
-        return DraftCheckpoint(settings, load_tensors(path, expected, dtype), DraftVocab(size))
-    weights = load_tensors(path, expected | {_D2T: (size,)}, dtype, integers=(_D2T,))
+        return DraftCheckpoint(settings, load_tensors(path, expected, dtype, device), DraftVocab(size))
+    weights = load_tensors(path, expected | {_D2T: (size,)}, dtype, device, integers=(_D2T,))
     vocab = DraftVocab.from_d2t(weights.pop(_D2T), target.vocab_size)
     return DraftCheckpoint(settings, weights, vocab)

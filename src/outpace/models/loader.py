@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from outpace.device import CPU
 from outpace.errors import ConfigError
 from outpace.models.config import ModelConfig
 from outpace.models.gguf_file import GGUFFile
@@ -42,16 +43,19 @@ def load_config(path: Path) -> ModelConfig:
     return parse_config(read_json(path / "config.json"), generation)
 
 
-def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def load_weights(
+    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU
+) -> dict[str, torch.Tensor]:
     """Reads all weights.
 
     Args:
         path: What `config` was loaded from.
         config: Says which weights there must be.
         dtype: Type of the result, whatever is stored.
+        device: Where they go, one by one.
 
     Returns:
-        Exactly the names and shapes of `config.weight_shapes()`, on the CPU.
+        Exactly the names and shapes of `config.weight_shapes()`.
 
     Raises:
         ConfigError: A weight is missing, unexpected or of the wrong shape, or a file cannot be read.
@@ -64,12 +68,40 @@ def load_weights(path: Path, config: ModelConfig, dtype: torch.dtype) -> dict[st
     expected = config.weight_shapes()
     _check_weights(path, expected, stored)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tensors = pool.map(lambda name: stored[name].read(dtype), expected)
+        tensors = pool.map(lambda name: stored[name].read(dtype).to(device), expected)
         return dict(zip(expected, tensors, strict=True))
 
 
+def dummy_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU
+) -> dict[str, torch.Tensor]:
+    """Random weights, always the same on one kind of device: a model of that shape without a checkpoint.
+
+    Their sizes keep the residual stream in range, so that steps take what those of a trained model take.
+
+    Args:
+        config: Says which weights there must be.
+        dtype: Of the result.
+        device: Where they are made.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    weights = {}
+    for name, shape in config.weight_shapes().items():
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        if "norm" in name:
+            weights[name] = weight.fill_(1)
+        else:
+            std = 1.0 if name == _EMBEDDING else shape[-1] ** -0.5
+            weights[name] = weight.normal_(0, std, generator=generator)
+    return weights
+
+
 def load_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, integers: Collection[str] = ()
+    path: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    integers: Collection[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Reads the safetensors of a directory, which must be exactly those of the given names and shapes.
 
@@ -77,6 +109,7 @@ def load_tensors(
         path: The directory.
         shapes: What there must be.
         dtype: Type of the result, whatever is stored.
+        device: Where it goes.
         integers: Names of those that are stored, and returned, as int64 instead.
 
     Raises:
@@ -84,7 +117,8 @@ def load_tensors(
     """
     stored = _safetensors_weights(path, integers)
     _check_weights(path, shapes, stored)
-    return {name: stored[name].read(torch.int64 if name in integers else dtype) for name in shapes}
+    types = {name: torch.int64 if name in integers else dtype for name in shapes}
+    return {name: stored[name].read(types[name]).to(device) for name in shapes}
 
 
 def is_gguf(path: Path) -> bool:

@@ -10,13 +10,13 @@ from typing import NamedTuple, final
 import torch
 
 from outpace.batch import Scheduled, Verdict
+from outpace.device import Download
 from outpace.kernels import Kernels
-from outpace.models.decoder import Decoder
 from outpace.models.draft_vocab import DraftVocab
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
-from outpace.sampling import SampleRow, choose, target_logits
+from outpace.sampling import Chooser, SampleRow, target_logits
 from outpace.tree import EMPTY_TREE, DraftTree
 
 
@@ -86,19 +86,19 @@ class Drafter:
         kv: The cache that is written.
     """
 
-    def __init__(self, decoder: Decoder, kv: KVCache, branching: int, max_rows: int) -> None:
+    def __init__(self, runner: ModelRunner, kv: KVCache, branching: int, max_rows: int) -> None:
         """Joins the parts.
 
         Args:
-            decoder: Who drafts.
+            runner: Who drafts.
             kv: Its cache.
             branching: Nodes at each depth: the chain's, and leaves beside it.
             max_rows: Most rows of a pass.
         """
         self.kv = kv
-        self._runner = ModelRunner(decoder, kv)
-        self._kernels = decoder.kernels
-        self._max_positions = decoder.config.max_position_embeddings
+        self._runner = runner
+        self._kernels = runner.decoder.kernels
+        self._max_positions = runner.decoder.config.max_position_embeddings
         self._branching, self._max_rows = branching, max_rows
 
     def draft(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
@@ -172,13 +172,17 @@ def likely_tokens(
         logits, vocab = vocab.spread(logits), DraftVocab(vocab.target_size)
     wanted = target_logits(logits, rows, kernels=kernels)
     total = wanted.float().logsumexp(dim=1, keepdim=True)  # [rows, 1]
+    choose = Chooser(rows, wanted.device, kernels=kernels)
+    drawn: list[tuple[Download, Download]] = []
+    for _ in range(number):
+        index = choose(wanted).unsqueeze(1)  # [rows, 1]
+        probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0)
+        drawn.append((Download(vocab.ids(index.squeeze(1))), Download(probs.squeeze(1))))
+        wanted.scatter_(1, index, -torch.inf)
     candidates: list[list[tuple[int, float]]] = [[] for _ in rows]
-    for rank in range(number):
-        index = torch.tensor(choose(wanted, rows, kernels=kernels)).unsqueeze(1)  # [rows, 1]
-        token_ids = vocab.ids(index.squeeze(1)).tolist()
-        probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0).squeeze(1).tolist()
-        for found, token_id, prob in zip(candidates, token_ids, probs, strict=True):
+    for rank, (token_ids, rank_probs) in enumerate(drawn):
+        pairs = zip(token_ids.tolist(), rank_probs.tolist(), strict=True)
+        for found, (token_id, prob) in zip(candidates, pairs, strict=True):
             if prob or not rank:  # what the filters left out is chosen when nothing else remains
                 found.append((token_id, prob))
-        wanted.scatter_(1, index, -torch.inf)
     return candidates

@@ -150,14 +150,17 @@ def create(context: DraftContext) -> DraftModel:
     Raises:
         ConfigError: It cannot be had, its vocabulary is not the target's, or it was trained for another one.
     """
-    settings, dtype = context.speculative, context.decoder.dtype
+    settings, target = context.speculative, context.decoder
     path = resolve_model(settings.model)
     decoder = _trained(path, context) if _is_trained(path) else _whole(path, context)
     # As many tokens as the target's: `choose_num_blocks` has planned both.
-    kv = KVCache(decoder.config, context.kv.blocks.num_blocks, dtype, context.config.enable_prefix_caching)
+    num_blocks, has_prefixes = context.kv.blocks.num_blocks, context.config.enable_prefix_caching
+    kv = KVCache(decoder.config, num_blocks, target.dtype, has_prefixes, target.device)
     logger.info("draft model %s of %d layers", settings.model, decoder.config.num_layers)
-    rows = context.config.max_num_batched_tokens
-    return DraftModel(Drafter(decoder, kv, settings.draft_branching or 1, rows))
+    runner = context.runner.beside(decoder, kv)
+    return DraftModel(
+        Drafter(runner, kv, settings.draft_branching or 1, context.config.max_num_batched_tokens)
+    )
 
 
 def _is_trained(path: Path) -> bool:
@@ -173,7 +176,7 @@ def _trained(path: Path, context: DraftContext) -> Decoder:
         return replace(target.config, num_layers=settings["num_layers"]).own_weight_shapes()
 
     keys = ("num_layers", _EMBEDDING)
-    draft = read_draft(str(path), "draft_model", target.config, shapes, target.dtype, keys)
+    draft = read_draft(str(path), "draft_model", target.config, shapes, target.dtype, keys, target.device)
     if draft.settings[_EMBEDDING] != embedding_checksum(target.embedding):
         raise ConfigError(
             f"{path} shares the embedding of the target it was trained for, and this target has another: "
@@ -191,5 +194,7 @@ def _whole(path: Path, context: DraftContext) -> Decoder:
         head_dim=config.head_dim,
         widths=(config.hidden_size, config.intermediate_size),
         num_threads=context.config.num_threads or num_cores(),
+        device=target.device,
     )
-    return Decoder(config, load_weights(path, config, target.dtype), target.dtype, kernels)
+    weights = load_weights(path, config, target.dtype, target.device)
+    return Decoder(config, weights, target.dtype, kernels)

@@ -157,6 +157,7 @@ def create(context: DraftContext) -> Medusa:
         lambda settings, vocab_size: _shapes(settings, vocab_size, target.config),
         target.dtype,
         keys=("num_heads", "own_heads", "tree"),
+        device=target.device,
     )
     kernels, weights = target.kernels, draft.weights
     heads = range(draft.settings["num_heads"])
