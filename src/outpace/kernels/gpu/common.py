@@ -1,0 +1,29 @@
+"""What the Triton kernels share."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+# Triton's interpreter keeps bf16 as bare 16-bit words and would multiply those.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, total=None):
+    """total + a @ b in float32; float32 factors are not rounded to TF32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@functools.cache
+def num_programs(device: torch.device) -> int:
+    """Programs that fill a device when each loops over its share: two for each multiprocessor."""
+    if device.type != "cuda":
+        return 4  # the interpreter's: few, so that tests see work divided and not divided
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
