@@ -20,7 +20,7 @@ import triton.language as tl
 
 from outpace.config import BLOCK_SIZE
 from outpace.kernels.base import Heads, LayerAttention, RopeTable, Rows
-from outpace.kernels.gpu.common import dot, num_programs
+from outpace.kernels.gpu.common import INTERPRETED, dot, narrow, num_programs
 
 BLOCK = tl.constexpr(BLOCK_SIZE)
 STEP = tl.constexpr(64)  # positions of one product
@@ -32,6 +32,8 @@ NEVER = tl.constexpr(1 << 30)  # a position that no row has
 WIDTH = tl.constexpr(64)  # items that a program of `_list_items` writes at once
 
 TILE = 64  # queries of a tile: the least that Hopper's warp-group product takes, enough for a long prompt
+# Heads that a program takes where it takes few; the interpreter is slow by the program, not by the head.
+HEADS_PIECE, FOLD_PIECE = (64, 64) if INTERPRETED.value else (8, 1)
 PARTIAL_BYTES = 64 << 20  # memory of the softmax states that programs hand on, at most
 
 
@@ -196,6 +198,7 @@ def _norm_rope_cache(
     q_norm,
     k_norm,
     eps,
+    rows,
     qkv_stride,
     k_block,
     k_head,
@@ -209,19 +212,21 @@ def _norm_rope_cache(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_HALF: tl.constexpr,
-    HEADS: tl.constexpr,
+    PIECE: tl.constexpr,
     NORMED: tl.constexpr,
 ):
-    """Norms and rotates some heads of a row: queries in place, keys and values into the cache."""
+    """Norms and rotates the heads of all rows, PIECE in a program: queries in place, the others into the cache."""
     HALF: tl.constexpr = HEAD_DIM // 2
-    row = tl.program_id(0)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    EVERY: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
+    at = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
+    row, head = at // EVERY, at % EVERY
+    there = row < rows
     dim = tl.arange(0, PADDED_HALF)
-    inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS)[:, None] & (dim < HALF)[None, :]
+    inside = there[:, None] & (dim < HALF)[None, :]
     is_q = (head < NUM_HEADS)[:, None]
     is_k = ((head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS))[:, None]
     is_v = (head >= NUM_HEADS + NUM_KV_HEADS)[:, None]
-    source = qkv + row.to(tl.int64) * qkv_stride + head[:, None] * HEAD_DIM + dim[None, :]
+    source = qkv + (row.to(tl.int64) * qkv_stride + head * HEAD_DIM)[:, None] + dim[None, :]
     left_in = tl.load(source, mask=inside, other=0.0)
     right_in = tl.load(source + HALF, mask=inside, other=0.0)
     kind = left_in.dtype
@@ -236,28 +241,27 @@ def _norm_rope_cache(
         k_left = tl.load(k_norm + dim, mask=in_half, other=0.0).to(tl.float32)[None, :]
         q_right = tl.load(q_norm + HALF + dim, mask=in_half, other=0.0).to(tl.float32)[None, :]
         k_right = tl.load(k_norm + HALF + dim, mask=in_half, other=0.0).to(tl.float32)[None, :]
-        left = (left * inverse).to(kind).to(tl.float32) * tl.where(is_q, q_left, k_left)
-        right = (right * inverse).to(kind).to(tl.float32) * tl.where(is_q, q_right, k_right)
-        left, right = left.to(kind).to(tl.float32), right.to(kind).to(tl.float32)
+        left = narrow(left * inverse, kind).to(tl.float32) * tl.where(is_q, q_left, k_left)
+        right = narrow(right * inverse, kind).to(tl.float32) * tl.where(is_q, q_right, k_right)
+        left, right = narrow(left, kind).to(tl.float32), narrow(right, kind).to(tl.float32)
 
-    angles = cos_sin + tl.load(positions + row).to(tl.int64) * HEAD_DIM + dim
-    cos = tl.load(angles, mask=dim < HALF, other=0.0)[None, :]
-    sin = tl.load(angles + HALF, mask=dim < HALF, other=0.0)[None, :]
-    turned_left = (left * cos - right * sin).to(kind)
-    turned_right = (right * cos + left * sin).to(kind)
+    angles = cos_sin + tl.load(positions + row, mask=there, other=0).to(tl.int64)[:, None] * HEAD_DIM
+    cos = tl.load(angles + dim[None, :], mask=inside, other=0.0)
+    sin = tl.load(angles + HALF + dim[None, :], mask=inside, other=0.0)
+    turned_left = narrow(left * cos - right * sin, kind)
+    turned_right = narrow(right * cos + left * sin, kind)
     tl.store(source, turned_left, mask=inside & is_q)
     tl.store(source + HALF, turned_right, mask=inside & is_q)
 
-    slot = tl.load(slots + row)
-    heads_end = tl.where(slot >= 0, NUM_HEADS + 2 * NUM_KV_HEADS, 0)
-    cached = (head < heads_end)[:, None] & (dim < HALF)[None, :]
+    slot = tl.load(slots + row, mask=there, other=-1)
+    cached = inside & (slot >= 0)[:, None]
     block, offset = (slot // BLOCK).to(tl.int64), slot % BLOCK
     kv_head = head - NUM_HEADS
-    to_k = k_cache + block * k_block + offset * k_slot + kv_head[:, None] * k_head + dim[None, :] * k_dim
+    to_k = k_cache + (block * k_block + offset * k_slot + kv_head * k_head)[:, None] + dim[None, :] * k_dim
     tl.store(to_k, turned_left, mask=cached & is_k)
     tl.store(to_k + HALF * k_dim, turned_right, mask=cached & is_k)
     kv_head -= NUM_KV_HEADS
-    to_v = v_cache + block * v_block + offset * v_slot + kv_head[:, None] * v_head + dim[None, :] * v_dim
+    to_v = v_cache + (block * v_block + offset * v_slot + kv_head * v_head)[:, None] + dim[None, :] * v_dim
     tl.store(to_v, left_in, mask=cached & is_v)
     tl.store(to_v + HALF * v_dim, right_in, mask=cached & is_v)
 
@@ -272,7 +276,7 @@ def _attend_step(q, k, v, allowed, top, total, mixed, scale):
     weights = tl.exp2(scores - shift[:, None])
     keep = tl.exp2(top - shift)
     total = total * keep + tl.sum(weights, 1)
-    mixed = dot(weights.to(v.dtype), v, mixed * keep[:, None])
+    mixed = dot(narrow(weights, v.dtype), v, mixed * keep[:, None])
     return new_top, total, mixed
 
 
@@ -462,7 +466,7 @@ def _attend(
             values = values * keep[:, None] + split_values * add[:, None]
             if split < 0:
                 to = out + (row.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
-                tl.store(to, (values / total[:, None]).to(q.dtype), mask=in_head)
+                tl.store(to, narrow(values / total[:, None], q.dtype), mask=in_head)
             else:
                 partial = tl.load(partial_starts + tile) + in_tile * tl.load(tile_splits + tile) + split
                 at = partial.to(tl.int64) * NUM_HEADS + head
@@ -479,38 +483,46 @@ def _fold_partials(
     partial_tops,
     partial_totals,
     partial_values,
+    rows,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
+    PIECE: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Folds the splits of a divided row's head, in order, as the program would that has all of them."""
-    row, head = tl.program_id(0), tl.program_id(1)
-    start = tl.load(row_partials + row)
-    if start >= 0:
+    """Folds the splits of divided rows, in order, as the program would that has all of them; PIECE heads each."""
+    at = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
+    row, head = at // NUM_HEADS, at % NUM_HEADS
+    start = tl.load(row_partials + row, mask=row < rows, other=-1)
+    there = start >= 0
+    if tl.max(start, 0) >= 0:
         dim = tl.arange(0, PADDED_DIM)
-        last = tl.load(positions + row)
-        split = last * 0
+        in_head = (dim < HEAD_DIM)[None, :]
+        last = tl.load(positions + row, mask=there, other=-1)
+        low = tl.zeros_like(last)
         if WINDOW > 0:
-            split = _split_of(tl.maximum(last - (WINDOW - 1), 0))
-        end = _split_of(last) + 1
-        top = float("-inf")
-        total = 0.0
-        values = tl.zeros([PADDED_DIM], tl.float32)
-        for begin in range(split, end, AHEAD):
+            low = tl.maximum(last - (WINDOW - 1), 0)
+        first = tl.where(there, _split_of(low), NEVER)
+        end = tl.where(there, _split_of(last) + 1, 0)
+        top = tl.full([PIECE], float("-inf"), tl.float32)
+        total = tl.zeros([PIECE], tl.float32)
+        values = tl.zeros([PIECE, PADDED_DIM], tl.float32)
+        for begin in range(tl.min(first, 0), tl.max(end, 0), AHEAD):
             for i in tl.static_range(AHEAD):  # so that several are on their way from memory at once
-                at = (start + begin + i).to(tl.int64) * NUM_HEADS + head
-                there = begin + i < end
-                split_top = tl.load(partial_tops + at, mask=there, other=float("-inf"))
-                split_total = tl.load(partial_totals + at, mask=there, other=0.0)
-                in_values = dim < tl.where(there, HEAD_DIM, 0)
-                split_values = tl.load(partial_values + at * HEAD_DIM + dim, mask=in_values, other=0.0)
+                split = begin + i
+                computed = (first <= split) & (split < end)
+                partial = (start + split).to(tl.int64) * NUM_HEADS + head
+                split_top = tl.load(partial_tops + partial, mask=computed, other=float("-inf"))
+                split_total = tl.load(partial_totals + partial, mask=computed, other=0.0)
+                from_values = partial_values + (partial * HEAD_DIM)[:, None] + dim[None, :]
+                split_values = tl.load(from_values, mask=computed[:, None] & in_head, other=0.0)
                 top, keep, add = _fold_factors(top, split_top)
                 total = total * keep + split_total * add
-                values = values * keep + split_values * add
-        to = out + (row.to(tl.int64) * NUM_HEADS + head) * HEAD_DIM + dim
-        tl.store(to, (values / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)
+                values = values * keep[:, None] + split_values * add[:, None]
+        to = out + (row.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
+        result = narrow(values / total[:, None], out.dtype.element_ty)
+        tl.store(to, result, mask=there[:, None] & in_head)
 
 
 class TritonAttention(LayerAttention):
@@ -595,10 +607,9 @@ class TritonAttention(LayerAttention):
         # Blocks, heads, slots, dims: keys lie as `new_cache` has put them.
         k_strides = tuple(k_cache.stride(i) for i in (0, 1, 3, 2))
         shape = {"NUM_HEADS": heads.num_heads, "HEAD_DIM": head_dim}
-        every = heads.num_heads + 2 * heads.num_kv_heads
-        heads_each = min(8, triton.next_power_of_2(every))
         normed = q_norm is not None and k_norm is not None
-        _norm_rope_cache[(num_rows, triton.cdiv(every, heads_each))](
+        work = num_rows * (heads.num_heads + 2 * heads.num_kv_heads)
+        _norm_rope_cache[(triton.cdiv(work, HEADS_PIECE),)](
             qkv,
             k_cache,
             v_cache,
@@ -608,13 +619,14 @@ class TritonAttention(LayerAttention):
             q_norm if normed else qkv,
             k_norm if normed else qkv,
             self._eps,
+            num_rows,
             qkv.stride(0),
             *k_strides,
             *v_cache.stride(),
             **shape,
             NUM_KV_HEADS=heads.num_kv_heads,
             PADDED_HALF=triton.next_power_of_2(head_dim // 2),
-            HEADS=heads_each,
+            PIECE=HEADS_PIECE,
             NORMED=normed,
         )
         states = torch.empty(
@@ -658,16 +670,18 @@ class TritonAttention(LayerAttention):
             num_stages=3 if qkv.dtype == torch.bfloat16 else 1,
             enable_fp_fusion=False,
         )
-        _fold_partials[(num_rows, heads.num_heads)](
+        _fold_partials[(triton.cdiv(num_rows * heads.num_heads, FOLD_PIECE),)](
             out,
             rows.positions,
             self._row_partials,
             tops,
             totals,
             values,
+            num_rows,
             **shape,
             PADDED_DIM=self._padded_dim,
             WINDOW=window or 0,
+            PIECE=FOLD_PIECE,
             AHEAD=8,
             num_warps=1,
             enable_fp_fusion=False,

@@ -21,6 +21,15 @@ def dot(a, b, total=None):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
+@triton.jit
+def narrow(x, kind):
+    """float32 rounded to `kind`, to nearest, ties to even; the interpreter would cut bits off."""
+    if INTERPRETED and kind == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(kind)
+
+
 @functools.cache
 def num_programs(device: torch.device) -> int:
     """Programs that fill a device when each loops over its share: two for each multiprocessor."""

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from outpace.kernels.base import Linear
-from outpace.kernels.gpu.common import dot
+from outpace.kernels.gpu.common import dot, narrow
 
 # One tile for every number of rows: 64 rows are the least that Hopper's warp-group product takes, and few enough
 # that a step of one row waits for its weights and not for the product.
@@ -63,7 +63,7 @@ def _product(
     else:
         if BIASED:
             whole += tl.load(bias + output, mask=output_there, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + at, whole.to(out.dtype.element_ty), mask=there)
+        tl.store(out + at, narrow(whole, out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def _add_parts(
         whole += tl.load(parts + (part * rows + row) * outputs + output, mask=there, other=0.0)
     if BIASED:
         whole += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + row * outputs + output, whole.to(out.dtype.element_ty), mask=there)
+    tl.store(out + row * outputs + output, narrow(whole, out.dtype.element_ty), mask=there)
 
 
 def num_parts(outputs: int, inputs: int) -> int:

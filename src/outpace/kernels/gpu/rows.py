@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from outpace.kernels.gpu.common import narrow
+
 PIECE = 1024  # outputs of silu_mul that a program makes
 
 
@@ -21,14 +23,14 @@ def _rms_norm(
     wide = values.to(tl.float32)
     if ADDS:
         rest = tl.load(residual + row * width + column, mask=inside, other=0.0)
-        added = (wide + rest.to(tl.float32)).to(kind)
+        added = narrow(wide + rest.to(tl.float32), kind)
         tl.store(residual + row * width + column, added, mask=inside)
         wide = added.to(tl.float32)
     inverse = tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     # Rounded before the weight, as Hugging Face does.
-    scaled = (wide * inverse).to(kind).to(tl.float32)
+    scaled = narrow(wide * inverse, kind).to(tl.float32)
     scaled *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, scaled.to(kind), mask=inside)
+    tl.store(out + row * width + column, narrow(scaled, kind), mask=inside)
 
 
 @triton.jit
@@ -39,8 +41,8 @@ def _silu_mul(out, gate_up, width, PIECE: tl.constexpr):
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0)
     up = tl.load(gate_up + (row * 2 + 1) * width + column, mask=inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out + row * width + column, (silu * up).to(gate.dtype), mask=inside)
+    silu = narrow(wide / (1.0 + tl.exp(-wide)), gate.dtype).to(tl.float32)
+    tl.store(out + row * width + column, narrow(silu * up, gate.dtype), mask=inside)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
