@@ -129,6 +129,7 @@ class Engine:
             head_dim=model.head_dim,
             widths=widths,
             num_threads=config.num_threads or num_cores(),
+            batch_invariant=config.batch_invariant,
         )
         decoder = Decoder(model, load_weights(path, model, dtype), dtype, kernels)
         kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching)

@@ -9,7 +9,7 @@ import torch
 
 from outpace.batch import Batch, BatchEntry, Scheduled, Verdict
 from outpace.config import BLOCK_SIZE
-from outpace.kernels import Rows
+from outpace.kernels import Rows, new_cache
 from outpace.models.config import ModelConfig
 from outpace.request import Sequence
 from outpace.runtime.block_manager import BlockManager
@@ -21,7 +21,7 @@ class KVCache:
 
     Attributes:
         blocks: Who owns which block.
-        keys: [layers, blocks, kv_heads, head_dim, 16]: the 16 keys of a block are the lanes of a vector.
+        keys: [layers, blocks, kv_heads, head_dim, 16].
         values: [layers, blocks, kv_heads, 16, head_dim].
         layers: Per layer its keys and values.
     """
@@ -31,9 +31,7 @@ class KVCache:
     ) -> None:
         self.blocks = BlockManager(num_blocks, enable_prefix_caching)
         shape = (config.num_layers, num_blocks, config.num_kv_heads)
-        # Zeros, not garbage: a masked lane's value is multiplied by 0, which would keep a NaN.
-        self.keys = torch.zeros(*shape, config.head_dim, BLOCK_SIZE, dtype=dtype)
-        self.values = torch.zeros(*shape, BLOCK_SIZE, config.head_dim, dtype=dtype)
+        self.keys, self.values = new_cache(shape, config.head_dim, dtype)
         self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
 
     @staticmethod

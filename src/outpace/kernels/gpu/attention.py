@@ -2,14 +2,14 @@
 
 One arithmetic, however the work is divided. A row's softmax goes by position: steps of STEP positions within
 splits whose borders are fixed positions (`_split_begin`), an online softmax in each split, splits folded
-together in order. Which program computes which split is planned on the device from the batch
-(`_plan_items`); what it computes depends on the row's own path alone. So bits depend neither on the batch nor on
-the plan, and a tree's row gets what plain decoding gives it: its keys are gathered by position before they are
-multiplied (`_trace_paths`).
+together in order. Which program computes which split is planned on the device from the batch (`_plan_items`);
+what it computes depends on the row's own path alone. So bits depend neither on the batch nor on the plan, and
+a tree's row gets what plain decoding gives it: its keys are gathered by position before they are multiplied
+(`_trace_paths`).
 
-Nothing here reads a value on the host, and every shape follows from the shapes of `Rows`: a pass can be captured
-in a CUDA graph and replayed with other rows in the same tensors. For padding, sequences may have no rows, rows
-may follow the last sequence's, which then get no output, and a slot below 0 is not written.
+Nothing here reads a value on the host, and every shape follows from the shapes of `Rows`: a pass can be
+captured in a CUDA graph and replayed with other rows in the same tensors. For padding, sequences may have no
+rows, rows may follow the last sequence's, which then get no output, and a slot below 0 is not written.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 
 from outpace.config import BLOCK_SIZE
 from outpace.kernels.base import Heads, LayerAttention, RopeTable, Rows
-from outpace.kernels.gpu.common import INTERPRETED, dot, narrow, num_programs
+from outpace.kernels.gpu.common import EXACT, INTERPRETED, dot, narrow, num_programs
 
 BLOCK = tl.constexpr(BLOCK_SIZE)
 STEP = tl.constexpr(64)  # positions of one product
@@ -215,7 +215,7 @@ def _norm_rope_cache(
     PIECE: tl.constexpr,
     NORMED: tl.constexpr,
 ):
-    """Norms and rotates the heads of all rows, PIECE in a program: queries in place, the others into the cache."""
+    """Norms and rotates heads, PIECE in a program: queries in place, the rest into the cache."""
     HALF: tl.constexpr = HEAD_DIM // 2
     EVERY: tl.constexpr = NUM_HEADS + 2 * NUM_KV_HEADS
     at = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
@@ -267,8 +267,14 @@ def _norm_rope_cache(
 
 
 @triton.jit
+def _not_0(total):
+    """For queries that only fill the tile."""
+    return tl.where(total > 0.0, total, 1.0)
+
+
+@triton.jit
 def _attend_step(q, k, v, allowed, top, total, mixed, scale):
-    """Takes a step's positions into the softmax of a split; a row that may see none of them stays as it is."""
+    """Takes a step's positions into the softmax of a split; a row that sees none of them stays as it is."""
     nothing = float("-inf")
     scores = tl.where(allowed, dot(q, k) * scale, nothing)
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -291,10 +297,10 @@ def _fold_factors(top, split_top):
 
 @triton.jit
 def _load_keys_values(
-    index, known, kv_head, block_table, k_cache, v_cache, k_block, k_head, k_slot, k_dim, v_block, v_head, v_slot,
-    v_dim, dim, HEAD_DIM: tl.constexpr,
+    index, known, kv_head, block_table, k_cache, v_cache, k_block, k_head, k_slot, k_dim, v_block, v_head,
+    v_slot, v_dim, dim, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Keys [dim, STEP] and values [STEP, dim] at indices of a sequence; where it has none, those of block 0."""
+    """Keys [dim, STEP] and values [STEP, dim] at indices of a sequence; where not known, of block 0."""
     block = tl.load(block_table + index // BLOCK, mask=known, other=0).to(tl.int64)
     k_at = block * k_block + (index % BLOCK) * k_slot + kv_head * k_head
     v_at = block * v_block + (index % BLOCK) * v_slot + kv_head * v_head
@@ -401,7 +407,7 @@ def _attend(
 
             shared = tl.minimum(tl.max(tl.minimum(last + 1, own), 0), limit)
             for base in range(begin, shared, STEP):
-                if base == _split_begin(_split_of(base)):
+                if base % tl.where(base < FINE_END, FINE_SPLIT, COARSE_SPLIT) == 0:
                     # Of rows that went on elsewhere the split is not complete.
                     done = own >= base
                     new_top, keep, add = _fold_factors(top, split_top)
@@ -415,8 +421,8 @@ def _attend(
                     split_values = tl.where(done[:, None], 0.0, split_values)
                 position = base + lane
                 k, v = _load_keys_values(
-                    position, position < limit, kv_head, block_table, k_cache, v_cache, k_block, k_head, k_slot,
-                    k_dim, v_block, v_head, v_slot, v_dim, dim, HEAD_DIM,
+                    position, position < limit, kv_head, block_table, k_cache, v_cache, k_block, k_head,
+                    k_slot, k_dim, v_block, v_head, v_slot, v_dim, dim, HEAD_DIM,
                 )  # fmt: skip
                 seen = (position[None, :] <= last[:, None]) & (position[None, :] >= low[:, None])
                 seen = seen & (position[None, :] < own[:, None])
@@ -432,7 +438,7 @@ def _attend(
                 until = tl.where(is_leaf, tl.minimum(node_last + 1, limit), 0)
                 mine = valid & (leaf == node)
                 for base in range(tl.maximum(node_fork // STEP * STEP, begin), until, STEP):
-                    if base == _split_begin(_split_of(base)):
+                    if base % tl.where(base < FINE_END, FINE_SPLIT, COARSE_SPLIT) == 0:
                         new_top, keep, add = _fold_factors(top, split_top)
                         total = tl.where(mine, total * keep + split_total * add, total)
                         values = tl.where(
@@ -466,7 +472,7 @@ def _attend(
             values = values * keep[:, None] + split_values * add[:, None]
             if split < 0:
                 to = out + (row.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
-                tl.store(to, narrow(values / total[:, None], q.dtype), mask=in_head)
+                tl.store(to, narrow(values / _not_0(total)[:, None], q.dtype), mask=in_head)
             else:
                 partial = tl.load(partial_starts + tile) + in_tile * tl.load(tile_splits + tile) + split
                 at = partial.to(tl.int64) * NUM_HEADS + head
@@ -491,7 +497,7 @@ def _fold_partials(
     PIECE: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """Folds the splits of divided rows, in order, as the program would that has all of them; PIECE heads each."""
+    """Folds the splits of divided rows in order, as a program does that has them all; PIECE heads in each."""
     at = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     row, head = at // NUM_HEADS, at % NUM_HEADS
     start = tl.load(row_partials + row, mask=row < rows, other=-1)
@@ -521,7 +527,7 @@ def _fold_partials(
                 total = total * keep + split_total * add
                 values = values * keep[:, None] + split_values * add[:, None]
         to = out + (row.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
-        result = narrow(values / total[:, None], out.dtype.element_ty)
+        result = narrow(values / _not_0(total)[:, None], out.dtype.element_ty)
         tl.store(to, result, mask=there[:, None] & in_head)
 
 
@@ -628,14 +634,13 @@ class TritonAttention(LayerAttention):
             PADDED_HALF=triton.next_power_of_2(head_dim // 2),
             PIECE=HEADS_PIECE,
             NORMED=normed,
+            **EXACT,
         )
         states = torch.empty(
             self._max_partials, heads.num_heads, head_dim + 2, dtype=torch.float32, device=qkv.device
         ).view(-1)
         num_states = self._max_partials * heads.num_heads
         tops, totals, values = states.split([num_states, num_states, num_states * head_dim])
-        # Fused multiply-adds are the compiler's choice, which may differ between the two kernels: off, so that
-        # both fold to the same bits.
         _attend[(self._workers,)](
             qkv,
             k_cache,
@@ -668,7 +673,7 @@ class TritonAttention(LayerAttention):
             WINDOW=window or 0,
             num_warps=4 if self._padded_dim <= 128 else 8,
             num_stages=3 if qkv.dtype == torch.bfloat16 else 1,
-            enable_fp_fusion=False,
+            **EXACT,
         )
         _fold_partials[(triton.cdiv(num_rows * heads.num_heads, FOLD_PIECE),)](
             out,
@@ -684,7 +689,7 @@ class TritonAttention(LayerAttention):
             PIECE=FOLD_PIECE,
             AHEAD=8,
             num_warps=1,
-            enable_fp_fusion=False,
+            **EXACT,
         )
         return out
 

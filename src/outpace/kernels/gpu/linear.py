@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 
 from outpace.kernels.base import Linear
-from outpace.kernels.gpu.common import dot, narrow
+from outpace.kernels.gpu.common import EXACT, dot, narrow
 
-# One tile for every number of rows: 64 rows are the least that Hopper's warp-group product takes, and few enough
-# that a step of one row waits for its weights and not for the product.
+# One tile for every number of rows: 64 rows are the least that Hopper's warp-group product takes, and few
+# enough that a step of one row waits for its weights and not for the product.
 TILE_ROWS, TILE_OUTPUTS, TILE_INPUTS = 64, 128, 64
 MIN_PARTS_INPUTS = 512  # inputs of a part, at least
 PROGRAMS = 264  # that fill an H100 or H200; a constant, so that bits do not depend on the device's size
@@ -92,8 +92,8 @@ def num_parts(outputs: int, inputs: int) -> int:
 def invariant_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     """A linear layer with `weight` [out, in] in which a row has the same bits in any batch.
 
-    Up to a tile's rows the parts of the inputs are summed by programs of their own, beyond that in turn by one
-    program: the same sums, added in the same order.
+    Up to a tile's rows the parts of the inputs are summed by programs of their own, beyond that in turn by
+    one program: the same sums, added in the same order.
     """
     weight = weight.contiguous()
     outputs, inputs = weight.shape
@@ -107,9 +107,7 @@ def invariant_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
         if not rows:
             return out
         divided = parts > 1 and rows <= TILE_ROWS
-        sums = torch.empty(
-            (parts, rows, outputs) if divided else (0,), dtype=torch.float32, device=x.device
-        )
+        sums = torch.empty((parts, rows, outputs) if divided else (0,), dtype=torch.float32, device=x.device)
         grid = (triton.cdiv(outputs, TILE_OUTPUTS), triton.cdiv(rows, TILE_ROWS), parts if divided else 1)
         _product[grid](
             out,
@@ -127,6 +125,7 @@ def invariant_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
             **tile,
             num_warps=4,
             num_stages=4 if x.dtype == torch.bfloat16 else 2,
+            **EXACT,
         )
         if divided:
             _add_parts[(rows, triton.cdiv(outputs, 1024))](
@@ -138,6 +137,7 @@ def invariant_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
                 NUM_PARTS=parts,
                 BIASED=bias is not None,
                 PIECE=1024,
+                **EXACT,
             )
         return out
 

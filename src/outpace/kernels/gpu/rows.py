@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outpace.kernels.gpu.common import narrow
+from outpace.kernels.gpu.common import EXACT, narrow
 
 PIECE = 1024  # outputs of silu_mul that a program makes
 
@@ -62,7 +62,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, width))
     if rows:
-        _silu_mul[(rows, triton.cdiv(width, PIECE))](out, gate_up, width, PIECE=PIECE)
+        _silu_mul[(rows, triton.cdiv(width, PIECE))](out, gate_up, width, PIECE=PIECE, **EXACT)
     return out
 
 
@@ -82,5 +82,6 @@ def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, 
             PADDED=padded,
             ADDS=residual is not None,
             num_warps=min(16, max(1, padded // 512)),  # by the width alone, which fixes the order of the sum
+            **EXACT,
         )
     return out

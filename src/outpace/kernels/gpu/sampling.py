@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from outpace.kernels.gpu.common import num_programs
+from outpace.kernels.gpu.common import EXACT, num_programs
 
 FILTER_BLOCK = 4096  # tokens that a program looks at at once
 NOISE_BLOCK = 1024
@@ -51,7 +51,7 @@ def _rough_noise(bits):
 
 @triton.jit
 def _exact_noise(bits):
-    """Gumbel noise in float64, rounded to float32. 1 - u has 33 bits, so the inner logarithm loses nothing."""
+    """Gumbel noise in float64, rounded to float32. 1 - u has 33 bits: the logarithm loses nothing."""
     rest = 1.0 - (bits.to(tl.float64) + 0.5) * (2.0**-32)
     return (-tl.log(-tl.log(rest))).to(tl.float32)
 
@@ -126,13 +126,12 @@ def _weights(values, best, BY_MASS: tl.constexpr):
     """What tokens count for: their share of the best one's probability, or one each."""
     if BY_MASS:
         return (tl.exp(values - best) * MASS_UNIT).to(tl.int64)
-    else:
-        return tl.full(values.shape, 1, tl.int64)
+    return tl.full(values.shape, 1, tl.int64)
 
 
 @triton.jit
 def _weigh(row_logits, vocab, key, best, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the tokens whose key is `key` or more the weight and the least key; of the others the greatest key."""
+    """Weight and least key of the tokens whose key is `key` or more; the greatest key of the others."""
     total = tl.zeros([BLOCK], tl.int64)
     above = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     below = tl.full([BLOCK], LOWEST, tl.int32)
@@ -150,7 +149,7 @@ def _weigh(row_logits, vocab, key, best, BY_MASS: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _cut(row_logits, vocab, low, high, goal, best, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The greatest key that is a token's and down to which tokens weigh `goal`: in [low, high], both tokens' keys."""
+    """The greatest key of a token down to which tokens weigh `goal`, in [low, high], keys of tokens."""
     while low < high:
         middle = (low.to(tl.int64) + high.to(tl.int64) + 1) >> 1
         total, above, below = _weigh(row_logits, vocab, middle.to(tl.int32), best, BY_MASS, BLOCK)
@@ -225,7 +224,9 @@ def filter_logits_(
     rows, vocab = logits.shape
     if rows:
         block = min(FILTER_BLOCK, triton.next_power_of_2(vocab))
-        _filter[(rows,)](logits, top_k, top_p, min_p, vocab, logits.stride(0), BLOCK=block, num_warps=16)
+        _filter[(rows,)](
+            logits, top_k, top_p, min_p, vocab, logits.stride(0), BLOCK=block, num_warps=16, **EXACT
+        )
 
 
 def noisy_argmax(
@@ -243,7 +244,17 @@ def noisy_argmax(
     best_values = torch.empty(rows, pieces, dtype=torch.float32, device=logits.device)
     best_tokens = torch.empty(rows, pieces, dtype=torch.int32, device=logits.device)
     _noisy_argmax[(rows, pieces)](
-        best_values, best_tokens, logits, seeds, positions, noisy, vocab, piece, logits.stride(0), BLOCK=block
+        best_values,
+        best_tokens,
+        logits,
+        seeds,
+        positions,
+        noisy,
+        vocab,
+        piece,
+        logits.stride(0),
+        BLOCK=block,
+        **EXACT,
     )
     _best_piece[(rows,)](
         out, best_values, best_tokens, pieces, PADDED=triton.next_power_of_2(pieces), num_warps=1

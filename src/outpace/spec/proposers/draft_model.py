@@ -153,6 +153,7 @@ def create(context: DraftContext) -> DraftModel:
         head_dim=config.head_dim,
         widths=(config.hidden_size, config.intermediate_size),
         num_threads=context.config.num_threads or num_cores(),
+        batch_invariant=context.config.batch_invariant,
     )
     decoder = Decoder(config, load_weights(path, config, target.dtype), target.dtype, kernels)
     # As many tokens as the target's: `choose_num_blocks` has planned both.
