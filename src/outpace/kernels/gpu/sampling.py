@@ -88,7 +88,7 @@ def _noisy_argmax(
         bits = _hash(token, low, high)
         if is_noisy:
             bound = tl.max(value + _rough_noise(bits), 0)
-            bound += 0.01 + tl.abs(bound) * 1e-6
+            bound += 0.01 + tl.where(bound > nothing, tl.abs(bound), 0.0) * 1e-6
         if bound > best:
             if is_noisy:
                 value += _exact_noise(bits)
@@ -119,6 +119,12 @@ def _keys(values):
     values = tl.where(values == 0.0, 0.0, values)
     bits = values.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _logit(key):
+    """The logit whose key this is."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -161,7 +167,7 @@ def _cut(row_logits, vocab, low, high, goal, best, BY_MASS: tl.constexpr, BLOCK:
 
 @triton.jit
 def _filter(logits, top_k, top_p, min_p, vocab, logits_stride, BLOCK: tl.constexpr):
-    """Cuts a row at a key: tokens above it stay, and of those with the key itself the first few."""
+    """Removes of a row what its limits leave out; a row without limits is not touched."""
     row = tl.program_id(0)
     row_logits = logits + row.to(tl.int64) * logits_stride
     k, p, least = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
@@ -175,35 +181,26 @@ def _filter(logits, top_k, top_p, min_p, vocab, logits_stride, BLOCK: tl.constex
             best_of = tl.maximum(best_of, values)
             worst_of = tl.minimum(worst_of, tl.where(token < vocab, values, float("inf")))
         best = tl.max(best_of, 0)
-        high = _keys(best)
-        cut = _keys(tl.min(worst_of, 0))
-        ties = k * 0 + vocab  # how many with the key `cut` stay
-
+        high, low = _keys(best), _keys(tl.min(worst_of, 0))
+        # Tokens above `cut` stay, and of those with the key itself the first `ties`.
+        cut = low - 1
+        ties = k * 0
         if by_k:
-            cut = _cut(row_logits, vocab, cut, high, k, best, False, BLOCK)
+            cut = _cut(row_logits, vocab, low, high, k, best, False, BLOCK)
             above, _, _ = _weigh(row_logits, vocab, cut + 1, best, False, BLOCK)
             ties = k - above
         if p < 1.0:
-            total, _, _ = _weigh(row_logits, vocab, cut, best, True, BLOCK)
             above, _, _ = _weigh(row_logits, vocab, cut + 1, best, True, BLOCK)
-            equal, _, _ = _weigh(row_logits, vocab, cut, best, False, BLOCK)
-            more, _, _ = _weigh(row_logits, vocab, cut + 1, best, False, BLOCK)
-            each = (total - above) // (equal - more)
-            kept = tl.minimum(ties, equal - more)
-            goal = tl.ceil((above + kept * each).to(tl.float64) * p.to(tl.float64)).to(tl.int64)
-            narrow = _cut(row_logits, vocab, cut, high, goal, best, True, BLOCK)
-            if narrow > cut:
-                total, _, _ = _weigh(row_logits, vocab, narrow, best, True, BLOCK)
-                above, _, _ = _weigh(row_logits, vocab, narrow + 1, best, True, BLOCK)
-                equal, _, _ = _weigh(row_logits, vocab, narrow, best, False, BLOCK)
-                more, _, _ = _weigh(row_logits, vocab, narrow + 1, best, False, BLOCK)
-                each = (total - above) // (equal - more)
-                ties = equal - more
-            cut = narrow
-            # The fewest of the equal ones that reach the goal; at least the best token.
-            if each > 0:
-                ties = tl.maximum(tl.minimum(ties, (goal - above + each - 1) // each), 1)
-        floor = tl.where(least > 0.0, best.to(tl.float64) + tl.log(least.to(tl.float64)), float("-inf"))
+            total = above + ties * _weights(_logit(cut), best, True)
+            goal = tl.ceil(total.to(tl.float64) * p.to(tl.float64)).to(tl.int64)
+            cut = _cut(row_logits, vocab, low, high, goal, best, True, BLOCK)
+            above, _, _ = _weigh(row_logits, vocab, cut + 1, best, True, BLOCK)
+            # Tokens there weigh something, or a greater key would have done.
+            each = _weights(_logit(cut), best, True)
+            ties = (goal - above + each - 1) // each
+        # A share of 0 asks for nothing, and has no logarithm.
+        share = tl.where(least > 0.0, least, 1.0).to(tl.float64)
+        floor = tl.where(least > 0.0, best.to(tl.float64) + tl.log(share), float("-inf"))
 
         seen = tl.zeros_like(ties)
         for begin in range(0, vocab, BLOCK):
