@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_kernels.py
 
-Sizes are those of a layer of Llama-3.1-8B in bfloat16. The limit of a case is the larger of the time to move its
-bytes at --bandwidth and that to do its products at --tflops; the defaults are an H200's. Each case is recorded as
-a CUDA graph of several calls on tensors that take turns, so that weights and caches come from memory and not from
-the L2 cache. Nothing else may run on the GPU.
+Sizes are those of a layer of Llama-3.1-8B in bfloat16. The limit of a case is the larger of the time to move
+its bytes at --bandwidth and that to do its products at --tflops; the defaults are an H200's. Each case is
+recorded as a CUDA graph of several calls on tensors that take turns, so that weights and caches come from
+memory and not from the L2 cache. Nothing else may run on the GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from outpace.kernels import Heads, Kernels, RopeTable, Rows, load_kernels, new_cache
+from outpace.kernels import Heads, Kernels, Linear, RopeTable, Rows, load_kernels, new_cache
 from outpace.models.config import RopeConfig
 from outpace.models.decoder import rope_table
 
@@ -71,7 +72,7 @@ def microseconds(run: Callable[[int], object], repeat: int) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / CALLS)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def turns(*shape: int) -> list[torch.Tensor]:
@@ -81,6 +82,23 @@ def turns(*shape: int) -> list[torch.Tensor]:
         num_bytes *= size
     count = max(1, min(CALLS, -(-COLD_BYTES // num_bytes)))
     return [torch.randn(shape, dtype=BF16, device="cuda").mul_(0.05) for _ in range(count)]
+
+
+def call_linear(layers: list[Linear], x: torch.Tensor, turn: int) -> None:
+    """The layer whose turn it is."""
+    layers[turn % len(layers)](x)
+
+
+def filter_copy(
+    kernels: Kernels,
+    logits: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    turn: int,
+) -> None:
+    """Filters logits that stay as they are."""
+    kernels.filter_logits_(logits.clone(), top_k, top_p, min_p)
 
 
 def linear_cases(kernels: Kernels, label: str, rows: int) -> list[Case]:
@@ -93,7 +111,7 @@ def linear_cases(kernels: Kernels, label: str, rows: int) -> list[Case]:
         cases.append(
             Case(
                 f"{name} {label}, {rows} rows",
-                lambda turn, layers=layers, x=x: layers[turn % len(layers)](x),
+                partial(call_linear, layers, x),
                 num_bytes,
                 2.0 * rows * outputs * inputs,
             )
@@ -202,9 +220,7 @@ def sampling_cases(kernels: Kernels, rows: int) -> list[Case]:
         cases.append(
             Case(
                 f"filter_logits_ of a copy, {name}, {rows} rows",
-                lambda turn, top_k=top_k, shares=shares: kernels.filter_logits_(
-                    logits.clone(), top_k, *shares
-                ),
+                partial(filter_copy, kernels, logits, top_k, *shares),
                 16.0 * rows * VOCAB,
             )
         )
@@ -233,13 +249,13 @@ def main() -> None:
         )
         for batch_invariant in (False, True)
     )
-    makers: list[Callable[[], list[Case]]] = [lambda: attention_cases(cublas)]
+    makers: list[Callable[[], list[Case]]] = [partial(attention_cases, cublas)]
     for rows in args.rows:
-        makers.append(lambda rows=rows: linear_cases(cublas, "by cuBLAS", rows))
-        makers.append(lambda rows=rows: linear_cases(invariant, "batch invariant", rows))
-        makers.append(lambda rows=rows: row_cases(cublas, rows))
+        makers.append(partial(linear_cases, cublas, "by cuBLAS", rows))
+        makers.append(partial(linear_cases, invariant, "batch invariant", rows))
+        makers.append(partial(row_cases, cublas, rows))
         if rows <= 256:
-            makers.append(lambda rows=rows: sampling_cases(cublas, rows))
+            makers.append(partial(sampling_cases, cublas, rows))
     results = []
     for make in makers:
         for case in make():

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled, on a GPU: the checks of `tests/unit/test_kernels.py` at real sizes, and graphs."""
+"""The Triton kernels compiled, on a GPU: the checks of `tests/unit/test_kernels.py`, larger, and graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import kernel_checks as checks
 from kernel_checks import DTYPES, GROUPED, TREE, chain, random_like
-from outpace.kernels import Heads, Kernels, RopeTable, load_kernels, new_cache
+from outpace.kernels import Heads, Kernels, RopeTable, Rows, load_kernels, new_cache
 from outpace.models.config import RopeConfig
 from outpace.models.decoder import rope_table
 
@@ -78,7 +78,7 @@ def test_a_sequence_in_a_crowd_gets_the_bits_that_it_gets_alone(seed: int) -> No
     together = checks.attend(kernels(dtype), LLAMA, rows, qkv, (caches[0], caches[1]), None)
     for index in range(len(sequences)):
         begin, end = rows.row_starts[index : index + 2].tolist()
-        own = checks.Rows(
+        own = Rows(
             positions=rows.positions[begin:end],
             slots=rows.slots[begin:end],
             parents=rows.parents[begin:end],
@@ -106,7 +106,7 @@ def test_a_recorded_pass_follows_what_its_tensors_hold() -> None:
         name: getattr(layouts[0], name).clone()
         for name in ("positions", "slots", "parents", "row_starts", "context_lens", "branching")
     }
-    static = checks.Rows(block_tables=tables, **fields)
+    static = Rows(block_tables=tables, **fields)
     qkv = random_like(8, 48 * 128, dtype=dtype, device=GPU)
     backend = kernels(dtype)
 
@@ -114,7 +114,7 @@ def test_a_recorded_pass_follows_what_its_tensors_hold() -> None:
         attention = backend.attention(LLAMA, rope, 1e-5, static)
         return attention(qkv.clone(), caches[0], caches[1], None, None, None)
 
-    def fill(rows: checks.Rows) -> None:
+    def fill(rows: Rows) -> None:
         for name, tensor in fields.items():
             tensor.copy_(getattr(rows, name))
         tables[:, : rows.block_tables.shape[1]] = rows.block_tables

@@ -18,7 +18,7 @@ import torch
 import kernel_checks as checks
 from kernel_checks import DTYPES, GROUPED, TREE, chain, random_like
 from outpace.errors import ConfigError
-from outpace.kernels import Heads, Kernels, load_kernels, native
+from outpace.kernels import Heads, Kernels, Rows, load_kernels, native
 
 Name = Literal["native", "reference", "triton"]
 
@@ -133,7 +133,7 @@ def test_rows_of_padding_and_sequences_without_rows_change_nothing() -> None:
     def padded(tensor: torch.Tensor, *more: int) -> torch.Tensor:
         return torch.cat((tensor, torch.tensor(more, dtype=torch.int32)))
 
-    bucket = checks.Rows(
+    bucket = Rows(
         positions=padded(rows.positions, 0, 0),
         slots=padded(rows.slots, -1, -1),
         parents=padded(rows.parents, -1, -1),
