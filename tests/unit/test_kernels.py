@@ -19,6 +19,8 @@ import kernel_checks as checks
 from kernel_checks import DTYPES, GROUPED, TREE, chain, random_like
 from outpace.errors import ConfigError
 from outpace.kernels import Heads, Kernels, Rows, load_kernels, native
+from outpace.sampling import SamplingParams
+from tiny import Guesser, run, submit, tiny_engine, tokens
 
 Name = Literal["native", "reference", "triton"]
 
@@ -102,7 +104,7 @@ def test_in_triton_too_a_row_attends_to_the_same_bits_everywhere(
     dtype: torch.dtype, window: int | None
 ) -> None:
     checks.rows_attend_to_the_same_bits(
-        backend("triton", dtype), dtype, window, (0, 64, 256, 299), heads=Heads(2, 1, 16)
+        backend("triton", dtype), dtype, window, (64, 256, 299), heads=Heads(2, 1, 16)
     )
 
 
@@ -165,7 +167,7 @@ LINEARS: list[Any] = [
         for dtype in DTYPES
         for shape in SHAPES
     ),
-    *(("triton", dtype, (130, 1100), (1, 64, 65)) for dtype in DTYPES),
+    *(("triton", dtype, (130, 1100), (1, 65)) for dtype in DTYPES),
 ]
 
 
@@ -227,9 +229,28 @@ def test_noisy_argmax_agrees_with_the_reference(
     checks.noisy_argmax_agrees(backend(name, dtype), dtype, rows, vocab)
 
 
-@pytest.mark.parametrize(("name", "rows", "vocab"), [("native", 200, 777), ("triton", 24, 777)])
+@pytest.mark.parametrize(("name", "rows", "vocab"), [("native", 200, 777), ("triton", 12, 777)])
 def test_filters_agree_with_the_reference(name: Name, rows: int, vocab: int) -> None:
     checks.filters_agree(backend(name, torch.float32), rows, vocab)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_an_engine_on_triton_answers_as_one_on_plain_torch(drafts: bool) -> None:
+    backend("triton", torch.float32)
+    sampling = {
+        "greedy": SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+        "sampled": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, max_tokens=6, seed=3),
+    }
+    results: list[dict[str, list[int]]] = []
+    for name in ("reference", "triton"):
+        engine = tiny_engine(kernels=name, batch_invariant=True, spec_method="suffix" if drafts else "none")
+        if results and drafts:  # what the reference has answered, with mistakes and branches
+            engine.proposer = Guesser({f"{name}-0": known for name, known in results[0].items()})
+        for request, params in sampling.items():
+            submit(engine, request, [5, 6, 7, 5, 6, 7, 5, 6], params)
+        results.append({key.removesuffix("-0"): tokens(outputs) for key, outputs in run(engine).items()})
+    assert results[0] == results[1]
+    assert not drafts or engine.metrics.drafts.num_accepted_tokens > 0
 
 
 def test_without_a_gpu_triton_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:

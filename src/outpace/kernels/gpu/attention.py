@@ -31,6 +31,8 @@ COARSE_SPLIT = tl.constexpr(1024)
 NEVER = tl.constexpr(1 << 30)  # a position that no row has
 WIDTH = tl.constexpr(64)  # items that a program of `_list_items` writes at once
 
+# Arguments for whose alignment or value no kernel is to be compiled anew.
+OF_ROWS = ("positions", "slots", "parents", "row_starts", "context_lens", "block_tables")
 TILE = 64  # queries of a tile: the least that Hopper's warp-group product takes, enough for a long prompt
 # Heads that a program takes where it takes few; the interpreter is slow by the program, not by the head.
 HEADS_PIECE, FOLD_PIECE = (64, 64) if INTERPRETED.value else (8, 1)
@@ -51,7 +53,7 @@ def _split_begin(split):
     return tl.where(fine < FINE_END, fine, coarse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*OF_ROWS, "num_sequences"])
 def _trace_paths(
     positions,
     parents,
@@ -127,7 +129,7 @@ def _trace_paths(
     tl.store(tile_splits + tile, tl.where(count > 0, _split_of(last) + 1, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "max_partials"])
 def _plan_items(
     tiles,
     tile_splits,
@@ -143,14 +145,16 @@ def _plan_items(
     """Decides which tiles are divided among programs, and where their parts go.
 
     A tile is divided if alone in one program it would take longer than each program's even share of the work,
-    and while there is memory for the states that its parts hand on: one per row and split.
+    or a quarter of that if it has few rows: their parts hand on little, and no program is left with a whole tile
+    at the end. And while there is memory for the states handed on, one per row and split.
     """
     tile = tl.arange(0, PADDED)
     valid = tile < num_tiles
     splits = tl.load(tile_splits + tile, mask=valid, other=0)
     rows = tl.load(tiles + tile * 4 + 2, mask=valid, other=0)
     share = tl.sum(splits, 0) * num_kv_heads // num_workers
-    partials = tl.where((splits > 1) & (splits > share), splits * rows, 0)
+    long = splits * 4 > share * tl.minimum(rows, 4)
+    partials = tl.where((splits > 1) & long, splits * rows, 0)
     ends = tl.cumsum(partials, 0)
     divided = (partials > 0) & (ends <= max_partials)
     items = tl.where(divided, splits, tl.minimum(splits, 1))
@@ -187,7 +191,7 @@ def _list_items(
     tl.store(row_partials + first + index, at, mask=index < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*OF_ROWS, "rows"])
 def _norm_rope_cache(
     qkv,
     k_cache,
@@ -315,7 +319,7 @@ def _load_keys_values(
     return k, v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*OF_ROWS, "max_blocks"])
 def _attend(
     qkv,
     k_cache,
@@ -481,7 +485,7 @@ def _attend(
                 tl.store(partial_values + at[:, None] * HEAD_DIM + dim[None, :], values, mask=in_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*OF_ROWS, "rows"])
 def _fold_partials(
     out,
     positions,

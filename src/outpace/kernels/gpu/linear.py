@@ -16,7 +16,7 @@ MIN_PARTS_INPUTS = 512  # inputs of a part, at least
 PROGRAMS = 264  # that fill an H100 or H200; a constant, so that bits do not depend on the device's size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _product(
     out,
     parts,
@@ -66,7 +66,7 @@ def _product(
         tl.store(out + at, narrow(whole, out.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_parts(
     out, parts, bias, rows, outputs, NUM_PARTS: tl.constexpr, BIASED: tl.constexpr, PIECE: tl.constexpr
 ):

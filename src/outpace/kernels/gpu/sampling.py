@@ -56,7 +56,7 @@ def _exact_noise(bits):
     return (-tl.log(-tl.log(rest))).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["piece", "seeds", "positions", "noisy"])
 def _noisy_argmax(
     best_values,
     best_tokens,
@@ -101,7 +101,7 @@ def _noisy_argmax(
     tl.store(best_tokens + at, chosen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pieces"])
 def _best_piece(out, best_values, best_tokens, pieces, PADDED: tl.constexpr):
     """The best of a row's pieces; of equal ones the first, which has the lowest token."""
     row = tl.program_id(0)
@@ -165,7 +165,7 @@ def _cut(row_logits, vocab, low, high, goal, best, BY_MASS: tl.constexpr, BLOCK:
     return low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "top_p", "min_p"])
 def _filter(logits, top_k, top_p, min_p, vocab, logits_stride, BLOCK: tl.constexpr):
     """Removes of a row what its limits leave out; a row without limits is not touched."""
     row = tl.program_id(0)
