@@ -145,8 +145,8 @@ def _plan_items(
     """Decides which tiles are divided among programs, and where their parts go.
 
     A tile is divided if alone in one program it would take longer than each program's even share of the work,
-    or a quarter of that if it has few rows: their parts hand on little, and no program is left with a whole tile
-    at the end. And while there is memory for the states handed on, one per row and split.
+    or a quarter of that if it has few rows: their parts hand on little, and no program is left with a whole
+    tile at the end. And while there is memory for the states handed on, one per row and split.
     """
     tile = tl.arange(0, PADDED)
     valid = tile < num_tiles
