@@ -50,7 +50,7 @@ def test_a_dotted_path_names_a_part_from_outside(monkeypatch: pytest.MonkeyPatch
 
 def load_method(name: str) -> Proposer:
     nothing: Any = None
-    return load_proposer(DraftContext(EngineConfig(spec_method=name), nothing, nothing, nothing))
+    return load_proposer(DraftContext(EngineConfig(spec_method=name), nothing, nothing, nothing, nothing))
 
 
 def load_policy_named(name: str) -> SpeculationPolicy:

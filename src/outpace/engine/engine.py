@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from outpace.config import BLOCK_SIZE, EngineConfig, flag, num_cores
+from outpace.config import BLOCK_SIZE, EngineConfig, flag
 from outpace.engine.admission import Admission
 from outpace.engine.detokenizer import detokenizer_factory
 from outpace.engine.metrics import Metrics
@@ -20,16 +20,16 @@ from outpace.engine.profile import load_or_measure
 from outpace.engine.scheduler import Scheduler
 from outpace.engine.step_log import StepLog
 from outpace.errors import ConfigError
-from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig
-from outpace.models.decoder import Decoder
 from outpace.models.hub import resolve_model, resolve_tokenizer
-from outpace.models.loader import load_config, load_weights
+from outpace.models.loader import load_config
+from outpace.models.shard import Shard
 from outpace.models.tokenizer import load_tokenizer
 from outpace.policy.base import BatchView, PolicyContext, StepRecord, check_policy, load_policy
 from outpace.policy.cost import CostModel
 from outpace.request import Output, Request, Sequence
 from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.parallel import Part, start
 from outpace.runtime.runner import ModelRunner
 from outpace.spec.grammar import GrammarStates
 from outpace.spec.proposer import DraftContext, check_methods, load_proposer
@@ -97,7 +97,7 @@ class Engine:
         self.max_model_len = max_model_len(config, model)
         self.admission = Admission(config, model, tokenizer, self.max_model_len)
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
-        self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv))
+        self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv, runner))
         self._several = self.proposer if isinstance(self.proposer, Several) else None
         self.grammars = GrammarStates(tokenizer, model.vocab_size)
         self.runner, self.verifier = runner, verifier
@@ -120,23 +120,24 @@ class Engine:
         path = resolve_model(config.model, config.revision)
         model = load_config(path)
         dtype = choose_dtype(config)
-        num_blocks = choose_num_blocks(config, cached_models(config, model), dtype)
+        own = Shard(0, config.tensor_parallel_size).config(model)
+        num_blocks = choose_num_blocks(config, cached_models(config, own), dtype)
         tokenizer = load_tokenizer(resolve_tokenizer(config.tokenizer) if config.tokenizer else path)
-        widths = (model.hidden_size, model.intermediate_size)
-        kernels = load_kernels(
-            config.kernels,
-            dtype,
-            head_dim=model.head_dim,
-            widths=widths,
-            num_threads=config.num_threads or num_cores(),
-        )
-        decoder = Decoder(model, load_weights(path, model, dtype), dtype, kernels)
-        kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching)
+        part = Part(str(path), str(dtype).removeprefix("torch."), config.kernels, config.threads_per_rank)
+        runner, kv = start(part, config.tensor_parallel_size, num_blocks, config.enable_prefix_caching)
+        kernels = runner.decoder.kernels
         if config.speculative.is_synthetic:
             logger.warning("drafts are accepted by chance, at synthetic rates: answers mean nothing")
         logger.info("KV cache of %d tokens in %s, kernels: %s", num_blocks * BLOCK_SIZE, dtype, kernels.name)
-        verifier = load_verifier(config.speculative, kernels)
-        return cls(config, model, tokenizer, kv, ModelRunner(decoder, kv), verifier)
+        try:
+            return cls(config, model, tokenizer, kv, runner, load_verifier(config.speculative, kernels))
+        except BaseException:
+            runner.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the processes of other ranks, if there are any. No step may follow."""
+        self.runner.close()
 
     @property
     def has_work(self) -> bool:
@@ -297,7 +298,7 @@ def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: to
             f"tokens, fewer than one sequence of {longest}: give at least {num_needed * block_bytes} "
             f"or lower {flag('max_model_len')}"
         )
-    cache_bytes = num_blocks * block_bytes
+    cache_bytes = num_blocks * block_bytes * config.tensor_parallel_size
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if cache_bytes > memory_bytes:
         raise ConfigError(

@@ -204,6 +204,7 @@ def _identity(config: EngineConfig, decoder: Decoder, cache: KVCache) -> dict[st
         "device": f"{cache.keys.device.type}: {_processor()}",
         "dtype": str(cache.keys.dtype),
         "threads": config.num_threads or num_cores(),
+        "ranks": config.tensor_parallel_size,
         "kernels": decoder.kernels.build,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,

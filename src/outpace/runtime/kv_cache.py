@@ -73,7 +73,7 @@ class KVCache:
             sequence.num_computed = end + len(path)
             self.blocks.trim(sequence)
         if moves:
-            self._move(*torch.tensor(moves).unbind(1))
+            self.move(moves)
 
     def _fit(self, scheduled: Scheduled, tree: DraftTree) -> DraftTree:
         if not len(tree):
@@ -85,8 +85,10 @@ class KVCache:
         self.blocks.reserve(sequence, known + len(tree))
         return tree
 
-    def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies slots over all layers; indexing copies the sources before any target is written."""
+    def move(self, moves: list[tuple[int, int]]) -> None:
+        """Copies physical slots, (from, to) each, over all layers."""
+        # Indexing copies the sources before any target is written.
+        source, target = torch.tensor(moves).unbind(1)
         from_block, from_offset = source // BLOCK_SIZE, source % BLOCK_SIZE
         to_block, to_offset = target // BLOCK_SIZE, target % BLOCK_SIZE
         self.keys[:, to_block, :, :, to_offset] = self.keys[:, from_block, :, :, from_offset]

@@ -18,6 +18,18 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
         self.decoder, self._cache = decoder, cache
 
+    def beside(self, decoder: Decoder, cache: KVCache) -> ModelRunner:
+        """Runs another decoder in the same process.
+
+        Args:
+            decoder: Some layers of this one over the same cache, or a model of its own.
+            cache: That it writes.
+        """
+        return ModelRunner(decoder, cache)
+
+    def close(self) -> None:
+        """Ends what was started for it: nothing here."""
+
     def forward(self, batch: Batch, streams: StreamPass | None = None) -> TargetOutput:
         """Computes every row of the batch and the logits of its sampled rows.
 

@@ -11,7 +11,6 @@ import torch
 
 from outpace.batch import Scheduled, Verdict
 from outpace.kernels import Kernels
-from outpace.models.decoder import Decoder
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
@@ -85,19 +84,19 @@ class Drafter:
         kv: The cache that is written.
     """
 
-    def __init__(self, decoder: Decoder, kv: KVCache, branching: int, max_rows: int) -> None:
+    def __init__(self, runner: ModelRunner, kv: KVCache, branching: int, max_rows: int) -> None:
         """Joins the parts.
 
         Args:
-            decoder: Who drafts.
+            runner: Who drafts.
             kv: Its cache.
             branching: Nodes at each depth: the chain's, and leaves beside it.
             max_rows: Most rows of a pass.
         """
         self.kv = kv
-        self._runner = ModelRunner(decoder, kv)
-        self._kernels = decoder.kernels
-        self._max_positions = decoder.config.max_position_embeddings
+        self._runner = runner
+        self._kernels = runner.decoder.kernels
+        self._max_positions = runner.decoder.config.max_position_embeddings
         self._branching, self._max_rows = branching, max_rows
 
     def draft(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:

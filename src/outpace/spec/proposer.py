@@ -13,6 +13,7 @@ from outpace.config import EngineConfig, SpeculativeConfig, flag
 from outpace.models.decoder import Decoder
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
+from outpace.runtime.runner import ModelRunner
 from outpace.runtime.streams import StreamPass
 from outpace.tree import DraftTree
 
@@ -33,12 +34,14 @@ class DraftContext:
         tokenizer: The target's.
         decoder: The target itself, with its shape, dtype and kernels.
         kv: The target's cache.
+        runner: What runs the target over it.
     """
 
     config: EngineConfig
     tokenizer: PreTrainedTokenizerFast
     decoder: Decoder
     kv: KVCache
+    runner: ModelRunner
 
     @property
     def speculative(self) -> SpeculativeConfig:

@@ -12,7 +12,6 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from outpace.config import num_cores
 from outpace.errors import ConfigError
 from outpace.kernels import load_kernels
 from outpace.models.decoder import Decoder
@@ -152,11 +151,12 @@ def create(context: DraftContext) -> DraftModel:
         target.dtype,
         head_dim=config.head_dim,
         widths=(config.hidden_size, config.intermediate_size),
-        num_threads=context.config.num_threads or num_cores(),
+        num_threads=context.config.threads_per_rank,
     )
     decoder = Decoder(config, load_weights(path, config, target.dtype), target.dtype, kernels)
     # As many tokens as the target's: `choose_num_blocks` has planned both.
     kv = KVCache(config, context.kv.blocks.num_blocks, target.dtype, context.config.enable_prefix_caching)
     logger.info("draft model %s of %d layers", settings.model, config.num_layers)
     rows = context.config.max_num_batched_tokens
-    return DraftModel(Drafter(decoder, kv, settings.draft_branching or 1, rows))
+    runner = context.runner.beside(decoder, kv)
+    return DraftModel(Drafter(runner, kv, settings.draft_branching or 1, rows))

@@ -72,6 +72,5 @@ def create(context: DraftContext) -> SelfDraft:
             f"choose another {flag('spec_method')}"
         )
     rows = context.config.max_num_batched_tokens
-    return SelfDraft(
-        Drafter(decoder.first_layers(num_layers), context.kv, settings.draft_branching or 1, rows)
-    )
+    runner = context.runner.beside(decoder.first_layers(num_layers), context.kv)
+    return SelfDraft(Drafter(runner, context.kv, settings.draft_branching or 1, rows))
