@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,7 @@ from outpace.batch import Batch, TargetOutput
 from outpace.config import flag
 from outpace.errors import ConfigError, EngineDeadError
 from outpace.kernels import Rows, load_kernels
+from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder, Total
 from outpace.models.loader import load_config, load_weights
 from outpace.models.shard import Shard
@@ -206,8 +208,9 @@ class Workers:
         """
         for process in self._processes:
             assert process.stdout is not None
-            if not process.stdout.read(1):
-                self.check(_END_S)
+            if not process.stdout.read(1):  # closed: it ends
+                process.wait(_END_S)
+                self.check(0)
         with self.watched():
             self.ranks.join()
         if self.ranks._device == "cuda":
@@ -222,7 +225,7 @@ class Workers:
                 rest = rest[process.stdin.write(rest) :]
 
     @contextlib.contextmanager
-    def watched(self) -> Any:
+    def watched(self) -> Iterator[None]:
         """Inside it an error that comes from a worker's end says so.
 
         Raises:
@@ -300,7 +303,11 @@ class LeadingCache(KVCache):
         moved: In order, since the last pass.
     """
 
-    moved: Moves
+    def __init__(
+        self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, enable_prefix_caching: bool
+    ) -> None:
+        super().__init__(config, num_blocks, dtype, enable_prefix_caching)
+        self.moved: Moves = []
 
     def move(self, moves: Moves) -> None:
         """See KVCache."""
@@ -352,16 +359,14 @@ class Pass:
     """What a worker does in a step.
 
     Attributes:
-        num_layers: How many layers it runs, from the first on.
-        token_ids: [rows] int64.
-        rows: Where they stand.
-        moves: What it moves in its cache before.
+        moves: What it moves in its cache first.
+        num_layers: How many layers it runs then, from the first on.
+        batch: Of what; nobody's, and nothing is sampled.
     """
 
-    num_layers: int
-    token_ids: torch.Tensor
-    rows: Rows
     moves: Moves
+    num_layers: int
+    batch: Batch
 
 
 def pack(batch: Batch, num_layers: int, moves: Moves) -> bytes:
@@ -396,7 +401,7 @@ def receive(pipe: int) -> Pass:
     tables = tables.view(num_sequences, num_blocks)
     rows = Rows(positions, slots, parents, starts, contexts, tables, branching)
     pairs = [(source, target) for source, target in moves.view(-1, 2).tolist()]
-    return Pass(num_layers, token_ids.long(), rows, pairs)
+    return Pass(pairs, num_layers, Batch((), token_ids.long(), rows, torch.empty(0, dtype=torch.int64)))
 
 
 def read_integers(pipe: int, number: int) -> torch.Tensor:
@@ -439,7 +444,6 @@ def start(
     try:
         decoder = part.load(Shard(0, size), workers.ranks.total)
         leading = LeadingCache(decoder.config, num_blocks, decoder.dtype, enable_prefix_caching)
-        leading.moved = []
         workers.join()
         with workers.watched():
             workers.send(np.array([num_blocks], dtype=np.int32).tobytes())

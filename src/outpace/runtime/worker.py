@@ -6,6 +6,7 @@ rank 0, which finishes what runs first.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -57,12 +58,12 @@ def _serve(task: dict[str, Any], status: int) -> None:
     ranks.join()
     (num_blocks,) = read_integers(_PIPE, 1).tolist()
     cache = KVCache(decoder.config, num_blocks, decoder.dtype, enable_prefix_caching=False)
+    first_layers = functools.cache(decoder.first_layers)  # all of them, or those that draft
     while True:
         step = receive(_PIPE)
         if step.moves:
             cache.move(step.moves)
-        layers = decoder.first_layers(step.num_layers)
-        layers.forward(step.token_ids, step.rows, cache.layers)
+        first_layers(step.num_layers).forward(step.batch.token_ids, step.batch.rows, cache.layers)
 
 
 if __name__ == "__main__":
