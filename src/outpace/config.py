@@ -226,8 +226,8 @@ class EngineConfig:
     num_threads: int | None = setting(None, "Threads of the CPU kernels; the default is one per core")
     tensor_parallel_size: int = setting(
         1,
-        "Ranks, processes with a device each, that divide the model's heads and layer widths between them; on a "
-        "CPU they divide the threads",
+        "Processes, each with a device of its own, that divide the model's heads and widths between them; on "
+        "a CPU they divide the threads",
     )
     kernels: Literal["auto", "native", "reference"] = setting(
         "auto", "CPU kernels: native C++ (built on first use), plain torch, or native if a compiler is there"

@@ -12,7 +12,6 @@ import torch
 from outpace.kernels import Heads, Kernels, Linear, RopeTable, Rows
 from outpace.models.config import ModelConfig, RopeConfig
 
-
 Total = Callable[[torch.Tensor], torch.Tensor]  # of the summands that the ranks have, [rows, hidden] each
 
 

@@ -18,7 +18,7 @@ from outpace.models.config import ModelConfig
 from outpace.models.gguf_file import GGUFFile
 from outpace.models.gguf_model import gguf_config, gguf_weights
 from outpace.models.hf_config import parse_config, unsupported
-from outpace.models.shard import Shard
+from outpace.models.shard import WHOLE_MODEL, Shard
 from outpace.models.stored import WHOLE, Part, StoredWeight
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -44,7 +44,7 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def load_weights(
-    path: Path, config: ModelConfig, dtype: torch.dtype, shard: Shard = Shard()
+    path: Path, config: ModelConfig, dtype: torch.dtype, shard: Shard = WHOLE_MODEL
 ) -> dict[str, torch.Tensor]:
     """Reads all weights, or of each what a rank has.
 

@@ -1,8 +1,8 @@
 """Which part of a model a rank has, when several compute it together (Shoeybi et al., "Megatron-LM", 2019).
 
-Attention is divided by heads and the MLP by its width: q, k, v, gate and up by rows of their weights, so that a
-rank computes whole heads and channels alone; out and down by columns, so that what they give is a summand of the
-whole. Norms and the embedding are everybody's. The output head is the first rank's alone.
+Attention is divided by heads and the MLP by its width: q, k, v, gate and up by rows of their weights, so that
+a rank computes whole heads and channels alone; out and down by columns, so that what they give is a summand
+of the whole. Norms and the embedding are everybody's. The output head is the first rank's alone.
 """
 
 from __future__ import annotations
@@ -79,6 +79,9 @@ class Shard:
             else:
                 parts[name] = WHOLE
         return parts
+
+
+WHOLE_MODEL = Shard()
 
 
 def _divides(model: ModelConfig, size: int) -> bool:

@@ -1,12 +1,12 @@
 """Several ranks that compute one model together: each a process with a device and a `Shard` of the weights.
 
-    rank 0      the engine: scheduler, policy, drafts, verification, HTTP; its runner tells the others each pass
+    rank 0      the engine: scheduler, policy, drafts, verification, HTTP; its runner announces each pass
     rank 1 …    `worker.py`: takes a pass from its pipe, runs the same layers, forgets the result
 
 A pass goes over as one message of packed integers. Inside it the ranks meet twice per layer, to add what they
-have (`Ranks.total`), always in the order of ranks and whatever the batch: so a row's bits depend on that row and
-the number of ranks alone. The pipe is also the life line: when rank 0 ends, in whatever way, its end closes, and
-a worker ends with it.
+have (`Ranks.total`), always in the order of ranks and whatever the batch: so a row's bits depend on that row
+and the number of ranks alone. The pipe is also the lifeline: when rank 0 ends, in whatever way, its end of it
+closes, and a worker ends with it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 import outpace
 from outpace.batch import Batch, TargetOutput
@@ -46,6 +46,8 @@ from outpace.runtime.runner import ModelRunner
 from outpace.runtime.streams import StreamPass
 
 logger = logging.getLogger(__name__)
+
+dist: Any = torch.distributed  # whose types leave out half of what is used here
 
 Moves = list[tuple[int, int]]  # physical cache slots (from, to)
 
@@ -152,11 +154,10 @@ class Ranks:
             [rows, width] in the same type.
         """
         rows, width = part.shape
-        parts = part.new_empty(self._shard.size * rows, width)
+        parts: torch.Tensor = part.new_empty(self._shard.size * rows, width)
         self._group._allgather_base(parts, part).wait()
-        first, *others = parts.split(rows)
-        total = first.float()
-        for other in others:
+        total = parts[:rows].float()
+        for other in parts[rows:].split(rows):
             total += other
         return total.to(part.dtype)
 
@@ -167,7 +168,7 @@ class Ranks:
 
 
 class Workers:
-    """The processes of all ranks but the first. They end with this object, with `close`, and with this process.
+    """The processes of all ranks but the first. They end with this object, by `close`, or with this process.
 
     Attributes:
         ranks: This rank's connection with theirs.
@@ -251,8 +252,8 @@ class Workers:
             for rank, process in enumerate(self._processes, start=1):
                 if (code := process.poll()) is not None:
                     raise EngineDeadError(
-                        f"the process of rank {rank} of {flag('tensor_parallel_size')} ended with exit status "
-                        f"{code}, and without it there is no model; what it said stands above"
+                        f"the process of rank {rank} of {flag('tensor_parallel_size')} ended with exit "
+                        f"status {code}, and without it there is no model; what it said stands above"
                     )
             if time.monotonic() > deadline:
                 return
@@ -419,9 +420,7 @@ def read_integers(pipe: int, number: int) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.int32) if number else torch.empty(0, dtype=torch.int32)
 
 
-def start(
-    part: Part, size: int, num_blocks: int, enable_prefix_caching: bool
-) -> tuple[ModelRunner, KVCache]:
+def start(part: Part, size: int, num_blocks: int, enable_prefix_caching: bool) -> tuple[ModelRunner, KVCache]:
     """Loads a model on so many ranks, of which this process is the first.
 
     Args:
