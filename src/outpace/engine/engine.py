@@ -298,7 +298,8 @@ def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: to
             f"tokens, fewer than one sequence of {longest}: give at least {num_needed * block_bytes} "
             f"or lower {flag('max_model_len')}"
         )
-    cache_bytes = num_blocks * block_bytes * config.tensor_parallel_size
+    num_others = config.tensor_parallel_size - 1  # ranks, which have the target's only
+    cache_bytes = num_blocks * (block_bytes + num_others * KVCache.block_bytes(models[0], dtype))
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if cache_bytes > memory_bytes:
         raise ConfigError(
