@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from outpace.batch import Batch, Scheduled, TargetOutput
 from outpace.config import EngineConfig
 from outpace.engine.engine import Engine
 from outpace.errors import ConfigError, EngineDeadError
+from outpace.models.shard import Shard
 from outpace.request import Sequence, Speculation
 from outpace.runtime import parallel
 from outpace.runtime.kv_cache import KVCache
-from outpace.runtime.parallel import Part, Workers, pack, receive
+from outpace.runtime.parallel import Part, Ranks, Workers, pack, receive
 from outpace.sampling import SamplingParams
 from outpace.tree import EMPTY_TREE, DraftTree
 from tiny import GREEDY, PROMPTS, SAMPLED, Guesser, answers, run, submit, tiny_engine, tokens, write_model
@@ -169,6 +171,25 @@ def test_sums_are_the_same_bits_whatever_rows_share_them(pair: Engine) -> None:
         pair.kv.blocks.free(sequence)
         states.append(torch.cat(rows))
     assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_rank_adds_in_the_order_of_ranks_however_many_rows_there_are(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Three ranks over gloo, in threads: an all-reduce would have to choose an order."""
+    size, generator = 3, torch.Generator().manual_seed(0)
+    parts = torch.randn(size, 70, 96, generator=generator).to(dtype)
+    expected = (parts[0].float() + parts[1].float() + parts[2].float()).to(dtype)
+
+    def sums(rank: int) -> list[torch.Tensor]:
+        ranks = Ranks(str(tmp_path / "store"), Shard(rank, size), "cpu")
+        ranks.join()
+        return [torch.cat([ranks.total(rows) for rows in parts[rank].split(number)]) for number in (1, 7, 70)]
+
+    with ThreadPoolExecutor(size) as pool:
+        for found in pool.map(sums, range(size)):
+            assert all(torch.equal(total, expected) for total in found)
 
 
 # --- What goes over the pipe ----------------------------------------------------------------------------

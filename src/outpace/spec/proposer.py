@@ -34,7 +34,7 @@ class DraftContext:
         tokenizer: The target's.
         decoder: The target itself, with its shape, dtype and kernels.
         kv: The target's cache.
-        runner: What runs the target over it, and decoders beside it (`beside`); other ranks follow its passes.
+        runner: What runs the target over it, and drafting decoders `beside` it; tells the other ranks.
     """
 
     config: EngineConfig
