@@ -30,6 +30,7 @@ from outpace.policy.cost import CostModel
 from outpace.request import Output
 from outpace.request import Sequence as Running
 from outpace.runtime.block_manager import BlockManager
+from outpace.runtime.graphs import Graphs, record_all, run_as_it_is
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
 from outpace.sampling import SamplingParams
@@ -87,11 +88,17 @@ def cost_model() -> CostModel:
 
 
 def tiny_engine(
-    *, dtype: Any = "float32", kernels: Any = "reference", num_blocks: int | None = None, **settings: Any
+    *,
+    dtype: Any = "float32",
+    kernels: Any = "reference",
+    num_blocks: int | None = None,
+    buckets: Sequence[int] = (),
+    **settings: Any,
 ) -> Engine:
     """An engine with a randomly initialised model of two layers, always the same one.
 
-    Its drafts have a fixed length unless a policy is named.
+    Its drafts have a fixed length unless a policy is named. With `buckets` its passes are padded to them, as
+    those are that become CUDA graphs.
     """
     if "spec_method" in settings or "speculative_config" in settings:
         settings.setdefault("spec_policy", "fixed")
@@ -110,7 +117,11 @@ def tiny_engine(
     blocks = num_blocks or choose_num_blocks(config, cached_models(config, MODEL), kind)
     kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
     verifier = load_verifier(config.speculative, backend)
-    parts = (kv, ModelRunner(decoder, kv), verifier)
+    graphs = None
+    if buckets:
+        graphs = Graphs(decoder, kv, buckets, config.max_num_seqs, config.max_model_len or 0, run_as_it_is)
+        record_all(graphs)
+    parts = (kv, ModelRunner(decoder, kv, graphs), verifier)
     return Engine(config, MODEL, byte_tokenizer(), *parts, cost_model=cost_model)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
+from outpace.device import upload
 from outpace.kernels import Rows
 from outpace.request import Sequence, TokenLogprob
 from outpace.tree import DraftTree
@@ -49,7 +50,7 @@ class BatchEntry:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One forward pass over ragged rows. Complete when it exists.
+    """One forward pass over ragged rows. Complete when it exists, and on the host at first.
 
     Row r of a sequence sits in the cache at logical index `context_len + r`. Its position (for rotary
     embedding and attention) is that of its path: a tree node at depth d has the position of the last
@@ -71,6 +72,20 @@ class Batch:
     def num_rows(self) -> int:
         """Token rows computed in this pass."""
         return self.token_ids.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on a device; on the CPU itself."""
+        if device.type == "cpu":
+            return self
+        token_ids, sample_rows, *placed = upload(
+            [self.token_ids, self.sample_rows, *fields_of(self.rows)], device
+        )
+        return replace(self, token_ids=token_ids, sample_rows=sample_rows, rows=Rows(*placed))
+
+
+def fields_of(rows: Rows) -> list[torch.Tensor]:
+    """The tensors of `rows`, in the order in which it takes them."""
+    return [getattr(rows, field.name) for field in fields(rows)]
 
 
 @dataclass(frozen=True, slots=True)

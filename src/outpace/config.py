@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,8 +208,16 @@ class EngineConfig:
     )
     tokenizer: str | None = setting(None, "Directory or hub id of the tokenizer, if not the model's own")
     revision: str | None = setting(None, "Branch, tag or commit of the hub model")
+    load_format: Literal["auto", "dummy"] = setting(
+        "auto",
+        "Where weights come from: the model's files, or dummy: random ones, for measuring; the model needs "
+        "no more than its config.json then",
+    )
+    device: str = setting(
+        "auto", "Where the model runs: cpu, cuda or cuda:N; auto is a GPU where there is one, else cpu"
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = setting(
-        "auto", "Type of weights and cache; auto is bfloat16 where the CPU computes in it, else float32"
+        "auto", "Type of weights and cache; auto is bfloat16 where the device computes in it, else float32"
     )
     max_model_len: int | None = setting(None, "Most tokens of prompt and answer; the default is the model's")
     max_num_seqs: int = setting(64, "Most sequences that run at once")
@@ -220,8 +229,19 @@ class EngineConfig:
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prompt beginnings")
     kv_cache_memory_bytes: int | None = setting(
         None,
-        "Memory of the KV cache, that of a draft model included, as 2G; the default holds max-num-seqs "
-        "sequences of 1,024 tokens, or one of max-model-len if that is more",
+        "Memory of the KV cache, that of a draft model included, as 2G; by default on a CPU for max-num-seqs "
+        "sequences of 1,024 tokens, or one of max-model-len if that is more, and on a GPU what is left there",
+    )
+    gpu_memory_utilization: float | None = setting(
+        None,
+        "Share of a GPU's memory that may be used, for weights, passes and the KV cache, which gets the "
+        "rest; the default is 0.9",
+    )
+    enforce_eager: bool = setting(False, "Run operation by operation on a GPU: record no CUDA graphs")
+    cudagraph_capture_sizes: list[int] | None = setting(  # noqa: RUF009 (a field, as all of these)
+        None,
+        "Rows of the passes that are recorded as CUDA graphs, ascending; others are padded to the next of "
+        "these, larger ones run operation by operation; the default is 1, 2, 4, 8, 16, 24, … up to 512",
     )
     num_threads: int | None = setting(None, "Threads of the CPU kernels; the default is one per core")
     tensor_parallel_size: int = setting(
@@ -292,6 +312,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{flag(name)} must be above 0, got {value}")
+        self._check_gpu()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"--max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
@@ -324,6 +345,32 @@ class EngineConfig:
     def threads_per_rank(self) -> int:
         """Threads of the CPU kernels in each process that computes."""
         return (self.num_threads or num_cores()) // self.tensor_parallel_size
+
+    def _check_gpu(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        share, sizes = self.gpu_memory_utilization, self.cudagraph_capture_sizes
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], got {share}")
+        if share is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                "--gpu-memory-utilization leaves the KV cache what is free, --kv-cache-memory-bytes says how "
+                "much that is: give one of them"
+            )
+        if sizes is None:
+            return
+        if self.enforce_eager:
+            raise ConfigError("--enforce-eager records no CUDA graphs: leave out --cudagraph-capture-sizes")
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"{flag('tensor_parallel_size')} {self.tensor_parallel_size} records no CUDA graphs: leave "
+                "out --cudagraph-capture-sizes"
+            )
+        if not sizes or min(sizes) < 1 or sorted(set(sizes)) != sizes:
+            raise ConfigError(
+                f"--cudagraph-capture-sizes must be row counts from 1 on, ascending, got {sizes}; without it "
+                "there are sizes, with --enforce-eager there are none"
+            )
 
     @property
     def speculative(self) -> SpeculativeConfig:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from outpace.device import Download, indices, upload
 from outpace.errors import InvalidRequestError
 from outpace.kernels import Kernels
 from outpace.kernels.reference_sampling import best_tokens, hash_tokens
@@ -274,16 +275,19 @@ def target_logits(
         return logits
     target = logits.to(torch.float32, copy=True)
     if allowed is not None:
-        target.masked_fill_(~allowed, -math.inf)
+        target.masked_fill_(upload([~allowed], target.device)[0], -math.inf)
     _adjust_(target, rows)
     if not all(p.is_greedy for p in params):
         drawn = [_NO_CHANGE if p.is_greedy else p for p in params]
-        target.div_(torch.tensor([[p.temperature] for p in drawn], dtype=torch.float32))
+        limits = [torch.tensor([[p.temperature] for p in drawn], dtype=torch.float32)]
         if any(p.filters for p in drawn):
-            top_k = torch.tensor([max(p.top_k, 0) for p in drawn], dtype=torch.int64)
-            top_p = torch.tensor([p.top_p for p in drawn], dtype=torch.float32)
-            min_p = torch.tensor([p.min_p for p in drawn], dtype=torch.float32)
-            kernels.filter_logits_(target, top_k, top_p, min_p)
+            limits.append(torch.tensor([max(p.top_k, 0) for p in drawn], dtype=torch.int64))
+            limits.append(torch.tensor([p.top_p for p in drawn], dtype=torch.float32))
+            limits.append(torch.tensor([p.min_p for p in drawn], dtype=torch.float32))
+        temperature, *filters = upload(limits, target.device)
+        target.div_(temperature)
+        if filters:
+            kernels.filter_logits_(target, *filters)
     return target
 
 
@@ -303,10 +307,41 @@ class Noise(enum.StrEnum):
     SYNTHETIC = "synthetic"
 
 
+class Chooser:
+    """Chooses each row's token: a function of target logits, seed and position only.
+
+    The noise's keys are on the device once they are asked for, so that one may choose from the same rows
+    several times over.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[SampleRow],
+        device: torch.device,
+        *,
+        kernels: Kernels,
+        noise: Noise = Noise.CHOICE,
+    ) -> None:
+        """Takes the rows.
+
+        Args:
+            rows: What each row is for.
+            device: Where logits will be.
+            kernels: Who adds the noise and looks for the best.
+            noise: Which noise that is.
+        """
+        noisy = torch.tensor([not row.params.is_greedy for row in rows], dtype=torch.bool)
+        self._keys, self._kernels = upload([*_noise_keys(rows, noise), noisy], device), kernels
+
+    def __call__(self, target: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab] from `target_logits` -> [rows] int64, on the device: the host does not wait."""
+        return self._kernels.noisy_argmax(target, *self._keys)
+
+
 def choose(
     target: torch.Tensor, rows: Sequence[SampleRow], *, kernels: Kernels, noise: Noise = Noise.CHOICE
 ) -> list[int]:
-    """Chooses each row's token: a function of target logits, seed and position only.
+    """Chooses as `Chooser` does, and waits for the tokens.
 
     Args:
         target: [rows, vocab] from `target_logits`.
@@ -314,10 +349,7 @@ def choose(
         kernels: Who adds the noise and looks for the best.
         noise: Which noise that is.
     """
-    seeds, positions = _noise_keys(rows, noise)
-    noisy = torch.tensor([not row.params.is_greedy for row in rows], dtype=torch.bool)
-    chosen: list[int] = kernels.noisy_argmax(target, seeds, positions, noisy).tolist()
-    return chosen
+    return Download(Chooser(rows, target.device, kernels=kernels, noise=noise)(target)).tolist()
 
 
 def uniforms(rows: Sequence[SampleRow], num: int, noise: Noise) -> torch.Tensor:
@@ -346,14 +378,42 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_top: int)
         num_top: How many of the most probable tokens to list.
     """
     logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    chosen = logprobs.gather(1, torch.tensor(token_ids).unsqueeze(1))
-    ranks = (logprobs >= chosen).sum(dim=-1).tolist()
+    chosen = logprobs.gather(1, indices(token_ids, logits.device).unsqueeze(1))
+    found = Download(chosen.squeeze(1)), Download((logprobs >= chosen).sum(dim=-1))
     num_top = min(num_top, logits.shape[1])
-    top = []
-    for row in logprobs:
-        best = best_tokens(row, num_top)
-        top.append(tuple(zip(best.tolist(), row[best].tolist(), strict=True)))
-    return [TokenLogprob(*t) for t in zip(token_ids, chosen.squeeze(1).tolist(), ranks, top, strict=True)]
+    best = best_of_rows if logits.device.type == "cuda" else _best_of_each
+    parts = (token_ids, *(part.tolist() for part in found), best(logprobs, num_top))
+    return [TokenLogprob(*of_token) for of_token in zip(*parts, strict=True)]
+
+
+def _best_of_each(logprobs: torch.Tensor, num: int) -> list[tuple[tuple[int, float], ...]]:
+    """For each row of [rows, vocab] its best tokens and their values, in rank order."""
+    ids = [best_tokens(row, num) for row in logprobs]
+    return [
+        tuple(zip(best.tolist(), row[best].tolist(), strict=True))
+        for row, best in zip(logprobs, ids, strict=True)
+    ]
+
+
+def best_of_rows(logprobs: torch.Tensor, num: int) -> list[tuple[tuple[int, float], ...]]:
+    """The same for all rows at once, and the host waits once: the shapes of what comes back are known.
+
+    Of equal values topk gives any. So those equal to the last are looked for by id, lowest first.
+    """
+    if num == 0:
+        return [()] * len(logprobs)
+    values, ids = logprobs.topk(num)
+    vocab_size = logprobs.shape[1]
+    falling = torch.arange(vocab_size, 0, -1, dtype=torch.int32, device=logprobs.device)
+    equal = torch.where(logprobs == values[:, -1:], falling, 0).topk(num).values
+    found = Download(values), Download(ids), Download(vocab_size - equal)
+    rows = []
+    for row_values, row_ids, row_equal in zip(*(part.tolist() for part in found), strict=True):
+        last = row_values[-1]
+        above = [(i, v) for i, v in zip(row_ids, row_values, strict=True) if v > last]
+        above.sort(key=lambda pair: (-pair[1], pair[0]))
+        rows.append((*above, *((i, last) for i in row_equal[: num - len(above)])))
+    return rows
 
 
 def _adjust_(target: torch.Tensor, rows: Sequence[SampleRow]) -> None:
@@ -364,20 +424,22 @@ def _adjust_(target: torch.Tensor, rows: Sequence[SampleRow]) -> None:
         rows: What each row is for.
     """
     sequence, known = None, torch.empty(0, dtype=torch.int64)
+    device = target.device
     for row, logits in zip(rows, target, strict=True):
         params = row.params
         if not params.adjusts:
             continue
         if row.sequence is not sequence:  # the rows of a tree share the known tokens
             sequence = row.sequence
-            known = _tensor(sequence.token_ids)
+            known = _tensor(sequence.token_ids, device)
         _penalise_(logits, row, known)
         if params.logit_bias:
-            logits[_tensor(params.logit_bias)] += torch.tensor(list(params.logit_bias.values()))
+            bias = torch.tensor(list(params.logit_bias.values()))
+            logits[_tensor(params.logit_bias, device)] += upload([bias], device)[0]
         if (kept := row.sequence.request.allowed_ids) is not None:
-            _keep_only_(logits, kept)
+            _keep_only_(logits, upload([kept], device)[0])
         if forbidden := _forbidden(row):
-            _forbid_(logits, _tensor(forbidden))
+            _forbid_(logits, _tensor(forbidden, device))
 
 
 def _penalise_(logits: torch.Tensor, row: SampleRow, known: torch.Tensor) -> None:
@@ -391,14 +453,15 @@ def _penalise_(logits: torch.Tensor, row: SampleRow, known: torch.Tensor) -> Non
     params = row.params
     if params.repetition_penalty == 1 and not params.frequency_penalty and not params.presence_penalty:
         return
-    tokens = torch.cat((known, _tensor(row.drafted))) if row.drafted else known
+    tokens = torch.cat((known, _tensor(row.drafted, logits.device))) if row.drafted else known
     if params.repetition_penalty != 1:
         values = logits[tokens]
         penalty = params.repetition_penalty
         logits[tokens] = torch.where(values > 0, values / penalty, values * penalty)
     if params.frequency_penalty or params.presence_penalty:
         answer = tokens[row.sequence.num_prompt :]
-        counts = torch.bincount(answer, minlength=len(logits))[answer]
+        # not bincount, whose result has a size that the host must know
+        counts = answer.new_zeros(len(logits)).scatter_add_(0, answer, torch.ones_like(answer))[answer]
         logits[answer] -= params.frequency_penalty * counts + params.presence_penalty
 
 
@@ -425,9 +488,7 @@ def _latest(row: SampleRow, num: int) -> list[int]:
 def _keep_only_(logits: torch.Tensor, tokens: torch.Tensor) -> None:
     """Sets all but the given tokens of a row to -inf, unless nothing would be left to choose."""
     values = logits[tokens]
-    if values.max() == -math.inf:
-        return
-    logits.fill_(-math.inf)
+    logits.masked_fill_(values.max() > -math.inf, -math.inf)  # no `if`, for which the host would wait
     logits[tokens] = values
 
 
@@ -435,13 +496,13 @@ def _forbid_(logits: torch.Tensor, tokens: torch.Tensor) -> None:
     """Sets tokens of a row to -inf, unless nothing else would be left to choose."""
     values = logits[tokens]
     logits[tokens] = -math.inf
-    if logits.max() == -math.inf:
-        logits[tokens] = values
+    logits[tokens] = values.masked_fill_(logits.max() > -math.inf, -math.inf)
 
 
-def _tensor(token_ids: Collection[int]) -> torch.Tensor:
+def _tensor(token_ids: Collection[int], device: torch.device) -> torch.Tensor:
     """[tokens] int64; several times faster than torch.tensor."""
-    return torch.from_numpy(np.fromiter(token_ids, np.int64, len(token_ids)))
+    (tensor,) = upload([torch.from_numpy(np.fromiter(token_ids, np.int64, len(token_ids)))], device)
+    return tensor
 
 
 def _noise_keys(rows: Sequence[SampleRow], noise: Noise) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,6 +44,7 @@ _WORDS = {
 }
 
 _ACCEPTED: dict[Any, str] = {
+    list[int]: "integers with spaces or commas between them",
     int: "an integer, also as 64k (thousand) or 2G, 2Gi (binary)",
     float: "a number",
     bool: "true or false",
@@ -74,6 +75,8 @@ def add_flags(
                 group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **options)
                 continue
             options["metavar"] = _metavar(kind)
+            if kind == list[int]:
+                options["nargs"] = "+"
             if field.metadata["positional"] and model_positional:
                 name = field.name.upper()
                 positional = {**options, "dest": f"positional_{field.name}", "metavar": name}
@@ -140,7 +143,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_value(kind: Any, text: str, source: str) -> Any:
-    """Reads a flag's or variable's text as int, float, bool, str, JSON object or one of a Literal's strings.
+    """Reads a flag's or variable's text as int, float, bool, str, ints, JSON object or a Literal's string.
 
     Raises:
         ConfigError: It is none; the message names `source`, the value and what is accepted.
@@ -159,6 +162,8 @@ def parse_value(kind: Any, text: str, source: str) -> Any:
             value = None
     elif kind == dict[str, Any]:
         value = _parse_object(text)
+    elif kind == list[int]:
+        value = _parse_ints(text)
     elif text in typing.get_args(kind):
         value = text
     if value is None:
@@ -175,8 +180,11 @@ def _given(name: str, flags: Mapping[str, Any]) -> Any:
 
 
 def _parse_text(config: type[Any], name: str, value: Any, source: str) -> Any:
-    """A flag's or variable's value; argparse has already turned boolean flags into bool."""
-    return value if isinstance(value, bool) else parse_value(_kind(config, name)[0], value, source)
+    """A flag's or variable's value; argparse has already made bools of switches, and lists of lists."""
+    if isinstance(value, bool):
+        return value
+    text = " ".join(value) if isinstance(value, list) else value
+    return parse_value(_kind(config, name)[0], text, source)
 
 
 def _parse_yaml(config: type[Any], name: str, value: Any, source: str) -> Any:
@@ -190,6 +198,8 @@ def _parse_yaml(config: type[Any], name: str, value: Any, source: str) -> Any:
         fits = value in typing.get_args(kind)
     else:
         fits = type(value) is (typing.get_origin(kind) or kind)
+    if fits and kind == list[int]:
+        fits = all(type(item) is int for item in value)
     if kind is float and type(value) is int:
         return float(value)
     if not fits:
@@ -208,6 +218,12 @@ def _parse_int(text: str) -> int | None:
     if "." in number:
         return None
     return int(number) * (_BINARY[suffix[0]] if suffix else 1)
+
+
+def _parse_ints(text: str) -> list[int] | None:
+    """Integers with spaces or commas between them; None if a part is none."""
+    numbers = [_parse_int(part) for part in text.replace(",", " ").split()]
+    return None if None in numbers else [number for number in numbers if number is not None]
 
 
 def _parse_object(text: str) -> dict[str, Any] | None:
@@ -258,7 +274,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 def _metavar(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return "{" + ",".join(typing.get_args(kind)) + "}"
-    return {int: "N", float: "X", str: "NAME", dict[str, Any]: "JSON"}[kind]
+    return {int: "N", float: "X", str: "NAME", dict[str, Any]: "JSON", list[int]: "N"}[kind]
 
 
 def _show(default: Any) -> str:

@@ -193,3 +193,38 @@ def test_every_setting_has_help_and_a_flag() -> None:
     assert "--max-num-seqs N" in text
     assert "--no-enable-prefix-caching" in text
     assert "(default: 8000)" in text
+
+
+def test_lists_of_integers_come_from_flags_the_environment_and_yaml(tmp_path: Path) -> None:
+    def sizes(*arguments: str, **environ: str) -> list[int] | None:
+        found: list[int] | None = load(EngineConfig, *arguments, **environ).cudagraph_capture_sizes
+        return found
+
+    assert sizes() is None
+    assert sizes("--cudagraph-capture-sizes", "1", "2", "8") == [1, 2, 8]
+    assert sizes("--cudagraph-capture-sizes", "1,2,8") == [1, 2, 8]
+    assert sizes(OUTPACE_CUDAGRAPH_CAPTURE_SIZES="4 8") == [4, 8]
+    path = tmp_path / "settings.yaml"
+    path.write_text("cudagraph-capture-sizes: [2, 4]\n")
+    assert sizes("--config", str(path)) == [2, 4]
+    path.write_text("cudagraph-capture-sizes: [2, four]\n")
+    for arguments in (("--config", str(path)), ("--cudagraph-capture-sizes", "2", "four")):
+        with pytest.raises(ConfigError, match="must be integers with spaces or commas between them"):
+            sizes(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"device": "gpu"}, "--device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({"gpu_memory_utilization": 1.1}, r"must be in \(0, 1\], got 1.1"),
+        ({"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": 1}, "give one of them"),
+        ({"cudagraph_capture_sizes": [8, 4]}, r"ascending, got \[8, 4\]"),
+        ({"cudagraph_capture_sizes": []}, "from 1 on"),
+        ({"cudagraph_capture_sizes": [0, 4]}, "from 1 on"),
+        ({"cudagraph_capture_sizes": [4], "enforce_eager": True}, "--enforce-eager records no CUDA graphs"),
+    ],
+)
+def test_settings_of_a_gpu_are_checked(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**wrong)

@@ -267,3 +267,71 @@ def test_no_row_within_reach_costs_more_than_the_steepest() -> None:
         assert np.diff(seconds).max() <= steepest * (1 + 1e-9)
         if first == 3 and more < 5:
             assert steepest == pytest.approx(0.2 + 0.13)
+
+
+# --- Buckets --------------------------------------------------------------------------------------------
+
+BUCKETS = (1, 2, 4, 8, 16, 32)
+
+
+def padded() -> CostModel:
+    """A machine that pads to buckets, and not beyond the last."""
+    return CostModel([*BUCKETS, 33, 64], [0.01, 0.01, 0.011, 0.012, 0.014, 0.02, 0.03, 0.05], buckets=BUCKETS)
+
+
+def test_a_pass_costs_what_its_bucket_costs_and_beyond_the_last_what_its_rows_cost() -> None:
+    cost, exact = padded(), CostModel([*BUCKETS, 33, 64], [0.01, 0.01, 0.011, 0.012, 0.014, 0.02, 0.03, 0.05])
+    rows = np.arange(1, 65)
+    full = [next((bucket for bucket in BUCKETS if bucket >= n), n) for n in rows.tolist()]
+    expected = exact.target_s(np.array(full), 0, 0, 0)
+    assert cost.target_s(rows, 0, 0, 0) == pytest.approx(expected, abs=0)
+    assert [cost.target_s(int(n), 0, 0, 0) for n in rows] == pytest.approx(expected.tolist())
+    assert cost.growing_s(1, 0, 0, [0.0] * 64, 0.0) == pytest.approx(expected.tolist())
+    assert float(cost.target_s(9, 0, 0, 0)) == float(cost.target_s(16, 0, 0, 0)) > cost.target_s(8, 0, 0, 0)
+    assert_monotone(cost)
+
+
+def test_the_dearest_row_is_the_one_that_opens_a_bucket() -> None:
+    cost = padded()
+    assert cost.steepest_s(9, 7, 0) == 0  # up to 16 rows
+    assert cost.steepest_s(9, 8, 0) == pytest.approx(0.006)
+    assert cost.steepest_s(3, 6, 0) == pytest.approx(0.002)
+    assert cost.steepest_s(40, 10, 0) == pytest.approx(0.02 / 31)  # no buckets there
+    rises = np.diff(cost.target_s(np.arange(20, 60), 0, 0, 0))
+    assert cost.steepest_s(20, 39, 0) == pytest.approx(float(rises.max()))
+
+
+def test_a_fit_over_buckets_is_exact_at_their_edges_and_flat_between() -> None:
+    truth = CostModel(BUCKETS, [0.01, 0.01, 0.011, 0.012, 0.014, 0.02], per_sample=1e-5, per_pair=1e-8)
+    shapes = [
+        Shape(rows, samples, context, rows * context)
+        for rows in BUCKETS
+        for samples in (0, rows)
+        for context in (0, 100)
+    ]
+    times = [float(truth.target_s(s.rows, s.samples, s.context, s.pairs)) for s in shapes]
+    fitted = CostModel.fit(shapes, times, buckets=(*BUCKETS, 48))  # the last was not measured
+    for rows in range(1, 33):
+        full = next(bucket for bucket in BUCKETS if bucket >= rows)
+        assert fitted.target_s(rows, 0, 0, 0) == pytest.approx(float(truth.target_s(full, 0, 0, 0)), rel=1e-6)
+
+
+def test_corrections_of_a_padded_pass_go_to_its_bucket() -> None:
+    cost = padded()
+    for _ in range(200):
+        cost.observe(record(padded(), 9, 0, 1.5))
+        cost.observe(record(padded(), 4, 0, 1.0))
+    rows = np.array([4, 9, 12, 16])
+    slowdown = cost.target_s(rows, 0, 0, 0) / padded().target_s(rows, 0, 0, 0)
+    assert slowdown[1:] == pytest.approx([slowdown[1]] * 3)
+    assert slowdown[1] > 1.2 * slowdown[0]
+    assert_monotone(cost)
+
+
+def test_buckets_survive_a_file_and_must_be_measured_ones() -> None:
+    again = CostModel.from_json(padded().to_json())
+    assert again.to_json() == padded().to_json()
+    assert again.target_s(9, 0, 0, 0) == padded().target_s(16, 0, 0, 0)
+    for wrong in ([4, 2], [3], [2, 2]):
+        with pytest.raises(ConfigError, match="buckets must ascend and be among its row counts"):
+            CostModel(BUCKETS, [0.01] * 6, buckets=wrong)

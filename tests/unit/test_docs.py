@@ -58,7 +58,7 @@ def _values(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return "list of lists"
     names = {int: "integer", float: "number", str: "text", bool: "switch", dict[str, Any]: "JSON object"}
-    names |= {list[float]: "list of numbers"}
+    names |= {list[float]: "list of numbers", list[int]: "integers"}
     if hint not in names and typing.get_args(hint):
         return ", ".join(_values(arg) for arg in typing.get_args(hint) if arg is not type(None))
     return names.get(hint) or f"`{hint}`"

@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "outpace"
 # A module may import from its own layer and from those above it in this list.
 LAYERS = (
     {"errors", "config", "registry"},
+    {"device"},
     {"kernels"},
     {"sampling", "request", "tree", "batch"},
     {"models"},

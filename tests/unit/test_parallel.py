@@ -17,7 +17,7 @@ import torch
 
 from outpace.batch import Batch, Scheduled, TargetOutput
 from outpace.config import EngineConfig
-from outpace.engine.engine import Engine
+from outpace.engine.engine import Engine, check_device
 from outpace.errors import ConfigError, EngineDeadError
 from outpace.models.shard import Shard
 from outpace.request import Sequence, Speculation
@@ -296,6 +296,16 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
         parallel.check_devices("cuda", 2)
     parallel.check_devices("cuda", 1)
     parallel.check_devices("cpu", 2)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_graphs_and_a_certain_gpu_with_several_ranks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 2 records no CUDA graphs"):
+        EngineConfig(num_threads=2, tensor_parallel_size=2, cudagraph_capture_sizes=[1, 2])
+    config = EngineConfig(num_threads=2, tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size 2 takes the first GPUs: .* cuda:1"):
+        check_device(config, torch.device("cuda", 1))
+    check_device(config, torch.device("cuda", 0))
 
 
 @pytest.mark.usefixtures("no_processes")

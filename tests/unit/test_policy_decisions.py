@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from dataclasses import replace
 
 import numpy as np
@@ -382,3 +383,24 @@ def test_what_a_drafter_has_to_catch_up_with_is_part_of_its_price() -> None:
         sequences = (SequenceView("0", context_len, 100),)
         limits = policy.limits(BatchView(sequences, 1, context_len, 1000, context_len, 1))
         assert (limits[0] > 0) == drafts
+
+
+# --- Buckets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_sequences", [5, 7, 9, 13])
+def test_goodput_fills_a_bucket_for_nothing_and_opens_the_next_only_if_it_pays(num_sequences: int) -> None:
+    sizes = (1, 2, 4, 8, 16, 32)
+    # Twice the rows take twice the time: without padding nothing would be worth drafting.
+    seconds = [1e-3 * rows for rows in sizes]
+    cost = CostModel(sizes, seconds, buckets=sizes)
+    policy = load_policy("goodput", context(cost))
+    assert isinstance(policy, GoodputPolicy)
+    steps = live(policy, num_sequences, 0, 200)  # drafts that never come true gain little
+    full = next(size for size in sizes if size >= num_sequences)
+    # but for a step now and then that verifies to learn
+    assert statistics.mode(num_sequences + sum(kept) for kept in steps[100:]) == full
+
+    smooth = load_policy("goodput", context(CostModel(sizes, seconds)))
+    assert isinstance(smooth, GoodputPolicy)
+    assert statistics.mode(sum(kept) for kept in live(smooth, num_sequences, 0, 200)[100:]) == 0

@@ -13,6 +13,7 @@ from outpace.engine.engine import Engine
 from outpace.errors import ConfigError
 from outpace.policy.cost import CostModel
 from outpace.policy.goodput import GoodputPolicy
+from outpace.runtime.graphs import default_sizes
 from outpace.sampling import SamplingParams
 from tiny import check_idle, cost_model, run, submit, tiny_engine
 
@@ -111,3 +112,25 @@ def test_each_step_is_a_line_of_the_step_log(tmp_path: Path) -> None:
         assert phases == pytest.approx(line["seconds"]["total"], abs=1e-5)
     with pytest.raises(ConfigError, match="cannot write --step-log"):
         tiny_engine(step_log=str(tmp_path / "no" / "such" / "folder"))
+
+
+def test_a_grid_of_buckets_fills_each_of_them_and_goes_beyond() -> None:
+    for max_num_seqs, buckets in ((64, default_sizes(512)), (4, (1, 7, 8, 30)), (256, default_sizes(512))):
+        points = list(profile.grid(max_num_seqs, 1024, 10**6, 4096, buckets))
+        full = {point.shape.rows for point in points if point.samples}
+        assert set(buckets) <= full
+        inside = {point.shape.rows for point in points if point.shape.rows <= buckets[-1]}
+        assert inside <= set(buckets)
+        assert buckets[-1] + 1 in {point.shape.rows for point in points}
+        assert all(point.sequences <= max_num_seqs for point in points)
+
+
+def test_a_padded_engine_measures_its_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "_ENOUGH_S", 0.0)
+    engine = tiny_engine(
+        max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, buckets=(1, 2, 4, 8, 16)
+    )
+    cost = profile.measure(engine.config, engine.kv, engine.runner, engine.verifier)
+    assert float(cost.target_s(9, 0, 0, 0)) == float(cost.target_s(16, 0, 0, 0))
+    assert json.loads(cost.to_json())["buckets"] == [1, 2, 4, 8, 16]
+    check_idle(engine)

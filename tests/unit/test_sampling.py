@@ -381,9 +381,9 @@ def test_allowed_tokens_become_a_tensor_once_per_request(monkeypatch: pytest.Mon
     converted: list[object] = []
     convert = sampling._tensor
 
-    def noting(token_ids: Collection[int]) -> torch.Tensor:
+    def noting(token_ids: Collection[int], device: torch.device) -> torch.Tensor:
         converted.append(token_ids)
-        return convert(token_ids)
+        return convert(token_ids, device)
 
     monkeypatch.setattr(sampling, "_tensor", noting)
     for _ in range(2):

@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from outpace.config import BLOCK_SIZE, EngineConfig, flag
+from outpace.device import CPU, choose_device
 from outpace.engine.admission import Admission
 from outpace.engine.detokenizer import detokenizer_factory
+from outpace.engine.gpu_memory import DEFAULT_UTILIZATION, Use, measure_use
 from outpace.engine.metrics import Metrics
 from outpace.engine.profile import load_or_measure
 from outpace.engine.scheduler import Scheduler
 from outpace.engine.step_log import StepLog
 from outpace.errors import ConfigError
+from outpace.kernels import gpu_problem
 from outpace.models.config import ModelConfig
+from outpace.models.decoder import Decoder
 from outpace.models.hub import resolve_model, resolve_tokenizer
 from outpace.models.loader import load_config
 from outpace.models.shard import Shard
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL_NAME = "SmolLM2-135M-Instruct"
+_BF16_CAPABILITY = (8, 0)  # of a GPU
 _BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # the last is Arm's
 _TYPICAL_LEN = 1024  # tokens per running sequence that the default cache has room for
 
@@ -117,18 +122,27 @@ class Engine:
         """
         check_methods(config.speculative)
         check_policy(config.policy)
-        path = resolve_model(config.model, config.revision)
+        device = choose_device(config.device, gpu_problem())
+        check_device(config, device)
+        path = resolve_model(config.model, config.revision, weights=config.load_format != "dummy")
         model = load_config(path)
-        dtype = choose_dtype(config)
-        own = Shard(0, config.tensor_parallel_size).config(model)
-        num_blocks = choose_num_blocks(config, cached_models(config, own), dtype)
+        dtype = choose_dtype(config, device)
+        cached = cached_models(config, Shard(0, config.tensor_parallel_size).config(model))
         tokenizer = load_tokenizer(resolve_tokenizer(config.tokenizer) if config.tokenizer else path)
-        part = Part(str(path), str(dtype).removeprefix("torch."), config.kernels, config.threads_per_rank)
-        runner, kv = start(part, config.tensor_parallel_size, num_blocks, config.enable_prefix_caching)
-        kernels = runner.decoder.kernels
+        if config.load_format == "dummy":
+            logger.warning("weights are random (--load-format dummy): answers mean nothing")
+
+        def num_blocks(decoder: Decoder) -> int:
+            if device.type == "cpu":
+                return choose_num_blocks(config, cached, dtype)
+            verifier = load_verifier(config.speculative, decoder.kernels)
+            return choose_num_gpu_blocks(config, cached, dtype, measure_use(config, decoder, verifier))
+
+        runner, kv = start(config, Part.of(config, path, dtype, device), num_blocks)
+        kernels, tokens = runner.decoder.kernels, kv.blocks.num_blocks * BLOCK_SIZE
         if config.speculative.is_synthetic:
             logger.warning("drafts are accepted by chance, at synthetic rates: answers mean nothing")
-        logger.info("KV cache of %d tokens in %s, kernels: %s", num_blocks * BLOCK_SIZE, dtype, kernels.name)
+        logger.info("KV cache of %d tokens in %s on %s, kernels: %s", tokens, dtype, device, kernels.name)
         try:
             return cls(config, model, tokenizer, kv, runner, load_verifier(config.speculative, kernels))
         except BaseException:
@@ -252,11 +266,38 @@ def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     return config.max_model_len
 
 
-def choose_dtype(config: EngineConfig) -> torch.dtype:
-    """The type of weights and cache; `auto` is bfloat16 where the CPU has arithmetic for it."""
+def check_device(config: EngineConfig, device: torch.device) -> None:
+    """Refuses settings that say nothing to a device.
+
+    Raises:
+        ConfigError: One is for GPUs and the model runs on a CPU, or one GPU is named and there are several.
+    """
+    if device.type == "cuda":
+        if config.tensor_parallel_size > 1 and device.index:
+            raise ConfigError(
+                f"{flag('tensor_parallel_size')} {config.tensor_parallel_size} takes the first GPUs: give "
+                f"{flag('device')} cuda instead of {device}, and choose with CUDA_VISIBLE_DEVICES"
+            )
+        return
+    for name in ("gpu_memory_utilization", "cudagraph_capture_sizes"):
+        if (value := getattr(config, name)) is not None:
+            instead = (
+                f" ({flag('kv_cache_memory_bytes')} sizes the KV cache there)" if "memory" in name else ""
+            )
+            raise ConfigError(
+                f"{flag(name)} {value} is for a GPU, and the model runs on the CPU{instead}: leave it out, "
+                f"or choose a GPU with {flag('device')} cuda"
+            )
+
+
+def choose_dtype(config: EngineConfig, device: torch.device = CPU) -> torch.dtype:
+    """The type of weights and cache; `auto` is bfloat16 where the device has arithmetic for it."""
     named = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if config.dtype != "auto":
         return named[config.dtype]
+    if device.type == "cuda":
+        able_to = torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
+        return torch.bfloat16 if able_to else torch.float32
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if any(able.get(name) for name in _BF16_INSTRUCTIONS) else torch.float32
 
@@ -284,9 +325,7 @@ def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: to
     Raises:
         ConfigError: The cache would not hold one sequence of the longest length, or not fit the machine.
     """
-    longest = max_model_len(config, models[0])
-    block_bytes = sum(KVCache.block_bytes(model, dtype) for model in models)
-    num_needed = -(-longest // BLOCK_SIZE)
+    longest, num_needed, block_bytes = _block_needs(config, models, dtype)
     if config.kv_cache_memory_bytes is None:
         typical = -(-min(longest, _TYPICAL_LEN) // BLOCK_SIZE)
         num_blocks = max(config.max_num_seqs * typical, num_needed)
@@ -307,3 +346,49 @@ def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: to
             f"lower {flag('kv_cache_memory_bytes')} (without it, {flag('max_num_seqs')})"
         )
     return num_blocks
+
+
+def choose_num_gpu_blocks(
+    config: EngineConfig, models: list[ModelConfig], dtype: torch.dtype, use: Use
+) -> int:
+    """Blocks of each KV cache on a GPU: those of --kv-cache-memory-bytes, else as many as there is room for.
+
+    Args:
+        config: The settings.
+        models: As `choose_num_blocks` takes them.
+        dtype: Type of the caches.
+        use: What else needs the memory.
+
+    Raises:
+        ConfigError: The cache would not hold one sequence of the longest length, or not fit the GPU.
+    """
+    longest, num_needed, block_bytes = _block_needs(config, models, dtype)
+    given = config.kv_cache_memory_bytes
+    utilization = config.gpu_memory_utilization or DEFAULT_UTILIZATION
+    room = use.left(1.0 if given is not None else utilization)
+    # One more block than there are: the null block.
+    num_blocks = (room if given is None else given) // block_bytes - 1
+    if given is not None and given > room:
+        raise ConfigError(
+            f"{flag('kv_cache_memory_bytes')} {given} exceeds what weights and passes leave of the GPU's "
+            f"memory, {room} bytes ({use}): lower it"
+        )
+    if num_blocks < num_needed:
+        more = (
+            f"raise {flag('kv_cache_memory_bytes')}"
+            if given is not None
+            else (f"raise {flag('gpu_memory_utilization')} ({utilization})")
+        )
+        raise ConfigError(
+            f"a KV cache of {max(num_blocks, 0) * BLOCK_SIZE} tokens on the GPU ({use}) holds fewer than one "
+            f"sequence of {longest}, which needs {(num_needed + 1) * block_bytes} bytes: {more}, or lower "
+            f"{flag('max_model_len')}, {flag('max_num_batched_tokens')} or {flag('max_num_seqs')}"
+        )
+    return num_blocks
+
+
+def _block_needs(config: EngineConfig, models: list[ModelConfig], dtype: torch.dtype) -> tuple[int, int, int]:
+    """Tokens of the longest sequence, the blocks that it needs, and the bytes of a block of all caches."""
+    longest = max_model_len(config, models[0])
+    block_bytes = sum(KVCache.block_bytes(model, dtype) for model in models)
+    return longest, -(-longest // BLOCK_SIZE), block_bytes

@@ -18,8 +18,8 @@ import torch
 
 from outpace.batch import Scheduled
 from outpace.config import BLOCK_SIZE, EngineConfig, cache_dir, num_cores
+from outpace.device import synchronize
 from outpace.errors import ConfigError
-from outpace.models.decoder import Decoder
 from outpace.policy.cost import FORMAT, CostModel, Shape
 from outpace.request import Request, Sequence
 from outpace.runtime.kv_cache import KVCache
@@ -35,6 +35,7 @@ DECODE_ROWS = (*range(1, 17), 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 DRAFT_ROWS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of sequences with drafts
 CHUNK_ROWS = (8, 32, 128, 512)  # of a prompt
 CONTEXT, LONG_CONTEXT = 128, 1024  # cached tokens per sequence
+_GREEDY = SamplingParams(temperature=0)
 _TREE_ROWS = 4  # of the sequences that stand for drafting ones
 _MOST_ALONE = 16  # rows of one sequence, where there are fewer sequences than rows to measure
 _LEAST_ROUNDS, _MOST_ROUNDS, _ENOUGH_S = 2, 7, 4.0  # over all shapes; no new round once so long
@@ -68,7 +69,7 @@ def load_or_measure(
     """
     if config.spec_profile is not None:
         return CostModel.load(Path(config.spec_profile))
-    path = profile_path(config, runner.decoder, cache)
+    path = profile_path(config, runner, cache)
     if path.exists():
         try:
             model_of_costs = CostModel.load(path)
@@ -80,9 +81,9 @@ def load_or_measure(
     return measure_and_keep(config, cache, runner, verifier)
 
 
-def profile_path(config: EngineConfig, decoder: Decoder, cache: KVCache) -> Path:
+def profile_path(config: EngineConfig, runner: ModelRunner, cache: KVCache) -> Path:
     """Where the profile of these settings is kept."""
-    meta = json.dumps(_identity(config, decoder, cache), sort_keys=True)
+    meta = json.dumps(_identity(config, runner, cache), sort_keys=True)
     return cache_dir() / "profiles" / f"{hashlib.blake2b(meta.encode(), digest_size=10).hexdigest()}.json"
 
 
@@ -90,8 +91,8 @@ def measure_and_keep(
     config: EngineConfig, cache: KVCache, runner: ModelRunner, verifier: Verifier
 ) -> CostModel:
     """Measures, and keeps the result for later starts."""
-    path = profile_path(config, runner.decoder, cache)
-    measured = measure(config, cache, runner, verifier, _identity(config, runner.decoder, cache))
+    path = profile_path(config, runner, cache)
+    measured = measure(config, cache, runner, verifier, _identity(config, runner, cache))
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}")
     scratch.write_text(measured.to_json(), encoding="utf-8")
@@ -120,7 +121,8 @@ def measure(
 
     positions = config.max_model_len or runner.decoder.config.max_position_embeddings
     longest = min(cache.blocks.capacity, positions)
-    points = list(grid(config.max_num_seqs, config.max_num_batched_tokens, cache.blocks.capacity, longest))
+    limits = (config.max_num_seqs, config.max_num_batched_tokens, cache.blocks.capacity, longest)
+    points = list(grid(*limits, runner.buckets))
     console = Console(stderr=True)
     seconds = [math.inf] * len(points)
     begin = time.perf_counter()
@@ -131,13 +133,15 @@ def measure(
                 break
             # All shapes in turn, and the fastest of each: what else the machine did belongs to none.
             for index, point in enumerate(points):
-                seconds[index] = min(seconds[index], _time(point, cache, runner, verifier))
+                seconds[index] = min(seconds[index], run_point(point, cache, runner, verifier))
                 progress.advance(bar)
     logger.info("Measured %d step shapes in %.1f s", len(points), time.perf_counter() - begin)
-    return CostModel.fit([point.shape for point in points], seconds, meta)
+    return CostModel.fit([point.shape for point in points], seconds, meta, runner.buckets)
 
 
-def grid(max_num_seqs: int, max_rows: int, capacity: int, longest: int) -> Iterator[Point]:
+def grid(
+    max_num_seqs: int, max_rows: int, capacity: int, longest: int, buckets: tuple[int, ...] = ()
+) -> Iterator[Point]:
     """Shapes that tell rows, context and sampling apart, within what the engine can run.
 
     Args:
@@ -145,7 +149,23 @@ def grid(max_num_seqs: int, max_rows: int, capacity: int, longest: int) -> Itera
         max_rows: Most rows.
         capacity: Tokens that the cache holds.
         longest: Most tokens of a sequence.
+        buckets: Row counts that passes are padded to: each is measured full, and of others none below the
+            largest, since they cost the same.
     """
+    if buckets:
+        yield from _fitting(_full(buckets, max_num_seqs, max_rows), capacity, longest)
+        largest = buckets[-1]
+        beyond = [rows for rows in (largest + 1, *CHUNK_ROWS, max_rows) if largest < rows <= max_rows]
+        yield from _fitting(
+            (Point(1, rows, 0, 0, samples=False) for rows in sorted(set(beyond))), capacity, longest
+        )
+        # and in some buckets without samples, and with longer contexts, to tell these apart
+        some = [bucket for bucket in buckets if bucket in (8, 32, 128) and bucket <= max_rows]
+        yield from _fitting((Point(1, rows, 0, 0, samples=False) for rows in some), capacity, longest)
+        long = [bucket for bucket in (buckets[0], *some) if bucket <= max_num_seqs]
+        yield from _fitting((Point(rows, 1, 0, LONG_CONTEXT) for rows in long), capacity, longest)
+        yield from _fitting((Point(1, 1, rows - 1, LONG_CONTEXT) for rows in some), capacity, longest)
+        return
     decode = [rows for rows in DECODE_ROWS if rows <= max_num_seqs]
     yield from _fitting((Point(rows, 1, 0, CONTEXT) for rows in decode), capacity, longest)
     trees = [rows // _TREE_ROWS for rows in DRAFT_ROWS if rows <= min(_TREE_ROWS * max_num_seqs, max_rows)]
@@ -159,6 +179,14 @@ def grid(max_num_seqs: int, max_rows: int, capacity: int, longest: int) -> Itera
     yield from _fitting((Point(1, 1, rows - 1, LONG_CONTEXT) for rows in (2, 8, 16)), capacity, longest)
 
 
+def _full(buckets: Iterable[int], max_num_seqs: int, max_rows: int) -> Iterator[Point]:
+    """Points that fill buckets exactly: as many sequences as can be, and drafts as long as that leaves."""
+    for rows in buckets:
+        each = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= max_num_seqs)
+        if rows <= max_rows:
+            yield Point(rows // each, 1, each - 1, CONTEXT)
+
+
 def _fitting(points: Iterable[Point], capacity: int, longest: int) -> Iterator[Point]:
     """The points that the cache holds, at a lower context if need be."""
     for point in points:
@@ -168,9 +196,19 @@ def _fitting(points: Iterable[Point], capacity: int, longest: int) -> Iterator[P
             yield dataclasses.replace(point, context=min(point.context, room))
 
 
-def _time(point: Point, cache: KVCache, runner: ModelRunner, verifier: Verifier) -> float:
-    """Seconds of a pass and its verification."""
-    sequences = [_sequence(number, point) for number in range(point.sequences)]
+def run_point(
+    point: Point,
+    cache: KVCache,
+    runner: ModelRunner,
+    verifier: Verifier,
+    sampling: SamplingParams = _GREEDY,
+) -> float:
+    """Runs a pass and its verification.
+
+    Returns:
+        The seconds that they took.
+    """
+    sequences = [_sequence(number, point, sampling) for number in range(point.sequences)]
     for sequence in sequences:
         cache.blocks.reserve(sequence, len(sequence.token_ids))
         sequence.num_computed = point.context
@@ -180,19 +218,20 @@ def _time(point: Point, cache: KVCache, runner: ModelRunner, verifier: Verifier)
     begin = time.perf_counter()
     batch = cache.place(scheduled, trees)
     verifier.verify(batch, runner.forward(batch))
+    synchronize(runner.decoder.device)  # without samples nothing came back that was waited for
     seconds = time.perf_counter() - begin
     for sequence in sequences:
         cache.blocks.free(sequence)
     return seconds
 
 
-def _sequence(number: int, point: Point) -> Sequence:
+def _sequence(number: int, point: Point, sampling: SamplingParams) -> Sequence:
     tokens = (0,) * (point.context + point.known)
-    request = Request(f"profile-{number}", tokens, SamplingParams(temperature=0), seed=0, max_tokens=1)
+    request = Request(f"profile-{number}", tokens, sampling, seed=0, max_tokens=1)
     return Sequence.start(request)
 
 
-def _identity(config: EngineConfig, decoder: Decoder, cache: KVCache) -> dict[str, object]:
+def _identity(config: EngineConfig, runner: ModelRunner, cache: KVCache) -> dict[str, object]:
     """All that a profile depends on."""
     from outpace import __version__
 
@@ -200,21 +239,24 @@ def _identity(config: EngineConfig, decoder: Decoder, cache: KVCache) -> dict[st
         "format": FORMAT,
         "outpace": __version__,
         "torch": torch.__version__,
-        "model": repr(decoder.config),
-        "device": f"{cache.keys.device.type}: {_processor()}",
+        "model": repr(runner.decoder.config),
+        "device": f"{cache.keys.device.type}: {_processor(cache.keys.device)}",
         "dtype": str(cache.keys.dtype),
         "threads": config.num_threads or num_cores(),
         "ranks": config.tensor_parallel_size,
-        "kernels": decoder.kernels.build,
+        "kernels": runner.decoder.kernels.build,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "cache_tokens": cache.blocks.capacity,
         "grid": [DECODE_ROWS, DRAFT_ROWS, CHUNK_ROWS],
+        "buckets": runner.buckets,
     }
 
 
-def _processor() -> str:
-    """The processor's name and how many there are."""
+def _processor(device: torch.device) -> str:
+    """The processor's name and how many there are, or the GPU's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -57,8 +57,9 @@ class Decoder:
         """
         self.config, self.dtype, self.kernels = config, dtype, kernels
         self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
-        self._rope = RopeTable(rope_table(config.rope, config.head_dim, config.max_position_embeddings))
         self._embedding = weights.pop("model.embed_tokens.weight")
+        table = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
+        self._rope = RopeTable(table.to(self.device))
         self._layers = tuple(_layer(config, weights, i, kernels, total) for i in range(config.num_layers))
         self._norm = weights.pop("model.norm.weight")
         head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight", None)
@@ -77,6 +78,11 @@ class Decoder:
         return part
 
     @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._embedding.device
+
+    @property
     def layers(self) -> tuple[Layer, ...]:
         """All of them, the first one first."""
         return self._layers
@@ -90,7 +96,9 @@ class Decoder:
         if self.config.tie_word_embeddings:
             return self._embedding
         # Packed weights are not kept unpacked; a unit vector reads a column of them, exactly.
-        return self.logits(torch.eye(self.config.hidden_size, dtype=self.dtype)).T.contiguous()
+        return self.logits(
+            torch.eye(self.config.hidden_size, dtype=self.dtype, device=self.device)
+        ).T.contiguous()
 
     @torch.inference_mode()
     def forward(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from outpace.config import flag
+from outpace.device import CPU
 from outpace.errors import ConfigError
 from outpace.models.config import ModelConfig
 from outpace.models.hub import resolve_model
@@ -97,6 +98,7 @@ def read_draft(
     shapes: Callable[[dict[str, Any]], Shapes],
     dtype: torch.dtype,
     keys: Collection[str],
+    device: torch.device = CPU,
 ) -> DraftCheckpoint:
     """Reads the checkpoint of a method and makes sure that it fits the target.
 
@@ -107,6 +109,7 @@ def read_draft(
         shapes: Name and shape of every weight, from the method's settings.
         dtype: Of the weights that are returned.
         keys: Settings of the method that there must be.
+        device: Where the weights go.
 
     Raises:
         ConfigError: There is none, it is of another method, or made for another target.
@@ -139,4 +142,4 @@ def read_draft(
         raise ConfigError(f"{path}: config.json has no settings of {method}")
     if missing := sorted(set(keys) - settings.keys()):
         raise ConfigError(f"{path}: config.json has no {missing[0]!r} of {method}")
-    return DraftCheckpoint(settings, load_tensors(path, shapes(settings), dtype))
+    return DraftCheckpoint(settings, load_tensors(path, shapes(settings), dtype, device))

@@ -30,13 +30,14 @@ _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 _MODEL_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 
 
-def resolve_model(model: str | None, revision: str | None = None) -> Path:
+def resolve_model(model: str | None, revision: str | None = None, weights: bool = True) -> Path:
     """Finds a model, downloading it if it is not here.
 
     Args:
         model: A directory or GGUF file; or a hub id `org/repo`, `org/repo/file.gguf` or `org/repo:QUANT`
             (the GGUF file with that quantisation in its name); or None for SmolLM2-135M-Instruct.
         revision: Branch, tag or commit of a hub id.
+        weights: Whether those of a directory on the hub are needed too, and not its configuration only.
 
     Returns:
         A directory with config.json, or a GGUF file.
@@ -53,7 +54,7 @@ def resolve_model(model: str | None, revision: str | None = None) -> Path:
         return _hub_file(match["repo"], match["file"], revision)
     if match := _HUB_QUANT.fullmatch(model):
         return _hub_quantisation(match["repo"], match["quant"], revision)
-    return _local(_hub_directory(model, _MODEL_FILES, revision))
+    return _local(_hub_directory(model, _MODEL_FILES if weights else _TOKENIZER_FILES, revision))
 
 
 def resolve_tokenizer(tokenizer: str) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from outpace.device import CPU
 from outpace.errors import ConfigError
 from outpace.models.config import ModelConfig
 from outpace.models.gguf_file import GGUFFile
@@ -44,7 +45,11 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def load_weights(
-    path: Path, config: ModelConfig, dtype: torch.dtype, shard: Shard = WHOLE_MODEL
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    shard: Shard = WHOLE_MODEL,
 ) -> dict[str, torch.Tensor]:
     """Reads all weights, or of each what a rank has.
 
@@ -52,10 +57,11 @@ def load_weights(
         path: What `config` was loaded from.
         config: Says which weights there must be.
         dtype: Type of the result, whatever is stored.
+        device: Where they go, one by one.
         shard: Which part of the model.
 
     Returns:
-        Exactly the names and shapes of `config.weight_shapes()`, on the CPU; of a shard, its `parts`.
+        Exactly the names and shapes of `config.weight_shapes()`; of a shard, its `parts`.
 
     Raises:
         ConfigError: A weight is missing, unexpected or of the wrong shape, or a file cannot be read.
@@ -68,12 +74,36 @@ def load_weights(
     _check_weights(path, config.weight_shapes(), stored)
     parts = shard.parts(config)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tensors = pool.map(lambda name: stored[name].read(dtype, parts[name]), parts)
+        tensors = pool.map(lambda name: stored[name].read(dtype, parts[name]).to(device), parts)
         return dict(zip(parts, tensors, strict=True))
 
 
+def dummy_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU
+) -> dict[str, torch.Tensor]:
+    """Random weights, always the same on one kind of device: a model of that shape without a checkpoint.
+
+    Their sizes keep the residual stream in range, so that steps take what those of a trained model take.
+
+    Args:
+        config: Says which weights there must be.
+        dtype: Of the result.
+        device: Where they are made.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    weights = {}
+    for name, shape in config.weight_shapes().items():
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        if "norm" in name:
+            weights[name] = weight.fill_(1)
+        else:
+            std = 1.0 if name == _EMBEDDING else shape[-1] ** -0.5
+            weights[name] = weight.normal_(0, std, generator=generator)
+    return weights
+
+
 def load_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device = CPU
 ) -> dict[str, torch.Tensor]:
     """Reads the safetensors of a directory, which must be exactly those of the given names and shapes.
 
@@ -82,7 +112,7 @@ def load_tensors(
     """
     stored = _safetensors_weights(path)
     _check_weights(path, shapes, stored)
-    return {name: stored[name].read(dtype, WHOLE) for name in shapes}
+    return {name: stored[name].read(dtype, WHOLE).to(device) for name in shapes}
 
 
 def is_gguf(path: Path) -> bool:

@@ -6,9 +6,10 @@ A step is predicted as the sum of three parts, each learnt from the phases it is
     draft       linear in sequences, nodes, depth, tokens behind    propose
     host        fixed + per sequence                                everything else
 
-`table` is piecewise linear between measured row counts, so a staircase stays one where both of its edges
-were measured. All slopes are non-negative and the corrected table is made monotone: more work never costs
-less.
+`table` is piecewise linear between measured row counts. Where passes are padded to known row counts, buckets,
+it is the staircase that they make: flat inside a bucket, so that a policy fills one for nothing. Without
+buckets a staircase stays one where both of its edges were measured. All slopes are non-negative and the
+corrected table is made monotone: more work never costs less.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,7 @@ class CostModel:
         per_sample: float = 0.0,
         draft: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
         host: Sequence[float] = (0.0, 0.0),
+        buckets: Sequence[int] = (),
         meta: Mapping[str, Any] | None = None,
     ) -> None:
         """Starts from a profile.
@@ -147,11 +150,14 @@ class CostModel:
             draft: Seconds per sequence asked, per node asked, per unit of the deepest limit, and per token of
                 those sequences that the drafter has not seen yet.
             host: Seconds per step and per sequence outside the model.
+            buckets: Row counts that passes are padded to, ascending, each of them among `rows`; passes of
+                more rows are not padded.
             meta: What it was measured on.
 
         Raises:
             ConfigError: Something is negative, not finite or not in order.
         """
+        self._buckets = _buckets(buckets, rows)
         self._rows, self._profile = _table(rows, seconds)
         self._knots: list[float] = self._rows.tolist()
         slopes = {"per_context": per_context, "per_pair": per_pair, "per_sample": per_sample}
@@ -178,8 +184,22 @@ class CostModel:
         per_context, per_pair, per_sample = self._slopes
         linear = per_context * context + per_pair * pairs + per_sample * samples
         if isinstance(rows, np.ndarray):
-            return self._factor * (np.interp(rows, self._rows, self._table) + linear)
-        return self._factor * (self._between(rows) + linear)
+            return self._factor * (np.interp(self._padded(rows), self._rows, self._table) + linear)
+        return self._factor * (self._between(self._padded_one(rows)) + linear)
+
+    def _padded(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """The rows that are computed for so many."""
+        if not self._buckets:
+            return rows
+        edges = np.array(self._buckets)
+        places = np.minimum(np.searchsorted(edges, rows), len(edges) - 1)
+        padded: NDArray[Any] = np.maximum(edges[places], rows)
+        return padded
+
+    def _padded_one(self, rows: float) -> float:
+        """The same for one count, in plain numbers."""
+        place = bisect_left(self._buckets, rows)
+        return self._buckets[place] if place < len(self._buckets) else rows
 
     def _between(self, rows: float) -> float:
         """The table at one row count, without numpy: most questions come with cold caches."""
@@ -208,13 +228,18 @@ class CostModel:
         """The table at `rows`, `rows` + 1, …, so many at least, each with its samples beyond the first."""
         if rows != self._first or num > len(self._dense):
             more = np.arange(num)
-            dense = np.interp(rows + more, self._rows, self._table) + self._slopes[2] * more
+            dense = np.interp(self._padded(rows + more), self._rows, self._table) + self._slopes[2] * more
             self._first, self._dense = rows, dense.tolist()
         return self._dense
 
     def steepest_s(self, rows: int, more: int, context: float) -> float:
         """The most that one of `more` sampled rows beyond `rows` costs, if none attends to more `context`."""
         _, per_pair, per_sample = self._slopes
+        if self._buckets and rows < self._buckets[-1]:
+            table = self._from(rows, more + 1)  # a row that opens a bucket pays for all of it
+            return max(map(sub, table[1 : more + 1], table), default=0.0) * self._factor + (
+                self._factor * per_pair * context
+            )
         first, last = bisect_right(self._knots, rows) - 1, bisect_left(self._knots, rows + more)
         rise = max(self._rises[max(first, 0) : last], default=0.0)  # level before the first measured count
         return self._factor * (rise + per_pair * context + per_sample)
@@ -282,6 +307,7 @@ class CostModel:
     def _observe_target(self, rows: float, predicted: float, seconds: float) -> None:
         if seconds <= 0 or predicted <= 0:
             return
+        rows = self._padded_one(rows)
         error = self._robust(math.log(seconds / predicted))
         self._level += _LEVEL_RATE * error
         self._factor = math.exp(self._level)
@@ -318,6 +344,7 @@ class CostModel:
             "per_sample": per_sample,
             "draft": self._draft.coefficients,
             "host": self._host.coefficients,
+            "buckets": self._buckets,
             "level": self._level,
             "local": self._local[:-1].tolist(),
         }
@@ -360,11 +387,21 @@ class CostModel:
 
     @classmethod
     def fit(
-        cls, shapes: Sequence[Shape], seconds: Sequence[float], meta: Mapping[str, Any] | None = None
+        cls,
+        shapes: Sequence[Shape],
+        seconds: Sequence[float],
+        meta: Mapping[str, Any] | None = None,
+        buckets: Sequence[int] = (),
     ) -> CostModel:
         """The model with the least relative error over measured steps; its table has their row counts.
 
         Non-negative least squares over the table's rises and the slopes keeps it monotone.
+
+        Args:
+            shapes: What was measured; where passes are padded, with the rows that were computed.
+            seconds: How long each took.
+            meta: What it was measured on.
+            buckets: Row counts that passes are padded to. One that was not measured costs what the next does.
 
         Raises:
             ConfigError: There are fewer than two row counts.
@@ -382,7 +419,15 @@ class CostModel:
         solution = nonnegative_least_squares(design * weights[:, None] / unit, np.ones(len(shapes))) / unit
         table = np.cumsum(solution[: len(knots)])
         context, pair, sample = map(float, solution[len(knots) :])
-        return cls(knots, table.tolist(), per_context=context, per_pair=pair, per_sample=sample, meta=meta)
+        return cls(
+            knots,
+            table.tolist(),
+            per_context=context,
+            per_pair=pair,
+            per_sample=sample,
+            buckets=[bucket for bucket in buckets if bucket in knots],
+            meta=meta,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,6 +537,13 @@ def nonnegative_least_squares(design: Floats, target: Floats) -> Floats:
 def _asked(limits: Sequence[int]) -> tuple[int, int, int]:
     """Sequences, nodes and depth asked for."""
     return len(limits) - limits.count(0), sum(limits), max(limits, default=0)
+
+
+def _buckets(buckets: Sequence[int], rows: Sequence[float]) -> list[int]:
+    """The checked buckets."""
+    if sorted(set(buckets)) != list(buckets) or not set(buckets) <= set(rows):
+        raise ConfigError(f"a cost model's buckets must ascend and be among its row counts, got {buckets}")
+    return list(buckets)
 
 
 def _table(rows: Sequence[float], seconds: Sequence[float]) -> tuple[Floats, Floats]:

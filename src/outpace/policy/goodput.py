@@ -346,8 +346,9 @@ class GoodputPolicy(SpeculationPolicy):
         """The same for those who have a draft of which nothing is worth verifying."""
         if self._credit_s <= 0 or not idle or view.num_free_slots < sum(counts) + PROBE_NODES:
             return
-        cost_s = self._rows_s(view, view.sequences[idle[0]].context_len)
-        self._credit_s = min(self._credit_s, 3 * cost_s)  # quiet hours buy no burst
+        cost_s = self._rows_s(view, view.sequences[idle[0]].context_len, sum(counts))
+        if cost_s:  # nothing where there is room in a bucket
+            self._credit_s = min(self._credit_s, 3 * cost_s)  # quiet hours buy no burst
         if self._credit_s >= cost_s:
             self._credit_s -= cost_s
             self._probe = self._least_known(idle)
@@ -356,9 +357,9 @@ class GoodputPolicy(SpeculationPolicy):
     def _least_known(self, idle: list[int]) -> int:
         return idle[int(np.argmin(self.acceptance.num_verified([self._ids[i] for i in idle])))]
 
-    def _rows_s(self, view: BatchView, context_len: int) -> float:
-        """What the rows of a probe add to a step."""
-        rows, samples = view.num_rows, len(view.sequences)
+    def _rows_s(self, view: BatchView, context_len: int, num_drafted: int = 0) -> float:
+        """What the rows of a probe add to a step that has so many drafted ones."""
+        rows, samples = view.num_rows + num_drafted, len(view.sequences) + num_drafted
         before = self.cost.target_s(rows, samples, 0, 0)
         after = self.cost.target_s(rows + PROBE_NODES, samples + PROBE_NODES, 0, PROBE_NODES * context_len)
         return float(after - before)

@@ -9,6 +9,7 @@ import torch
 
 from outpace.batch import Batch, BatchEntry, Scheduled, Verdict
 from outpace.config import BLOCK_SIZE
+from outpace.device import CPU, upload
 from outpace.kernels import Rows
 from outpace.models.config import ModelConfig
 from outpace.request import Sequence
@@ -24,16 +25,23 @@ class KVCache:
         keys: [layers, blocks, kv_heads, head_dim, 16]: the 16 keys of a block are the lanes of a vector.
         values: [layers, blocks, kv_heads, 16, head_dim].
         layers: Per layer its keys and values.
+        null_block: The last one, which nobody owns: rows that pad a pass are written there.
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, enable_prefix_caching: bool
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        dtype: torch.dtype,
+        enable_prefix_caching: bool,
+        device: torch.device = CPU,
     ) -> None:
         self.blocks = BlockManager(num_blocks, enable_prefix_caching)
-        shape = (config.num_layers, num_blocks, config.num_kv_heads)
+        self.null_block = num_blocks
+        shape = (config.num_layers, num_blocks + 1, config.num_kv_heads)
         # Zeros, not garbage: a masked lane's value is multiplied by 0, which would keep a NaN.
-        self.keys = torch.zeros(*shape, config.head_dim, BLOCK_SIZE, dtype=dtype)
-        self.values = torch.zeros(*shape, BLOCK_SIZE, config.head_dim, dtype=dtype)
+        self.keys = torch.zeros(*shape, config.head_dim, BLOCK_SIZE, dtype=dtype, device=device)
+        self.values = torch.zeros(*shape, BLOCK_SIZE, config.head_dim, dtype=dtype, device=device)
         self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
 
     @staticmethod
@@ -88,7 +96,7 @@ class KVCache:
     def move(self, moves: list[tuple[int, int]]) -> None:
         """Copies physical slots, (from, to) each, over all layers."""
         # Indexing copies the sources before any target is written.
-        source, target = torch.tensor(moves).unbind(1)
+        source, target = upload(torch.tensor(moves).unbind(1), self.keys.device)
         from_block, from_offset = source // BLOCK_SIZE, source % BLOCK_SIZE
         to_block, to_offset = target // BLOCK_SIZE, target % BLOCK_SIZE
         self.keys[:, to_block, :, :, to_offset] = self.keys[:, from_block, :, :, from_offset]

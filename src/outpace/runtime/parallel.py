@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,15 +34,16 @@ import torch.distributed
 
 import outpace
 from outpace.batch import Batch, TargetOutput
-from outpace.config import flag
+from outpace.config import EngineConfig, flag
+from outpace.device import CPU
 from outpace.errors import ConfigError, EngineDeadError
 from outpace.kernels import Rows, load_kernels
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder, Total
-from outpace.models.loader import load_config, load_weights
+from outpace.models.loader import dummy_weights, load_config, load_weights
 from outpace.models.shard import Shard
 from outpace.runtime.kv_cache import KVCache
-from outpace.runtime.runner import ModelRunner
+from outpace.runtime.runner import ModelRunner, build_runner
 from outpace.runtime.streams import StreamPass
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ class Part:
         dtype: Name of the type of weights and cache.
         kernels: As the setting has it.
         num_threads: Of one rank.
-        device: Type of device.
+        device: Type of the ranks' devices.
+        load_format: As the setting has it.
     """
 
     path: str
@@ -74,6 +76,19 @@ class Part:
     kernels: Literal["auto", "native", "reference"]
     num_threads: int
     device: str = "cpu"
+    load_format: Literal["auto", "dummy"] = "auto"
+
+    @classmethod
+    def of(cls, config: EngineConfig, path: Path, dtype: torch.dtype, device: torch.device) -> Part:
+        """The settings' own."""
+        name = str(dtype).removeprefix("torch.")
+        own_device = device.type if config.tensor_parallel_size > 1 else str(device)
+        return cls(str(path), name, config.kernels, config.threads_per_rank, own_device, config.load_format)
+
+    def device_of(self, rank: int) -> torch.device:
+        """Of several GPUs each rank has its own."""
+        device = torch.device(self.device)
+        return torch.device("cuda", rank) if self.device == "cuda" else device
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -93,15 +108,19 @@ class Part:
         """
         path = Path(self.path)
         model = load_config(path)
-        own = shard.config(model)
+        own, device = shard.config(model), self.device_of(shard.rank)
         kernels = load_kernels(
             self.kernels,
             self.torch_dtype,
             head_dim=own.head_dim,
             widths=(own.hidden_size, own.intermediate_size),
             num_threads=self.num_threads,
+            device=device,
         )
-        weights = load_weights(path, model, self.torch_dtype, shard)
+        if self.load_format == "dummy":
+            weights = dummy_weights(own, self.torch_dtype, device)
+        else:
+            weights = load_weights(path, model, self.torch_dtype, device, shard)
         return Decoder(own, weights, self.torch_dtype, kernels, total)
 
 
@@ -120,7 +139,7 @@ class Ranks:
             device: Type of the devices: gloo connects CPUs, nccl GPUs.
         """
         self._store, self._shard, self._device = store, shard, device
-        self._group: Any = None
+        self._group: Any = None  # without one this rank is alone, while it measures what it needs
 
     def join(self) -> None:
         """Connects this rank, once all are there or about to be.
@@ -155,7 +174,8 @@ class Ranks:
         """
         rows, width = part.shape
         parts: torch.Tensor = part.new_empty(self._shard.size * rows, width)
-        self._group._allgather_base(parts, part).wait()
+        if self._group is not None:
+            self._group._allgather_base(parts, part).wait()
         total = parts[:rows].float()
         for other in parts[rows:].split(rows):
             total += other
@@ -305,9 +325,14 @@ class LeadingCache(KVCache):
     """
 
     def __init__(
-        self, config: ModelConfig, num_blocks: int, dtype: torch.dtype, enable_prefix_caching: bool
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        dtype: torch.dtype,
+        enable_prefix_caching: bool,
+        device: torch.device = CPU,
     ) -> None:
-        super().__init__(config, num_blocks, dtype, enable_prefix_caching)
+        super().__init__(config, num_blocks, dtype, enable_prefix_caching, device)
         self.moved: Moves = []
 
     def move(self, moves: Moves) -> None:
@@ -420,32 +445,34 @@ def read_integers(pipe: int, number: int) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.int32) if number else torch.empty(0, dtype=torch.int32)
 
 
-def start(part: Part, size: int, num_blocks: int, enable_prefix_caching: bool) -> tuple[ModelRunner, KVCache]:
-    """Loads a model on so many ranks, of which this process is the first.
+def start(
+    config: EngineConfig, part: Part, num_blocks: Callable[[Decoder], int]
+) -> tuple[ModelRunner, KVCache]:
+    """Loads a model on as many ranks as the settings ask for, of which this process is the first.
 
     Args:
+        config: The settings.
         part: What every rank loads.
-        size: Ranks; 1 is this process alone.
-        num_blocks: Of the cache of each.
-        enable_prefix_caching: As the setting has it.
+        num_blocks: Of the cache of each, once the first rank's decoder is there.
 
     Raises:
         ConfigError: The model cannot be had, does not divide, or there are fewer devices than ranks.
         EngineDeadError: A worker ended while it loaded.
     """
+    size, has_prefixes = config.tensor_parallel_size, config.enable_prefix_caching
     check_devices(part.device, size)
     if size == 1:
         decoder = part.load(Shard())
-        cache = KVCache(decoder.config, num_blocks, decoder.dtype, enable_prefix_caching)
-        return ModelRunner(decoder, cache), cache
-    Shard(0, size).config(load_config(Path(part.path)))  # refused before processes are started for it
+        cache = KVCache(decoder.config, num_blocks(decoder), decoder.dtype, has_prefixes, decoder.device)
+        return build_runner(config, decoder, cache), cache
     workers = Workers(part, size)
     try:
         decoder = part.load(Shard(0, size), workers.ranks.total)
-        leading = LeadingCache(decoder.config, num_blocks, decoder.dtype, enable_prefix_caching)
+        number = num_blocks(decoder)
+        leading = LeadingCache(decoder.config, number, decoder.dtype, has_prefixes, decoder.device)
         workers.join()
         with workers.watched():
-            workers.send(np.array([num_blocks], dtype=np.int32).tobytes())
+            workers.send(np.array([number], dtype=np.int32).tobytes())
     except BaseException:
         workers.close()
         raise

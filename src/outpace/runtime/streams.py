@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from outpace.batch import Batch, BatchEntry, StreamOutput
+from outpace.batch import Batch, BatchEntry, StreamOutput, fields_of
 from outpace.config import BLOCK_SIZE
+from outpace.device import upload
 from outpace.kernels import Rows
 from outpace.models.decoder import Decoder
 from outpace.models.streams import Streams
@@ -61,13 +62,18 @@ class StreamPass:
 
     @torch.inference_mode()
     def forward(
-        self, decoder: Decoder, batch: Batch, cache: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        placed: Batch,
+        cache: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, StreamOutput]:
         """Runs all layers. The batch's own rows get the bits that they get without streams.
 
         Args:
             decoder: The model.
-            batch: Its own rows.
+            batch: Its own rows, on the host.
+            placed: The same on the decoder's device.
             cache: Per layer the key and value cache.
 
         Returns:
@@ -75,9 +81,9 @@ class StreamPass:
         """
         config = self.streams.config
         lower, upper = self.streams.split(decoder.layers)
-        residual = decoder.embed(batch.token_ids)
-        normed = decoder.run(residual, lower, batch.rows, cache)
-        layout = lay_out(batch, self.choose(normed), config.num_streams)
+        residual = decoder.embed(placed.token_ids)
+        normed = decoder.run(residual, lower, placed.rows, cache)
+        layout = lay_out(batch, self.choose(normed), config.num_streams).to(decoder.device)
         joined = residual.new_empty(len(layout.rows.positions), residual.shape[1])
         joined[layout.own] = residual
         joined[layout.streams] = self.streams.start(residual[layout.anchors])
@@ -106,6 +112,15 @@ class Layout:
     streams: torch.Tensor
     anchors: torch.Tensor
     places: dict[tuple[int, int], int]
+
+    def to(self, device: torch.device) -> Layout:
+        """The same with its tensors on a device; on the CPU itself."""
+        if device.type == "cpu":
+            return self
+        own, streams, anchors, *fields = upload(
+            [self.own, self.streams, self.anchors, *fields_of(self.rows)], device
+        )
+        return Layout(Rows(*fields), own, streams, anchors, self.places)
 
 
 @dataclass(slots=True)

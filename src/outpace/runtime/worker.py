@@ -57,13 +57,14 @@ def _serve(task: dict[str, Any], status: int) -> None:
     os.write(status, b".")
     ranks.join()
     (num_blocks,) = read_integers(_PIPE, 1).tolist()
-    cache = KVCache(decoder.config, num_blocks, decoder.dtype, enable_prefix_caching=False)
+    cache = KVCache(decoder.config, num_blocks, decoder.dtype, False, decoder.device)
     first_layers = functools.cache(decoder.first_layers)  # all of them, or those that draft
     while True:
         step = receive(_PIPE)
         if step.moves:
             cache.move(step.moves)
-        first_layers(step.num_layers).forward(step.batch.token_ids, step.batch.rows, cache.layers)
+        batch = step.batch.to(decoder.device)
+        first_layers(step.num_layers).forward(batch.token_ids, batch.rows, cache.layers)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from typing import NamedTuple, final
 import torch
 
 from outpace.batch import Scheduled, Verdict
+from outpace.device import Download
 from outpace.kernels import Kernels
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner
-from outpace.sampling import SampleRow, choose, target_logits
+from outpace.sampling import Chooser, SampleRow, target_logits
 from outpace.tree import EMPTY_TREE, DraftTree
 
 
@@ -161,13 +162,17 @@ def likely_tokens(
     """
     wanted = target_logits(logits, rows, kernels=kernels)
     total = wanted.float().logsumexp(dim=1, keepdim=True)  # [rows, 1]
+    choose = Chooser(rows, wanted.device, kernels=kernels)
+    drawn: list[tuple[Download, Download]] = []
+    for _ in range(number):
+        index = choose(wanted).unsqueeze(1)  # [rows, 1]
+        probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0)
+        drawn.append((Download(index.squeeze(1)), Download(probs.squeeze(1))))
+        wanted.scatter_(1, index, -torch.inf)
     candidates: list[list[tuple[int, float]]] = [[] for _ in rows]
-    for rank in range(number):
-        token_ids = choose(wanted, rows, kernels=kernels)
-        index = torch.tensor(token_ids).unsqueeze(1)  # [rows, 1]
-        probs = (wanted.gather(1, index).float() - total).exp().clamp(max=1.0).squeeze(1).tolist()
-        for found, token_id, prob in zip(candidates, token_ids, probs, strict=True):
+    for rank, (token_ids, rank_probs) in enumerate(drawn):
+        pairs = zip(token_ids.tolist(), rank_probs.tolist(), strict=True)
+        for found, (token_id, prob) in zip(candidates, pairs, strict=True):
             if prob or not rank:  # what the filters left out is chosen when nothing else remains
                 found.append((token_id, prob))
-        wanted.scatter_(1, index, -torch.inf)
     return candidates

@@ -7,6 +7,7 @@ from typing import final
 import torch
 
 from outpace.batch import Batch, TargetOutput, Verdict
+from outpace.device import indices
 from outpace.request import Sequence
 
 
@@ -27,7 +28,9 @@ class LastHidden:
                 ids.append(entry.sequence.id)
                 rows.append(entry.first_row + entry.num_known + last)
         if rows:
-            self._states.update(zip(ids, target.hidden[rows].unbind(), strict=True))
+            self._states.update(
+                zip(ids, target.hidden[indices(rows, target.hidden.device)].unbind(), strict=True)
+            )
 
     def release(self, sequence_id: str) -> None:
         """Forgets a sequence."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import final
 
 import torch
 
 from outpace.batch import Batch, BatchEntry, Decision, TargetOutput, Verdict
 from outpace.config import SpeculativeConfig
+from outpace.device import indices
 from outpace.kernels import Kernels
 from outpace.sampling import Noise, SampleRow, choose, target_logits, token_logprobs, uniforms
 from outpace.tree import DraftTree
+
+_Found = tuple[tuple[int, ...], int]  # an accepted path and the token behind it
 
 
 class Verifier(ABC):
@@ -49,7 +54,7 @@ class MatchVerifier(Verifier):
         rows = rows_to_sample(batch)
         wanted = target_logits(target.logits, rows, allowed, kernels=self._kernels)
         chosen = choose(wanted, rows, kernels=self._kernels)
-        return Verdict(tuple(_decide(entry, chosen, target.logits) for entry in batch.entries))
+        return _verdict(batch, [_follow(entry, chosen) for entry in batch.entries], target.logits)
 
 
 @final
@@ -67,19 +72,20 @@ class RatioVerifier(Verifier):
     def verify(self, batch: Batch, target: TargetOutput, allowed: torch.Tensor | None = None) -> Verdict:
         """See Verifier."""
         rows = rows_to_sample(batch)
-        wanted = target_logits(target.logits, rows, allowed, kernels=self._kernels)
+        device = target.logits.device
+        # Each acceptance hangs on the one before, so the host decides, over distributions that come whole.
+        wanted = target_logits(target.logits, rows, allowed, kernels=self._kernels).cpu()
         largest = max((len(entry.tree) for entry in batch.entries), default=0)
         numbers = uniforms(rows, largest, Noise.ACCEPTANCE).tolist()
-        decisions: list[Decision | None] = []
+        found: list[_Found | None] = []
         for entry in batch.entries:
             if entry.first_sample is None:
-                decisions.append(None)
+                found.append(None)
                 continue
             own = slice(entry.first_sample, entry.first_sample + 1 + len(entry.tree))
             path, left = ratio_path(entry.tree, rows[own], wanted[own], numbers[own])
-            token_id = self._draw(left, rows[_last(entry, path)])
-            decisions.append(_decision(entry, path, token_id, target.logits))
-        return Verdict(tuple(decisions))
+            found.append((path, self._draw(left.to(device), rows[_last(entry, path)])))
+        return _verdict(batch, found, target.logits)
 
     def _draw(self, p: torch.Tensor, row: SampleRow) -> int:
         """A token from p [vocab]."""
@@ -111,15 +117,15 @@ class SyntheticVerifier(Verifier):
         wanted = target_logits(target.logits, rows, allowed, kernels=self._kernels)
         chosen = choose(wanted, rows, kernels=self._kernels)
         numbers = uniforms(rows, 1, Noise.SYNTHETIC).squeeze(1).tolist()
-        decisions: list[Decision | None] = []
+        found: list[_Found | None] = []
         for entry in batch.entries:
             if entry.first_sample is None:
-                decisions.append(None)
+                found.append(None)
                 continue
             num_accepted = sum(numbers[entry.first_sample] < rate for rate in self._rates)
             path = _first_path(entry.tree, num_accepted)
-            decisions.append(_decision(entry, path, chosen[_last(entry, path)], target.logits))
-        return Verdict(tuple(decisions))
+            found.append((path, chosen[_last(entry, path)]))
+        return _verdict(batch, found, target.logits)
 
 
 def load_verifier(config: SpeculativeConfig, kernels: Kernels) -> Verifier:
@@ -191,7 +197,7 @@ def ratio_path(
     for node, (parent, token_id) in enumerate(zip(tree.parents, tree.token_ids, strict=True)):
         if parent != here:
             continue
-        q = _point_mass(token_id, len(p)) if tree.probs is None else tree.probs[node].double()
+        q = _point_mass(token_id, len(p)) if tree.probs is None else tree.probs[node].to(p)
         if numbers[here + 1][node] * float(q[token_id]) < float(p[token_id]):
             path.append(node)
             here = node
@@ -224,12 +230,13 @@ def _first_path(tree: DraftTree, length: int) -> tuple[int, ...]:
     return tuple(path)
 
 
-def _decide(entry: BatchEntry, chosen: list[int], logits: torch.Tensor) -> Decision | None:
+def _follow(entry: BatchEntry, chosen: list[int]) -> _Found | None:
+    """The path of the choices, and the one at its end."""
     if entry.first_sample is None:
         return None
     root = entry.first_sample
     path = matched_path(entry.tree, chosen[root : root + 1 + len(entry.tree)])
-    return _decision(entry, path, chosen[_last(entry, path)], logits)
+    return path, chosen[_last(entry, path)]
 
 
 def _last(entry: BatchEntry, path: tuple[int, ...]) -> int:
@@ -238,11 +245,35 @@ def _last(entry: BatchEntry, path: tuple[int, ...]) -> int:
     return entry.first_sample + (path[-1] + 1 if path else 0)
 
 
-def _decision(entry: BatchEntry, path: tuple[int, ...], token_id: int, logits: torch.Tensor) -> Decision:
-    """The decision for an accepted path and the token behind it."""
-    token_ids = (*(entry.tree.token_ids[node] for node in path), token_id)
-    num_top = entry.sequence.request.sampling.logprobs
-    if num_top is None:
-        return Decision(path, token_ids)
-    rows = [_last(entry, path[:depth]) for depth in range(len(path) + 1)]
-    return Decision(path, token_ids, tuple(token_logprobs(logits[rows], token_ids, num_top)))
+def _verdict(batch: Batch, found: Sequence[_Found | None], logits: torch.Tensor) -> Verdict:
+    """The decisions, with log-probabilities where they are asked for: those of all entries in one go.
+
+    Args:
+        batch: What was computed.
+        found: For each entry its accepted path and the token behind it, None where it does not sample.
+        logits: [samples, vocab], the model's own.
+    """
+    decisions: list[Decision | None] = []
+    asking: list[int] = []  # entries
+    rows: list[int] = []
+    token_ids: list[int] = []
+    for index, (entry, of_entry) in enumerate(zip(batch.entries, found, strict=True)):
+        if of_entry is None:
+            decisions.append(None)
+            continue
+        path, token_id = of_entry
+        decision = Decision(path, (*(entry.tree.token_ids[node] for node in path), token_id))
+        decisions.append(decision)
+        if entry.sequence.request.sampling.logprobs is not None:
+            asking.append(index)
+            rows += (_last(entry, path[:depth]) for depth in range(len(path) + 1))
+            token_ids += decision.token_ids
+    if asking:
+        nums = [batch.entries[index].sequence.request.sampling.logprobs or 0 for index in asking]
+        said = iter(token_logprobs(logits[indices(rows, logits.device)], token_ids, max(nums)))
+        for index, num in zip(asking, nums, strict=True):
+            asked = decisions[index]
+            assert asked is not None
+            own = itertools.islice(said, len(asked.token_ids))
+            decisions[index] = replace(asked, logprobs=tuple(replace(at, top=at.top[:num]) for at in own))
+    return Verdict(tuple(decisions))

@@ -152,10 +152,13 @@ def create(context: DraftContext) -> DraftModel:
         head_dim=config.head_dim,
         widths=(config.hidden_size, config.intermediate_size),
         num_threads=context.config.threads_per_rank,
+        device=target.device,
     )
-    decoder = Decoder(config, load_weights(path, config, target.dtype), target.dtype, kernels)
+    weights = load_weights(path, config, target.dtype, target.device)
+    decoder = Decoder(config, weights, target.dtype, kernels)
     # As many tokens as the target's: `choose_num_blocks` has planned both.
-    kv = KVCache(config, context.kv.blocks.num_blocks, target.dtype, context.config.enable_prefix_caching)
+    num_blocks, has_prefixes = context.kv.blocks.num_blocks, context.config.enable_prefix_caching
+    kv = KVCache(config, num_blocks, target.dtype, has_prefixes, target.device)
     logger.info("draft model %s of %d layers", settings.model, config.num_layers)
     rows = context.config.max_num_batched_tokens
     runner = context.runner.beside(decoder, kv)

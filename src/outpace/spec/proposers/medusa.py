@@ -153,6 +153,7 @@ def create(context: DraftContext) -> Medusa:
         lambda settings: _shapes(settings, target.config),
         target.dtype,
         keys=("num_heads", "own_heads", "tree"),
+        device=target.device,
     )
     kernels, weights = target.kernels, draft.weights
     heads = range(draft.settings["num_heads"])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from outpace.batch import Batch, TargetOutput, Verdict
+from outpace.device import indices
 from outpace.kernels import Linear
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
@@ -128,9 +129,8 @@ class ReDrafter(Proposer):
         states = torch.zeros_like(hidden)
         active = list(searches.values())
         for _ in range(self._num_tokens):
-            states = self._extend(
-                active, hidden[[places[s.sequence.id] for s in active for _ in s.beams]], states
-            )
+            began = indices([places[s.sequence.id] for s in active for _ in s.beams], hidden.device)
+            states = self._extend(active, hidden[began], states)
             active = [search for search in active if search.has_room()]
             if not active:
                 break
@@ -154,8 +154,8 @@ class ReDrafter(Proposer):
         """
         layers, beams = self._layers, [(s.sequence, beam) for s in searches for beam in s.beams]
         last = [beam.tokens[-1] if beam.tokens else sequence.token_ids[-1] for sequence, beam in beams]
-        before = states[[beam.row for _, beam in beams]]
-        taken_in = self._target.embed(torch.tensor(last))
+        before = states[indices([beam.row for _, beam in beams], states.device)]
+        taken_in = self._target.embed(indices(last, states.device))
         states = F.silu(layers.token(taken_in) + layers.state(before))  # [beams, hidden]
         x = torch.cat((hidden, states), dim=1)
         for block in layers.blocks:
@@ -195,6 +195,7 @@ def create(context: DraftContext) -> ReDrafter:
         lambda settings: _shapes(settings, target.config),
         target.dtype,
         keys=("num_tokens", "num_blocks"),
+        device=target.device,
     )
 
     def linear(name: str) -> Linear:

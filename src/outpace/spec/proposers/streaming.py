@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from outpace.batch import Batch, BatchEntry, TargetOutput, Verdict
+from outpace.device import upload
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, read_draft
@@ -160,8 +161,9 @@ class Streaming(Proposer):
         if early_exit is None:
             return expected
         parents = [entry.first_row + entry.num_known + parent for parent in tree.parents]
-        states, q = normed[parents], torch.tensor(expected, dtype=torch.float32)
-        probs: list[float] = early_exit.probs(states, torch.tensor(tree.token_ids), q).tolist()
+        given = [torch.tensor(parents), torch.tensor(tree.token_ids), torch.tensor(expected)]
+        rows, token_ids, q = upload(given, normed.device)
+        probs: list[float] = early_exit.probs(normed[rows], token_ids, q).tolist()
         return probs
 
 
@@ -206,7 +208,7 @@ def create(context: DraftContext) -> Streaming:
     def shapes(raw: dict[str, Any]) -> Shapes:
         return stream_config(raw).weight_shapes(model)
 
-    checkpoint = read_draft(settings.model, "streaming", model, shapes, decoder.dtype, KEYS)
+    checkpoint = read_draft(settings.model, "streaming", model, shapes, decoder.dtype, KEYS, decoder.device)
     config = stream_config(checkpoint.settings)
     streams = Streams(config, checkpoint.weights, decoder)
     branching = settings.draft_branching or config.branching
