@@ -70,7 +70,7 @@ def test_ranks_together_compute_what_the_whole_model_computes(
     config = load_config(tmp_path)
 
     def states(shard: Shard, total: Callable[[torch.Tensor], torch.Tensor] | None) -> torch.Tensor:
-        weights = load_weights(tmp_path, config, torch.float32, shard)
+        weights = load_weights(tmp_path, config, torch.float32, shard=shard)
         return hidden(Decoder(shard.config(config), weights, torch.float32, ReferenceKernels(), total))
 
     with ThreadPoolExecutor(size) as pool:
@@ -101,7 +101,7 @@ def test_the_shape_of_a_rank_is_that_of_its_weights(tmp_path: Path) -> None:
     config = load_config(tmp_path)
     for rank in (0, 1):
         shard = Shard(rank, 2)
-        weights = load_weights(tmp_path, config, torch.float32, shard)
+        weights = load_weights(tmp_path, config, torch.float32, shard=shard)
         expected = shard.config(config).weight_shapes()
         expected.pop("lm_head.weight", None)  # which no rank but the first would need
         assert {name: tuple(weight.shape) for name, weight in weights.items()} == expected
@@ -114,7 +114,7 @@ def test_only_the_first_rank_has_an_output_head(tmp_path: Path) -> None:
         first, second = (
             Decoder(
                 shard.config(config),
-                load_weights(tmp_path / variant, config, torch.float32, shard),
+                load_weights(tmp_path / variant, config, torch.float32, shard=shard),
                 torch.float32,
                 ReferenceKernels(),
             )
@@ -148,7 +148,7 @@ def test_a_part_of_a_gguf_is_that_part_of_the_whole(tmp_path: Path, variant: str
     for rank in (0, 1):
         shard = Shard(rank, 2)
         parts = shard.parts(config)
-        weights = load_weights(path, config, torch.float32, shard)
+        weights = load_weights(path, config, torch.float32, shard=shard)
         assert weights.keys() == parts.keys()
         for name, part in parts.items():
             assert torch.equal(weights[name], whole[name][part]), name
