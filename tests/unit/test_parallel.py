@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -246,10 +247,16 @@ def test_a_worker_outlives_signals_and_its_death_is_an_error_that_names_it(model
     engine.close()  # a second time is no error
 
 
-def test_a_worker_that_cannot_load_is_an_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_cannot_load_is_an_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     workers = Workers(Part(str(tmp_path), "float32", "reference", 1), 2)
+    is_aborted = threading.Event()  # what waits for it, on a GPU
+    monkeypatch.setattr(workers.ranks, "abort", is_aborted.set)
+    workers._watch()
     with pytest.raises(EngineDeadError, match=r"rank 1 .* ended with exit status 1"):
         workers.join()
+    assert is_aborted.wait(10)
     workers.close()
     assert "config.json" in capfd.readouterr().err
 

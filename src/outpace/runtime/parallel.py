@@ -204,6 +204,7 @@ class Workers:
         self._directory = tempfile.TemporaryDirectory(prefix="outpace-ranks-")
         store = str(Path(self._directory.name, "store"))
         self.ranks = Ranks(store, Shard(0, size), part.device)
+        self._device = part.device
         self._processes: list[subprocess.Popen[bytes]] = []
         self._closing = threading.Event()
         self.close = weakref.finalize(self, _end, self._processes, self._directory, self._closing)
@@ -234,7 +235,7 @@ class Workers:
                 self.check(0)
         with self.watched():
             self.ranks.join()
-        if self.ranks._device == "cuda":
+        if self._device == "cuda":
             self._watch()
 
     def send(self, message: bytes) -> None:
