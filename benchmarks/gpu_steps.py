@@ -4,7 +4,7 @@
 
 A model of Llama-3.1-8B's shape with random weights, no checkpoint needed; --model names another one. The
 limit of a step is the time to read the weights and the cached context once at --bandwidth, or to multiply at
---flops, whichever is longer. Beside it: what the profile predicts, from other steps. The defaults are those of
+--flops, whichever is longer. Beside it: what the profile predicts, from other steps. The defaults are from
 an H200's data sheet. Nothing else may run on the GPU.
 """
 
@@ -23,7 +23,6 @@ from outpace.device import choose_device
 from outpace.engine.engine import Engine
 from outpace.engine.profile import load_or_measure
 from outpace.errors import ConfigError
-from outpace.kernels import gpu_problem
 from outpace.models.config import ModelConfig
 from outpace.models.hub import resolve_model
 from outpace.runtime.kv_cache import KVCache
@@ -85,7 +84,7 @@ def main() -> None:
     parser.add_argument("--flops", type=float, default=989e12, help="bfloat16 operations/s without sparsity")
     args = parser.parse_args()
     try:
-        choose_device(EngineConfig(device=args.device).device, gpu_problem())
+        choose_device(EngineConfig(device=args.device).device)
         config = EngineConfig(
             args.model or str(SHAPE),
             load_format="auto" if args.model else "dummy",

@@ -19,7 +19,6 @@ from pathlib import Path
 from outpace.config import EngineConfig
 from outpace.device import choose_device
 from outpace.errors import ConfigError
-from outpace.kernels import gpu_problem
 from outpace.models.hub import resolve_model
 
 SHAPE = Path(__file__).parent / "llama-3.1-8b"
@@ -77,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if not args.dry_run:
-            choose_device(EngineConfig(device=args.device).device, gpu_problem())
+            choose_device(EngineConfig(device=args.device).device)
         commands = [command(rate, args) for rate in args.rates]
     except ConfigError as error:
         sys.exit(str(error))

@@ -30,7 +30,7 @@ from outpace.models.hub import resolve_model
 from outpace.models.tokenizer import encode_chat
 from outpace.policy.base import BatchView, SpeculationPolicy
 from outpace.runtime.kv_cache import KVCache
-from outpace.runtime.runner import ModelRunner
+from outpace.runtime.runner import build_runner
 from outpace.sampling import SamplingParams, StructuredOutputsParams
 from outpace.spec import proposer as proposers
 
@@ -76,8 +76,9 @@ class Loaded:
         """An engine of its own with an empty cache, over the same weights."""
         config = replace(self.engine.config, **settings)
         blocks = num_blocks or self.engine.kv.blocks.num_blocks
-        kv = KVCache(self.model, blocks, self.decoder.dtype, config.enable_prefix_caching)
-        runner = ModelRunner(self.decoder, kv)
+        decoder = self.decoder
+        kv = KVCache(self.model, blocks, decoder.dtype, config.enable_prefix_caching, decoder.device)
+        runner = build_runner(config, decoder, kv)
         return Engine(config, self.model, self.engine.tokenizer, kv, runner, self.engine.verifier)
 
 

@@ -7,6 +7,7 @@ comes to it, and what comes back is waited for once. On the CPU nothing here cop
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,18 +23,18 @@ _ALIGNED = 64  # bytes; kernels are compiled anew for pointers that are aligned 
 _NUMPY = {torch.int64: np.int64, torch.int32: np.int32}
 
 
-def choose_device(name: str, gpu_problem: str | None) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device that `--device` names; `auto` is a GPU where there is one that can be used.
 
     Args:
         name: `auto`, `cpu`, `cuda` or `cuda:N`; settings are checked for that.
-        gpu_problem: Why the kernels for GPUs cannot be had, or None.
 
     Raises:
         ConfigError: It is not there, or cannot be used.
     """
+    lacks_triton = importlib.util.find_spec("triton") is None
     if name == "auto":
-        return CPU if gpu_problem or not torch.cuda.is_available() else torch.device("cuda", 0)
+        return CPU if lacks_triton or not torch.cuda.is_available() else torch.device("cuda", 0)
     device = torch.device(name)
     if device.type == "cpu":
         return device
@@ -43,8 +44,10 @@ def choose_device(name: str, gpu_problem: str | None) -> torch.device:
         raise ConfigError(f"--device {name}: {reason}; use --device cpu")
     if (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
-    if gpu_problem:
-        raise ConfigError(f"--device {name}: {gpu_problem}; use --device cpu")
+    if lacks_triton:
+        raise ConfigError(
+            f"--device {name}: its kernels need triton: pip install 'outpace[gpu]', or use --device cpu"
+        )
     return torch.device("cuda", device.index or 0)
 
 

@@ -6,6 +6,7 @@ host is an error here as it would be a stall there. `Apart` does the same for wh
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -93,32 +94,34 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error() -> None:
-    assert choose_device("auto", None) == CPU
-    assert choose_device("cpu", None) == CPU
+    assert choose_device("auto") == CPU
+    assert choose_device("cpu") == CPU
     with pytest.raises(ConfigError, match=r"--device cuda:1: .*; use --device cpu"):
-        choose_device("cuda:1", None)
+        choose_device("cuda:1")
 
 
 @pytest.mark.usefixtures("two_gpus")
-def test_with_gpus_auto_is_the_first_one_if_there_are_kernels_for_it() -> None:
-    assert choose_device("auto", None) == torch.device("cuda", 0)
-    assert choose_device("auto", "no kernels") == CPU
-    assert choose_device("cuda:1", None) == torch.device("cuda", 1)
+def test_with_gpus_auto_is_the_first_one_if_there_are_kernels_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("auto") == torch.device("cuda", 0)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
     assert choose_dtype(EngineConfig(), torch.device("cuda", 0)) == torch.bfloat16
     assert choose_dtype(EngineConfig(dtype="float32"), torch.device("cuda", 0)) == torch.float32
     with pytest.raises(ConfigError, match=r"--device cuda:2: there are 2 GPUs"):
-        choose_device("cuda:2", None)
-    with pytest.raises(ConfigError, match="--device cuda: no kernels; use --device cpu"):
-        choose_device("cuda", "no kernels")
+        choose_device("cuda:2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_device("auto") == CPU
+    with pytest.raises(ConfigError, match=r"--device cuda: its kernels need triton: .* or use --device cpu"):
+        choose_device("cuda")
 
 
 def test_what_is_for_gpus_only_is_refused_on_a_cpu() -> None:
     for settings in ({"gpu_memory_utilization": 0.5}, {"cudagraph_capture_sizes": [1, 8]}):
-        config = EngineConfig(**settings)  # type: ignore[arg-type]
+        config = EngineConfig(**settings)
         check_device(config, torch.device("cuda", 0))
         with pytest.raises(ConfigError, match="is for a GPU, and the model runs on the CPU"):
             check_device(config, CPU)
@@ -188,7 +191,7 @@ class Apart(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_copies = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -132,7 +132,7 @@ def test_padded_passes_give_the_same_bytes_with_trees_and_without(
 
 
 def test_padding_changes_nothing_for_chunked_prompts_and_preempted_sequences() -> None:
-    tight = {"num_blocks": 17, "max_num_batched_tokens": 24, "max_num_seqs": 6}
+    tight: dict[str, Any] = {"num_blocks": 17, "max_num_batched_tokens": 24, "max_num_seqs": 6}
     plain = answers(tiny_engine(**tight), SAMPLED)
     engine = tiny_engine(**tight, buckets=(4, 16, 24))
     assert answers(engine, SAMPLED) == plain

@@ -22,7 +22,6 @@ from outpace.engine.profile import load_or_measure
 from outpace.engine.scheduler import Scheduler
 from outpace.engine.step_log import StepLog
 from outpace.errors import ConfigError
-from outpace.kernels import gpu_problem
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.hub import resolve_model, resolve_tokenizer
@@ -122,8 +121,10 @@ class Engine:
         """
         check_methods(config.speculative)
         check_policy(config.policy)
-        device = choose_device(config.device, gpu_problem())
+        device = choose_device(config.device)
         check_device(config, device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread: where streams, graphs and kernels go
         path = resolve_model(config.model, config.revision, weights=config.load_format != "dummy")
         model = load_config(path)
         dtype = choose_dtype(config, device)

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from typing import Literal
 
 import torch
 
-from outpace.device import CPU
 from outpace.errors import ConfigError
 from outpace.kernels.base import Heads, Kernels, LayerAttention, Linear, RopeTable, Rows
 
-__all__ = [
-    "Heads",
-    "Kernels",
-    "LayerAttention",
-    "Linear",
-    "RopeTable",
-    "Rows",
-    "gpu_problem",
-    "load_kernels",
-]
+__all__ = ["Heads", "Kernels", "LayerAttention", "Linear", "RopeTable", "Rows", "load_kernels"]
 
 logger = logging.getLogger(__name__)
-
-_GPU_MODULE = "outpace.kernels.gpu"  # its `create(dtype, device)` makes the backend
-
-
-def gpu_problem() -> str | None:
-    """Why there are no kernels for a GPU in this installation, or None."""
-    for module in (_GPU_MODULE, "triton"):
-        if importlib.util.find_spec(module) is None:
-            return f"the kernels for GPUs need {module}, which is not installed"
-    return None
 
 
 def load_kernels(
@@ -44,9 +22,8 @@ def load_kernels(
     head_dim: int,
     widths: tuple[int, ...],
     num_threads: int,
-    device: torch.device = CPU,
 ) -> Kernels:
-    """Builds the backend of a device.
+    """Builds the CPU backend.
 
     Args:
         choice: `native`, `reference`, or `auto`: native where it can be had, else the reference
@@ -56,16 +33,10 @@ def load_kernels(
         widths: Widths of the rows that are normed or gated.
         num_threads: Threads that share the work of a pass. Torch gets them, in the calling thread,
             or one if the backend has its own: two teams would spin on the same cores.
-        device: Whose; `choice` is among those of a CPU.
 
     Raises:
-        ConfigError: What was asked for cannot be had, or not on that device.
+        ConfigError: `native` was asked for and cannot be had.
     """
-    if device.type == "cuda":
-        if choice != "auto":
-            raise ConfigError(f"--kernels {choice} runs on a CPU, not on {device}: leave it out")
-        made: Kernels = importlib.import_module(_GPU_MODULE).create(dtype, device)
-        return made
     from outpace.kernels import native
     from outpace.kernels.reference import ReferenceKernels
 
