@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -93,8 +94,12 @@ def metrics(server: Server, value: int) -> set[str]:
 def test_a_rank_0_that_is_killed_leaves_no_process(servers: dict[str, Server]) -> None:
     server = servers["killed"]
     (worker,) = workers_of(server)
+    task = Path(f"/proc/{worker}/cmdline").read_bytes().split(b"\0")[-2]
+    directory = Path(json.loads(task)["store"]).parent
+    assert directory.exists()
     os.kill(server.process.pid, signal.SIGKILL)
     wait_until(lambda: has_ended(worker))
+    assert not directory.exists()
 
 
 def test_a_server_whose_worker_died_says_so_and_ends(servers: dict[str, Server]) -> None:

@@ -315,7 +315,8 @@ def _end(
             process.wait()
         assert process.stdout is not None
         process.stdout.close()
-    directory.cleanup()
+    with contextlib.suppress(OSError):  # a worker may have been first
+        directory.cleanup()
 
 
 class LeadingCache(KVCache):

@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 _PIPE, _OUTPUT, _ERRORS = 0, 1, 2
@@ -27,10 +29,11 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     status = os.dup(_OUTPUT)
     os.dup2(_ERRORS, _OUTPUT)  # what libraries print is not our status
-    threading.Thread(target=_end_with_rank_0, daemon=True).start()
+    task = json.loads(sys.argv[1])
+    threading.Thread(target=_end_with_rank_0, args=(Path(task["store"]).parent,), daemon=True).start()
     logging.disable(logging.WARNING)  # rank 0 says the same
     try:
-        _serve(json.loads(sys.argv[1]), status)
+        _serve(task, status)
     except EOFError:
         return
     except RuntimeError:
@@ -38,11 +41,12 @@ def main() -> None:
         raise
 
 
-def _end_with_rank_0() -> None:
+def _end_with_rank_0(directory: Path) -> None:
     """Waits until the pipe is closed at its other end, whatever the main thread waits for."""
     poll = select.poll()
     poll.register(_PIPE, 0)  # hang-ups are always told
     poll.poll()
+    shutil.rmtree(directory, ignore_errors=True)  # if rank 0 was killed, it could not
     os._exit(0)
 
 
