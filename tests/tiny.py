@@ -205,6 +205,7 @@ class FakeModel:
         self.on_forward = on_forward or (lambda: None)
         self.passes: list[dict[str, int]] = []
         self.decoder = None  # there is none for a draft method to use
+        self.close = lambda: None
 
     def engine(self, *, num_blocks: int = 64, **settings: Any) -> Engine:
         settings = {"max_model_len": min(256, num_blocks * BLOCK_SIZE), **settings}

@@ -281,6 +281,8 @@ class AsyncLLM:
             # First this, then the loop's streams: a request submitted in between finds one or the other.
             self._death = error
             self._tell(self._fail_all, error)
+        finally:
+            engine.close()
 
     def _turn(self, engine: Engine) -> bool:
         """Obeys what was asked since the last turn, then runs a step; False to end."""

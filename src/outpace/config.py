@@ -244,6 +244,11 @@ class EngineConfig:
         "these, larger ones run operation by operation; the default is 1, 2, 4, 8, 16, 24, … up to 512",
     )
     num_threads: int | None = setting(None, "Threads of the CPU kernels; the default is one per core")
+    tensor_parallel_size: int = setting(
+        1,
+        "Processes, each with a device of its own, that divide the model's heads and widths between them; on "
+        "a CPU they divide the threads",
+    )
     kernels: Literal["auto", "native", "reference", "triton"] = setting(
         "auto",
         "triton on a GPU; on a CPU native C++ (built on first use) or reference, plain torch; auto is native "
@@ -304,6 +309,7 @@ class EngineConfig:
             "max_num_queued_reqs": 0,
             "kv_cache_memory_bytes": 1,
             "num_threads": 1,
+            "tensor_parallel_size": 1,
         }
         for name, limit in least.items():
             value = getattr(self, name)
@@ -322,11 +328,30 @@ class EngineConfig:
         cores = num_cores()
         if self.num_threads is not None and self.num_threads > cores:
             raise ConfigError(f"--num-threads must be at most {cores}, one per core, got {self.num_threads}")
+        self._check_ranks(cores)
         if self.speculative.is_synthetic and not self.allow_synthetic:
             raise ConfigError(
                 f"synthetic verification gives answers that mean nothing: for a benchmark add "
                 f"{flag('allow_synthetic')}, else choose another {flag('spec_method')}"
             )
+
+    def _check_ranks(self, cores: int) -> None:
+        num_ranks, num_threads = self.tensor_parallel_size, self.num_threads or cores
+        if num_ranks > num_threads:
+            raise ConfigError(
+                f"{flag('tensor_parallel_size')} must be at most {num_threads}, the number of threads (here "
+                f"there are {cores} cores): each rank needs one of its own, got {num_ranks}"
+            )
+        if num_ranks > 1 and "streaming" in self.speculative.methods:
+            raise ConfigError(
+                f"{flag('spec_method')} streaming runs on one rank, since its adapters are not divided, got "
+                f"{flag('tensor_parallel_size')} {num_ranks}: choose another method or 1"
+            )
+
+    @property
+    def threads_per_rank(self) -> int:
+        """Threads of the CPU kernels in each process that computes."""
+        return (self.num_threads or num_cores()) // self.tensor_parallel_size
 
     def _check_gpu(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -343,6 +368,11 @@ class EngineConfig:
             return
         if self.enforce_eager:
             raise ConfigError("--enforce-eager records no CUDA graphs: leave out --cudagraph-capture-sizes")
+        if self.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"{flag('tensor_parallel_size')} {self.tensor_parallel_size} records no CUDA graphs: leave "
+                "out --cudagraph-capture-sizes"
+            )
         if not sizes or min(sizes) < 1 or sorted(set(sizes)) != sizes:
             raise ConfigError(
                 f"--cudagraph-capture-sizes must be row counts from 1 on, ascending, got {sizes}; without it "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from outpace.config import BLOCK_SIZE, EngineConfig, flag, num_cores
+from outpace.config import BLOCK_SIZE, EngineConfig, flag
 from outpace.device import CPU, choose_device
 from outpace.engine.admission import Admission
 from outpace.engine.detokenizer import detokenizer_factory
@@ -22,17 +22,18 @@ from outpace.engine.profile import load_or_measure
 from outpace.engine.scheduler import Scheduler
 from outpace.engine.step_log import StepLog
 from outpace.errors import ConfigError
-from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.hub import resolve_model, resolve_tokenizer
-from outpace.models.loader import dummy_weights, load_config, load_weights
+from outpace.models.loader import load_config
+from outpace.models.shard import Shard
 from outpace.models.tokenizer import load_tokenizer
 from outpace.policy.base import BatchView, PolicyContext, StepRecord, check_policy, load_policy
 from outpace.policy.cost import CostModel
 from outpace.request import Output, Request, Sequence
 from outpace.runtime.kv_cache import KVCache
-from outpace.runtime.runner import ModelRunner, build_runner
+from outpace.runtime.parallel import Part, start
+from outpace.runtime.runner import ModelRunner
 from outpace.spec.grammar import GrammarStates
 from outpace.spec.proposer import DraftContext, check_methods, load_proposer
 from outpace.spec.several import Several
@@ -100,7 +101,7 @@ class Engine:
         self.max_model_len = max_model_len(config, model)
         self.admission = Admission(config, model, tokenizer, self.max_model_len)
         self.scheduler = Scheduler(config, kv.blocks, detokenizer_factory(tokenizer))
-        self.proposer = load_proposer(DraftContext(config, tokenizer, runner.decoder, kv, runner))
+        self.proposer = load_proposer(DraftContext(config, tokenizer, model, kv, runner))
         self._several = self.proposer if isinstance(self.proposer, Several) else None
         self.grammars = GrammarStates(tokenizer, model.vocab_size)
         self.runner, self.verifier = runner, verifier
@@ -127,34 +128,31 @@ class Engine:
         path = resolve_model(config.model, config.revision, weights=config.load_format != "dummy")
         model = load_config(path)
         dtype = choose_dtype(config, device)
-        cached = cached_models(config, model)
-        num_blocks = 0 if device.type == "cuda" else choose_num_blocks(config, cached, dtype)
+        cached = cached_models(config, Shard(0, config.tensor_parallel_size).config(model))
         tokenizer = load_tokenizer(resolve_tokenizer(config.tokenizer) if config.tokenizer else path)
-        widths = (model.hidden_size, model.intermediate_size)
-        kernels = load_kernels(
-            config.kernels,
-            dtype,
-            head_dim=model.head_dim,
-            widths=widths,
-            num_threads=config.num_threads or num_cores(),
-            device=device,
-            batch_invariant=config.batch_invariant,
-        )
         if config.load_format == "dummy":
             logger.warning("weights are random (--load-format dummy): answers mean nothing")
-            weights = dummy_weights(model, dtype, device)
-        else:
-            weights = load_weights(path, model, dtype, device)
-        decoder = Decoder(model, weights, dtype, kernels)
-        verifier = load_verifier(config.speculative, kernels)
-        if device.type == "cuda":
-            num_blocks = choose_num_gpu_blocks(config, cached, dtype, measure_use(config, decoder, verifier))
-        kv = KVCache(model, num_blocks, dtype, config.enable_prefix_caching, device)
+
+        def num_blocks(decoder: Decoder) -> int:
+            if device.type == "cpu":
+                return choose_num_blocks(config, cached, dtype)
+            verifier = load_verifier(config.speculative, decoder.kernels)
+            return choose_num_gpu_blocks(config, cached, dtype, measure_use(config, decoder, verifier))
+
+        runner, kv = start(config, Part.of(config, path, dtype, device), num_blocks)
+        kernels, tokens = runner.decoder.kernels, kv.blocks.num_blocks * BLOCK_SIZE
         if config.speculative.is_synthetic:
             logger.warning("drafts are accepted by chance, at synthetic rates: answers mean nothing")
-        tokens = num_blocks * BLOCK_SIZE
         logger.info("KV cache of %d tokens in %s on %s, kernels: %s", tokens, dtype, device, kernels.name)
-        return cls(config, model, tokenizer, kv, build_runner(config, decoder, kv), verifier)
+        try:
+            return cls(config, model, tokenizer, kv, runner, load_verifier(config.speculative, kernels))
+        except BaseException:
+            runner.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the processes of other ranks, if there are any. No step may follow."""
+        self.runner.close()
 
     @property
     def has_work(self) -> bool:
@@ -273,9 +271,14 @@ def check_device(config: EngineConfig, device: torch.device) -> None:
     """Refuses settings that say nothing to a device.
 
     Raises:
-        ConfigError: One is given that is for GPUs, and the model runs on a CPU.
+        ConfigError: One is for GPUs and the model runs on a CPU, or one GPU is named and there are several.
     """
     if device.type == "cuda":
+        if config.tensor_parallel_size > 1 and device.index:
+            raise ConfigError(
+                f"{flag('tensor_parallel_size')} {config.tensor_parallel_size} takes the first GPUs: give "
+                f"{flag('device')} cuda instead of {device}, and choose with CUDA_VISIBLE_DEVICES"
+            )
         return
     for name in ("gpu_memory_utilization", "cudagraph_capture_sizes"):
         if (value := getattr(config, name)) is not None:
@@ -335,7 +338,8 @@ def choose_num_blocks(config: EngineConfig, models: list[ModelConfig], dtype: to
             f"tokens, fewer than one sequence of {longest}: give at least {num_needed * block_bytes} "
             f"or lower {flag('max_model_len')}"
         )
-    cache_bytes = num_blocks * block_bytes
+    num_others = config.tensor_parallel_size - 1  # ranks, which have the target's only
+    cache_bytes = num_blocks * (block_bytes + num_others * KVCache.block_bytes(models[0], dtype))
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if cache_bytes > memory_bytes:
         raise ConfigError(

@@ -243,6 +243,7 @@ def _identity(config: EngineConfig, runner: ModelRunner, cache: KVCache) -> dict
         "device": f"{cache.keys.device.type}: {_processor(cache.keys.device)}",
         "dtype": str(cache.keys.dtype),
         "threads": config.num_threads or num_cores(),
+        "ranks": config.tensor_parallel_size,
         "kernels": runner.decoder.kernels.build,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,8 @@ import torch
 from outpace.kernels import Heads, Kernels, Linear, RopeTable, Rows
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.draft_vocab import DraftVocab
+
+Total = Callable[[torch.Tensor], torch.Tensor]  # of the summands that the ranks have, [rows, hidden] each
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +39,32 @@ class Decoder:
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, kernels: Kernels
+        self,
+        config: ModelConfig,
+        weights: dict[str, torch.Tensor],
+        dtype: torch.dtype,
+        kernels: Kernels,
+        total: Total | None = None,
     ) -> None:
         """Packs the weights.
 
         Args:
-            config: The model's shape.
-            weights: As `config.weight_shapes()` names them, in `dtype`. Emptied as they are packed, so that
-                they are not in memory twice.
+            config: The model's shape, or that of a shard.
+            weights: As `config.weight_shapes()` names them, in `dtype`; without its own output head it has
+                no logits. Emptied as they are packed, so that they are not in memory twice.
             dtype: float32 or bfloat16.
             kernels: Who computes.
+            total: Of a shard: adds what the out and down projections of all ranks give.
         """
         self.config, self.dtype, self.kernels = config, dtype, kernels
         self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         self._embedding = weights.pop("model.embed_tokens.weight")
         table = rope_table(config.rope, config.head_dim, config.max_position_embeddings)
         self._rope = RopeTable(table.to(self.device))
-        self._layers = tuple(_layer(config, weights, i, kernels) for i in range(config.num_layers))
+        self._layers = tuple(_layer(config, weights, i, kernels, total) for i in range(config.num_layers))
         self._norm = weights.pop("model.norm.weight")
-        head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
-        self._head = kernels.linear(head)
+        head = self._embedding if config.tie_word_embeddings else weights.pop("lm_head.weight", None)
+        self._head = None if head is None else kernels.linear(head)
 
     def first_layers(self, num_layers: int) -> Decoder:
         """The first layers, then the final norm and the head, as a decoder that shares its weights with this.
@@ -70,15 +78,17 @@ class Decoder:
         part._layers = self._layers[:num_layers]
         return part
 
-    def with_layers(self, num_layers: int, weights: dict[str, torch.Tensor]) -> Decoder:
+    def with_layers(self, config: ModelConfig, weights: dict[str, torch.Tensor]) -> Decoder:
         """Other layers and another final norm, as a decoder that shares embedding and head with this.
 
         Args:
-            num_layers: How many, in [1, config.num_layers].
-            weights: As `config.own_weight_shapes()` of so many layers names them; emptied.
+            config: Their shape, of a whole model also where this one is a shard.
+            weights: As `config.own_weight_shapes()` names them; emptied.
         """
-        other = self.first_layers(num_layers)
-        other._layers = tuple(_layer(other.config, weights, i, self.kernels) for i in range(num_layers))
+        other = copy.copy(self)
+        other.config = config
+        other._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+        other._layers = tuple(_layer(config, weights, i, self.kernels) for i in range(config.num_layers))
         other._norm = weights.pop("model.norm.weight")
         return other
 
@@ -159,15 +169,22 @@ class Decoder:
 
     def head(self, vocab: DraftVocab) -> Linear:
         """The output head for some tokens: [rows, hidden] -> [rows, tokens of `vocab`]."""
-        return self._head if vocab.token_ids is None else self.kernels.linear(vocab.rows(self.head_weight()))
+        return self.logits if vocab.token_ids is None else self.kernels.linear(vocab.rows(self.head_weight()))
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head: [rows, hidden] -> [rows, vocab]."""
+        assert self._head is not None, "only the first rank has the head"
         return self._head(hidden)
 
 
-def _layer(config: ModelConfig, weights: dict[str, torch.Tensor], index: int, kernels: Kernels) -> Layer:
+def _layer(
+    config: ModelConfig,
+    weights: dict[str, torch.Tensor],
+    index: int,
+    kernels: Kernels,
+    total: Total | None = None,
+) -> Layer:
     prefix = f"model.layers.{index}."
 
     def take(name: str) -> torch.Tensor:
@@ -180,15 +197,18 @@ def _layer(config: ModelConfig, weights: dict[str, torch.Tensor], index: int, ke
             weight, torch.cat([take(f"{name}.bias") for name in names]) if has_bias else None
         )
 
+    def summed(linear: Linear) -> Linear:
+        return linear if total is None else lambda x: total(linear(x))
+
     return Layer(
         input_norm=take("input_layernorm.weight"),
         qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         q_norm=take("self_attn.q_norm.weight") if config.qk_norm else None,
         k_norm=take("self_attn.k_norm.weight") if config.qk_norm else None,
-        out=linear("self_attn.o_proj"),
+        out=summed(linear("self_attn.o_proj")),
         post_norm=take("post_attention_layernorm.weight"),
         gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
-        down=linear("mlp.down_proj"),
+        down=summed(linear("mlp.down_proj")),
         window=config.sliding_windows[index] if config.sliding_windows else None,
     )
 

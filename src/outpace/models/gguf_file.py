@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from outpace.errors import ConfigError, UnsupportedModelError
+from outpace.models.stored import WHOLE, Part
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -79,15 +80,16 @@ class GGUFFile:
                 f"{path} is one part of a split GGUF; join the parts first (llama-gguf-split --merge)"
             )
 
-    def read(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """One tensor, dequantised and converted.
+    def read(self, name: str, dtype: torch.dtype, part: Part = WHOLE) -> torch.Tensor:
+        """One tensor or a part of it, dequantised and converted.
 
         Args:
             name: Its GGUF name, a key of `tensors`.
             dtype: Type of the result.
+            part: Of a vector or a matrix; other rows of a matrix are not dequantised.
 
         Returns:
-            A tensor of `tensors[name].shape` with its own memory.
+            That part of a tensor of `tensors[name].shape`, with its own memory.
 
         Raises:
             UnsupportedModelError: The `gguf` library cannot dequantise its storage type.
@@ -95,18 +97,21 @@ class GGUFFile:
         info = self.tensors[name]
         stored = np.frombuffer(self._data, np.uint8, info.num_bytes, info.offset)
         if plain := _PLAIN_TYPES.get(info.kind):
-            return torch.from_numpy(stored).view(plain).reshape(info.shape).to(dtype, copy=True)
+            return torch.from_numpy(stored).view(plain).reshape(info.shape)[part].to(dtype, copy=True)
         columns = info.shape[-1]
-        rows = stored.reshape(math.prod(info.shape[:-1]), -1)
-        out = torch.empty(len(rows), columns, dtype=dtype)
+        every = (slice(None),)
+        one_row = every * (len(info.shape) == 1)  # which a vector is
+        own_rows, own_columns, *_ = (*one_row, *part, *every, *every)
+        rows = stored.reshape(math.prod(info.shape[:-1]), -1)[own_rows]
+        out = torch.empty(len(rows), len(range(columns)[own_columns]), dtype=dtype)
         step = max(1, _CHUNK_ELEMENTS // columns)
         try:
             for row in range(0, len(rows), step):
                 values = gguf.dequantize(rows[row : row + step], info.kind)
-                out[row : row + step] = torch.from_numpy(values)
+                out[row : row + step] = torch.from_numpy(values)[:, own_columns]
         except NotImplementedError as error:
             raise UnsupportedModelError(f"{self.path}: {name}: {error}") from error
-        return out.reshape(info.shape)
+        return out.reshape(torch.empty(info.shape, device="meta")[part].shape)
 
 
 class _Cursor:

@@ -12,7 +12,7 @@ from outpace.errors import ConfigError, UnsupportedModelError
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.gguf_file import GGUFFile
 from outpace.models.hf_config import ARCHITECTURES, check_config, unsupported, yarn_attention_factor
-from outpace.models.stored import StoredWeight
+from outpace.models.stored import Part, StoredWeight
 
 # llama.cpp calls Mistral `llama`.
 _ARCHITECTURES = {name: ARCHITECTURES[name] for name in ("llama", "qwen2", "qwen3")}
@@ -101,21 +101,21 @@ def gguf_weights(file: GGUFFile, config: ModelConfig) -> dict[str, StoredWeight]
         if name == _ROPE_FACTORS:
             continue  # in the config already
         read = partial(file.read, name)
-        if file.metadata["general.architecture"] == "llama" and ".attn_q." in name:
-            read = partial(_read_unpermuted, file, name, config.num_heads)
-        elif file.metadata["general.architecture"] == "llama" and ".attn_k." in name:
-            read = partial(_read_unpermuted, file, name, config.num_kv_heads)
+        if file.metadata["general.architecture"] == "llama" and (".attn_q." in name or ".attn_k." in name):
+            read = partial(_read_unpermuted, file, name, config.head_dim)
         weights[_hugging_face_name(name)] = StoredWeight(info.shape, read)
     return weights
 
 
-def _read_unpermuted(file: GGUFFile, name: str, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+def _read_unpermuted(
+    file: GGUFFile, name: str, head_dim: int, dtype: torch.dtype, part: Part
+) -> torch.Tensor:
     """Undoes llama.cpp's order of a head's rows, which rotates neighbours where Hugging Face rotates halves.
 
-    Row 2i + j of a stored head is row i + j * head_dim / 2 of ours.
+    Row 2i + j of a stored head is row i + j * head_dim / 2 of ours. A part has whole heads.
     """
-    stored = file.read(name, dtype)
-    pairs = stored.reshape(num_heads, -1, 2, *stored.shape[1:])
+    stored = file.read(name, dtype, part)
+    pairs = stored.reshape(-1, head_dim // 2, 2, *stored.shape[1:])
     return pairs.transpose(1, 2).reshape(stored.shape)
 
 

@@ -19,7 +19,8 @@ from outpace.models.config import ModelConfig
 from outpace.models.gguf_file import GGUFFile
 from outpace.models.gguf_model import gguf_config, gguf_weights
 from outpace.models.hf_config import parse_config, unsupported
-from outpace.models.stored import StoredWeight
+from outpace.models.shard import WHOLE_MODEL, Shard
+from outpace.models.stored import WHOLE, Part, StoredWeight
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _STORED_TYPES = ("F32", "F16", "BF16")
@@ -44,18 +45,23 @@ def load_config(path: Path) -> ModelConfig:
 
 
 def load_weights(
-    path: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU
+    path: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    shard: Shard = WHOLE_MODEL,
 ) -> dict[str, torch.Tensor]:
-    """Reads all weights.
+    """Reads all weights, or of each what a rank has.
 
     Args:
         path: What `config` was loaded from.
         config: Says which weights there must be.
         dtype: Type of the result, whatever is stored.
         device: Where they go, one by one.
+        shard: Which part of the model.
 
     Returns:
-        Exactly the names and shapes of `config.weight_shapes()`.
+        Exactly the names and shapes of `config.weight_shapes()`; of a shard, its `parts`.
 
     Raises:
         ConfigError: A weight is missing, unexpected or of the wrong shape, or a file cannot be read.
@@ -65,11 +71,11 @@ def load_weights(
     if config.tie_word_embeddings and _HEAD in stored:
         _check_tied(path, stored)
         del stored[_HEAD]
-    expected = config.weight_shapes()
-    _check_weights(path, expected, stored)
+    _check_weights(path, config.weight_shapes(), stored)
+    parts = shard.parts(config)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        tensors = pool.map(lambda name: stored[name].read(dtype).to(device), expected)
-        return dict(zip(expected, tensors, strict=True))
+        tensors = pool.map(lambda name: stored[name].read(dtype, parts[name]).to(device), parts)
+        return dict(zip(parts, tensors, strict=True))
 
 
 def dummy_weights(
@@ -118,7 +124,7 @@ def load_tensors(
     stored = _safetensors_weights(path, integers)
     _check_weights(path, shapes, stored)
     types = {name: torch.int64 if name in integers else dtype for name in shapes}
-    return {name: stored[name].read(types[name]).to(device) for name in shapes}
+    return {name: stored[name].read(types[name], WHOLE).to(device) for name in shapes}
 
 
 def is_gguf(path: Path) -> bool:
@@ -156,9 +162,9 @@ def _safetensors_weights(path: Path, integers: Collection[str] = ()) -> dict[str
     return weights
 
 
-def _read_safetensor(handle: Any, name: str, dtype: torch.dtype) -> torch.Tensor:
-    tensor: torch.Tensor = handle.get_tensor(name).to(dtype)
-    return tensor
+def _read_safetensor(handle: Any, name: str, dtype: torch.dtype, part: Part) -> torch.Tensor:
+    tensor: torch.Tensor = handle.get_slice(name)[part] if part else handle.get_tensor(name)
+    return tensor.to(dtype)
 
 
 def _safetensors_files(path: Path) -> list[Path]:
@@ -177,7 +183,8 @@ def _safetensors_files(path: Path) -> list[Path]:
 def _check_tied(path: Path, stored: dict[str, StoredWeight]) -> None:
     if _EMBEDDING not in stored:
         return  # reported as missing
-    if not torch.equal(stored[_HEAD].read(torch.float32), stored[_EMBEDDING].read(torch.float32)):
+    head, embedding = (stored[name].read(torch.float32, WHOLE) for name in (_HEAD, _EMBEDDING))
+    if not torch.equal(head, embedding):
         raise ConfigError(
             f"{path}: config.json says tie_word_embeddings, but {_HEAD} and {_EMBEDDING} differ; "
             "set it to false if the output head is a weight of its own"

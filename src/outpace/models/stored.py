@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+Part = tuple[slice, ...]  # of a tensor: per dimension from the first on; what is not named is whole
+WHOLE: Part = ()
+
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
@@ -14,8 +17,8 @@ class StoredWeight:
 
     Attributes:
         shape: In torch order.
-        read: Reads and converts it to the given type; safe to call from several threads.
+        read: Reads a part of it and converts that to the given type; safe to call from several threads.
     """
 
     shape: tuple[int, ...]
-    read: Callable[[torch.dtype], torch.Tensor]
+    read: Callable[[torch.dtype, Part], torch.Tensor]

@@ -52,9 +52,17 @@ class ModelRunner:
         return TargetOutput(self._logits(hidden, placed.sample_rows), hidden, beside)
 
     def beside(self, decoder: Decoder, cache: KVCache) -> ModelRunner:
-        """A runner for a decoder that drafts: its passes are recorded if those of this one are."""
+        """A runner for a decoder that drafts: its passes are recorded if those of this one are.
+
+        Args:
+            decoder: Some layers of this one over the same cache, or a model of its own.
+            cache: That it writes.
+        """
         graphs = None if self.graphs is None else self.graphs.beside(decoder, cache)
         return ModelRunner(decoder, cache, graphs)
+
+    def close(self) -> None:
+        """Ends what was started for it: nothing here."""
 
     def _logits(self, hidden: torch.Tensor, sample_rows: torch.Tensor) -> torch.Tensor:
         return self.decoder.logits(hidden if len(sample_rows) == len(hidden) else hidden[sample_rows])
@@ -70,7 +78,8 @@ def build_runner(config: EngineConfig, decoder: Decoder, cache: KVCache) -> Mode
 
 def plan_graphs(config: EngineConfig, decoder: Decoder, cache: KVCache) -> Graphs | None:
     """The passes to record, none of them recorded yet; None where there are to be none."""
-    if decoder.device.type != "cuda" or config.enforce_eager:
+    # Ranks would have to record the same passes at the same time.
+    if decoder.device.type != "cuda" or config.enforce_eager or config.tensor_parallel_size > 1:
         return None
     max_rows = config.max_num_batched_tokens
     sizes = config.cudagraph_capture_sizes or default_sizes(max_rows)

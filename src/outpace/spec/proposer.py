@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from outpace import registry
 from outpace.batch import Batch, TargetOutput, Verdict
 from outpace.config import EngineConfig, SpeculativeConfig, flag
+from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
@@ -32,16 +33,21 @@ class DraftContext:
     Attributes:
         config: The engine's settings.
         tokenizer: The target's.
-        decoder: The target itself, with its shape, dtype and kernels.
+        model: The target's shape; that of `decoder` is this rank's part of it.
         kv: The target's cache.
-        runner: What runs the target over it.
+        runner: What runs the target over it, and drafting decoders `beside` it; tells the other ranks.
     """
 
     config: EngineConfig
     tokenizer: PreTrainedTokenizerFast
-    decoder: Decoder
+    model: ModelConfig
     kv: KVCache
     runner: ModelRunner
+
+    @property
+    def decoder(self) -> Decoder:
+        """The target itself, with its dtype and kernels."""
+        return self.runner.decoder
 
     @property
     def speculative(self) -> SpeculativeConfig:

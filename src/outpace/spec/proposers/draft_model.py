@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from outpace.config import num_cores
 from outpace.errors import ConfigError
 from outpace.kernels import load_kernels
+from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, embedding_checksum, read_draft
 from outpace.models.hub import resolve_model
@@ -172,17 +172,21 @@ def _is_trained(path: Path) -> bool:
 def _trained(path: Path, context: DraftContext) -> Decoder:
     target = context.decoder
 
+    def own(settings: dict[str, Any]) -> ModelConfig:
+        windows = context.model.sliding_windows[: settings["num_layers"]]
+        return replace(context.model, num_layers=settings["num_layers"], sliding_windows=windows)
+
     def shapes(settings: dict[str, Any], num_tokens: int) -> Shapes:
-        return replace(target.config, num_layers=settings["num_layers"]).own_weight_shapes()
+        return own(settings).own_weight_shapes()
 
     keys = ("num_layers", _EMBEDDING)
-    draft = read_draft(str(path), "draft_model", target.config, shapes, target.dtype, keys, target.device)
+    draft = read_draft(str(path), "draft_model", context.model, shapes, target.dtype, keys, target.device)
     if draft.settings[_EMBEDDING] != embedding_checksum(target.embedding):
         raise ConfigError(
             f"{path} shares the embedding of the target it was trained for, and this target has another: "
             "train one for it with outpace train draft_model"
         )
-    return target.with_layers(draft.settings["num_layers"], draft.weights)
+    return target.with_layers(own(draft.settings), draft.weights)
 
 
 def _whole(path: Path, context: DraftContext) -> Decoder:
@@ -193,7 +197,7 @@ def _whole(path: Path, context: DraftContext) -> Decoder:
         target.dtype,
         head_dim=config.head_dim,
         widths=(config.hidden_size, config.intermediate_size),
-        num_threads=context.config.num_threads or num_cores(),
+        num_threads=context.config.threads_per_rank,
         device=target.device,
         batch_invariant=context.config.batch_invariant,
     )
