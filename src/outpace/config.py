@@ -244,8 +244,15 @@ class EngineConfig:
         "these, larger ones run operation by operation; the default is 1, 2, 4, 8, 16, 24, … up to 512",
     )
     num_threads: int | None = setting(None, "Threads of the CPU kernels; the default is one per core")
-    kernels: Literal["auto", "native", "reference"] = setting(
-        "auto", "CPU kernels: native C++ (built on first use), plain torch, or native if a compiler is there"
+    kernels: Literal["auto", "native", "reference", "triton"] = setting(
+        "auto",
+        "triton on a GPU; on a CPU native C++ (built on first use) or reference, plain torch; auto is native "
+        "there if a compiler is there",
+    )
+    batch_invariant: bool = setting(
+        False,
+        "On a GPU: linear layers that give a row the same bits in any batch, slower than cuBLAS; on a CPU "
+        "they always do",
     )
     seed: int = setting(0, "Seeds the draw of seeds for requests that give none")
     spec_method: str | None = setting(

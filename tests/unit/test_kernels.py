@@ -1,8 +1,13 @@
-"""The native kernels against the plain-torch reference, and the promise both make about rows."""
+"""Every backend of kernels against plain torch, and the promise all make about rows.
+
+Triton's kernels run in its interpreter here, which is slow by the operation: they get fewer and smaller cases
+of the same checks. `tests/gpu` runs them compiled.
+"""
 
 from __future__ import annotations
 
-import random
+import importlib.util
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -10,21 +15,26 @@ from typing import Any, Literal
 import pytest
 import torch
 
+import kernel_checks as checks
+from kernel_checks import DTYPES, GROUPED, TREE, chain, random_like
 from outpace.errors import ConfigError
-from outpace.kernels import Heads, Kernels, RopeTable, Rows, load_kernels, native
-from outpace.kernels.reference import ReferenceKernels
-from outpace.models.config import RopeConfig
-from outpace.models.decoder import rope_table
+from outpace.kernels import Heads, Kernels, Rows, load_kernels, native
+from outpace.sampling import SamplingParams
+from tiny import Guesser, run, submit, tiny_engine, tokens
 
-DTYPES = (torch.float32, torch.bfloat16)
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-BLOCK = 16
+Name = Literal["native", "reference", "triton"]
 
 
-def backend(name: Literal["native", "reference"], dtype: torch.dtype, num_threads: int = 2) -> Kernels:
+def backend(name: Name, dtype: torch.dtype, num_threads: int = 2) -> Kernels:
     if name == "native" and native.find_compiler() is None:
         pytest.skip("no C++ compiler here")
-    return load_kernels(name, dtype, head_dim=32, widths=(64,), num_threads=num_threads)
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("triton compiles for the GPU here: tests/gpu")
+    return load_kernels(
+        name, dtype, head_dim=32, widths=(64,), num_threads=num_threads, batch_invariant=name == "triton"
+    )
 
 
 def native_kernels(dtype: torch.dtype) -> Kernels:
@@ -38,45 +48,21 @@ def _keep_torch_threads() -> Iterator[None]:
     torch.set_num_threads(usual)
 
 
-def random_like(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+@pytest.fixture(autouse=True)
+def _faster_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a check of every sum of whole numbers for overflow, which no GPU makes either."""
+    if importlib.util.find_spec("triton") is not None:
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(
+            interpreter.interpreter_builder,
+            "options",
+            interpreter.InterpreterOptions(sanitize_overflow=False),
+        )
 
 
-def lay_out(sequences: list[tuple[int, list[int]]], num_blocks: int, seed: int = 0) -> Rows:
-    """Rows of sequences given as (context length, parents of the step's rows), in shuffled cache blocks."""
-    free = list(range(num_blocks))
-    random.Random(seed).shuffle(free)
-    positions, slots, parents, starts, tables, branching = [], [], [], [0], [], []
-    for context, path in sequences:
-        blocks = [free.pop() for _ in range((context + len(path) + BLOCK - 1) // BLOCK)]
-        depth: list[int] = []
-        for row, parent in enumerate(path):
-            depth.append(0 if parent < 0 else depth[parent] + 1)
-            logical = context + row
-            slots.append(blocks[logical // BLOCK] * BLOCK + logical % BLOCK)
-        positions += [context + d for d in depth]
-        parents += path
-        starts.append(starts[-1] + len(path))
-        tables.append(blocks)
-        branching.append(int(any(parent != row - 1 for row, parent in enumerate(path))))
-    widest = max(map(len, tables))
-    return Rows(
-        positions=torch.tensor(positions, dtype=torch.int32),
-        slots=torch.tensor(slots, dtype=torch.int32),
-        parents=torch.tensor(parents, dtype=torch.int32),
-        row_starts=torch.tensor(starts, dtype=torch.int32),
-        context_lens=torch.tensor([context for context, _ in sequences], dtype=torch.int32),
-        block_tables=torch.tensor([t + [0] * (widest - len(t)) for t in tables], dtype=torch.int32),
-        branching=torch.tensor(branching, dtype=torch.int32),
-    )
-
-
-def chain(length: int) -> list[int]:
-    return list(range(-1, length - 1))
-
-
-TREE = [-1, 0, 0, 1, 1, 2, 3]
-HEADS = {"grouped": Heads(6, 2, 32), "plain": Heads(2, 2, 48), "multi-query": Heads(20, 1, 16)}
+HEADS = {"grouped": GROUPED, "plain": Heads(2, 2, 48), "multi-query": Heads(20, 1, 16)}
+MIXED = [(0, chain(37)), (530, chain(1)), (21, chain(5)), (29, TREE), (0, TREE), (255, chain(3))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,109 +72,122 @@ HEADS = {"grouped": Heads(6, 2, 32), "plain": Heads(2, 2, 48), "multi-query": He
 def test_native_attention_agrees_with_the_reference(
     dtype: torch.dtype, window: int | None, heads: Heads, normed: bool
 ) -> None:
-    rows = lay_out(
-        [(0, chain(37)), (530, chain(1)), (21, chain(5)), (29, TREE), (0, TREE), (255, chain(3))], 80
-    )
-    rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 1024))
-    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
-    qkv = random_like(len(rows.positions), width, dtype=dtype)
-    norm = random_like(heads.head_dim, dtype=dtype, seed=3) if normed else None
-    k_cache = random_like(80, heads.num_kv_heads, heads.head_dim, BLOCK, dtype=dtype, seed=1)
-    v_cache = random_like(80, heads.num_kv_heads, BLOCK, heads.head_dim, dtype=dtype, seed=2)
-    results = []
-    for kernels in (native_kernels(dtype), ReferenceKernels()):
-        caches = (k_cache.clone(), v_cache.clone())
-        out = kernels.attention(heads, rope, 1e-5, rows)(qkv.clone(), *caches, norm, norm, window)
-        results.append((out.float(), caches[0].float(), caches[1].float()))
-    for fast, slow in zip(*results, strict=True):
-        torch.testing.assert_close(fast, slow, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    checks.attention_agrees(native_kernels(dtype), MIXED, heads, dtype, window, normed)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "heads", "dtype", "window", "normed"),
+    [
+        ([(0, chain(25)), (70, chain(2)), (61, TREE)], HEADS["grouped"], torch.bfloat16, None, True),
+        ([(0, TREE), (300, chain(5))], HEADS["plain"], torch.float32, 70, False),
+        ([(60, [-1, 0, 0, 2, 3])], HEADS["multi-query"], torch.float32, None, False),
+    ],
+    ids=["a prompt, a chain and a tree", "a window", "heads that fill a tile"],
+)
+def test_triton_attention_agrees_with_the_reference(
+    sequences: checks.Sequences, heads: Heads, dtype: torch.dtype, window: int | None, normed: bool
+) -> None:
+    checks.attention_agrees(backend("triton", dtype), sequences, heads, dtype, window, normed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("name", ["native", "reference"])
 def test_a_row_attends_to_the_same_bits_alone_in_a_batch_in_a_chunk_or_on_a_tree_path(
-    dtype: torch.dtype, window: int | None, name: Literal["native", "reference"]
+    dtype: torch.dtype, window: int | None, name: Name
 ) -> None:
-    kernels = backend(name, dtype)
-    heads, total = HEADS["grouped"], 300
-    rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 1024))
-    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
-    tokens = random_like(total, width, dtype=dtype)
-    noise = random_like(64, width, dtype=dtype, seed=9)
+    checks.rows_attend_to_the_same_bits(backend(name, dtype), dtype, window, range(300))
 
-    def cache() -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            torch.zeros(96, heads.num_kv_heads, heads.head_dim, BLOCK, dtype=dtype),
-            torch.zeros(96, heads.num_kv_heads, BLOCK, heads.head_dim, dtype=dtype),
-        )
 
-    def run(rows: Rows, qkv: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return kernels.attention(heads, rope, 1e-5, rows)(qkv.clone(), *caches, None, None, window)
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.bfloat16, 40)])
+def test_in_triton_too_a_row_attends_to_the_same_bits_everywhere(
+    dtype: torch.dtype, window: int | None
+) -> None:
+    checks.rows_attend_to_the_same_bits(
+        backend("triton", dtype), dtype, window, (64, 256, 299), heads=Heads(2, 1, 16)
+    )
 
-    whole = run(lay_out([(0, chain(total))], 96), tokens, cache())
-    caches = cache()
-    alone = [run(lay_out([(p, [-1])], 96), tokens[p : p + 1], caches)[0] for p in range(total)]
-    assert torch.equal(whole, torch.stack(alone))
 
-    caches = cache()
-    run(lay_out([(0, chain(250))], 96), tokens[:250], caches)
-    beside = lay_out([(250, chain(50)), (0, chain(64))], 96)  # a chunk beside another sequence
-    assert torch.equal(run(beside, torch.cat((tokens[250:], noise)), caches)[:50], whole[250:])
+def test_how_triton_divides_the_work_does_not_change_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = backend("triton", torch.float32)
+    from outpace.kernels.gpu import attention
 
-    # rows 0, 2, 4, 5, 6 are tokens that follow, 1 and 3 wrong guesses; in the first chunk and behind it
-    parents = [-1, 0, 0, 1, 2, 4, 5]
-    for start in (253, 290):
-        caches = cache()
-        run(lay_out([(0, chain(start))], 96), tokens[:start], caches)
-        right = tokens[start : start + 5]
-        qkv = torch.stack([right[0], noise[0], right[1], noise[1], right[2], right[3], right[4]])
-        on_tree = run(lay_out([(start, parents)], 96), qkv, caches)
-        assert torch.equal(on_tree[[0, 2, 4, 5, 6]], whole[start : start + 5])
+    heads, dtype = Heads(2, 1, 16), torch.float32
+    sequences = [(530, [-1, 0, 0, 2]), (250, chain(3)), (0, chain(2))]
+    rows = checks.lay_out(sequences, 60)
+    keys = random_like(60, 1, 16, 16, dtype=dtype, seed=1)
+    values = random_like(60, 1, 16, 16, dtype=dtype, seed=2)
+    qkv = random_like(9, 4 * 16, dtype=dtype)
+    results = []
+    # No tile is divided; all are; there is memory for the parts of the second only.
+    for num_workers, num_bytes in ((1, 1 << 20), (100, 1 << 20), (100, 6 * 2 * 18 * 4)):
+        monkeypatch.setattr(attention, "num_programs", lambda _, num=num_workers: num)
+        monkeypatch.setattr(attention, "PARTIAL_BYTES", num_bytes)
+        results.append(checks.attend(kernels, heads, rows, qkv, (keys.clone(), values.clone()), None))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_rows_of_padding_and_sequences_without_rows_change_nothing() -> None:
+    kernels, dtype, heads = backend("triton", torch.float32), torch.float32, Heads(2, 1, 16)
+    rows = checks.lay_out([(20, chain(2))], 8)
+
+    def padded(tensor: torch.Tensor, *more: int) -> torch.Tensor:
+        return torch.cat((tensor, torch.tensor(more, dtype=torch.int32)))
+
+    bucket = Rows(
+        positions=padded(rows.positions, 0, 0),
+        slots=padded(rows.slots, -1, -1),
+        parents=padded(rows.parents, -1, -1),
+        row_starts=padded(rows.row_starts, 2, 2),
+        context_lens=padded(rows.context_lens, 0, 0),
+        block_tables=torch.cat((rows.block_tables, torch.zeros_like(rows.block_tables).repeat(2, 1))),
+        branching=padded(rows.branching, 0, 0),
+    )
+    qkv = random_like(4, 4 * 16, dtype=dtype)
+    caches = [tuple(torch.zeros(2, 8, 1, 16, 16).unbind()) for _ in range(2)]
+    alone = checks.attend(kernels, heads, rows, qkv[:2], (caches[0][0], caches[0][1]), None)
+    beside = checks.attend(kernels, heads, bucket, qkv, (caches[1][0], caches[1][1]), None)
+    assert torch.equal(beside[:2], alone)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*caches, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_row_kernels_agree_with_the_reference(dtype: torch.dtype) -> None:
-    fast, slow = native_kernels(dtype), ReferenceKernels()
-    x, delta = random_like(40, 576, dtype=dtype), random_like(40, 576, dtype=dtype, seed=1)
-    weight = random_like(576, dtype=dtype, seed=2)
-    close: Any = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
-    torch.testing.assert_close(fast.rms_norm(x, weight, 1e-5), slow.rms_norm(x, weight, 1e-5), **close)
-    residuals = (x.clone(), x.clone())
-    sums = [k.add_rms_norm(delta, r, weight, 1e-5) for k, r in zip((fast, slow), residuals, strict=True)]
-    torch.testing.assert_close(*sums, **close)
-    assert torch.equal(*residuals)
-    torch.testing.assert_close(fast.silu_mul(x * 8), slow.silu_mul(x * 8), **close)
+@pytest.mark.parametrize(("name", "rows"), [("native", 40), ("triton", 5)])
+def test_row_kernels_agree_with_the_reference(name: Name, rows: int, dtype: torch.dtype) -> None:
+    checks.row_kernels_agree(backend(name, dtype), dtype, rows)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(48, 64), (960, 576), (576, 1536), (1000, 2048)])
-@pytest.mark.parametrize("name", ["native", "reference"])
+SHAPES = [(48, 64), (960, 576), (576, 1536), (1000, 2048)]
+COUNTS = (1, 2, 3, 5, 8, 12, 13, 16, 17, 33, 64, 100, 129)
+LINEARS: list[Any] = [
+    *(
+        (name, dtype, shape, COUNTS)
+        for name in ("native", "reference")
+        for dtype in DTYPES
+        for shape in SHAPES
+    ),
+    *(("triton", dtype, (130, 1100), (1, 65)) for dtype in DTYPES),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "shape", "counts"), LINEARS)
 def test_a_linear_row_has_the_same_bits_in_any_batch(
-    name: Literal["native", "reference"], dtype: torch.dtype, shape: tuple[int, int]
+    name: Name, dtype: torch.dtype, shape: tuple[int, int], counts: tuple[int, ...]
 ) -> None:
-    linear = backend(name, dtype).linear(random_like(*shape, dtype=dtype))
-    x = random_like(130, shape[1], dtype=dtype, seed=1)
-    whole = linear(x)
-    for rows in (1, 2, 3, 5, 8, 12, 13, 16, 17, 33, 64, 100, 129):
-        assert torch.equal(linear(x[:rows].contiguous()), whole[:rows]), f"{rows} rows"
-        last = x[130 - rows :].contiguous()
-        assert torch.equal(linear(last), whole[130 - rows :]), f"the last {rows} rows"
-    assert linear(x[:0]).shape == (0, shape[0])
+    checks.linear_rows_have_the_same_bits(backend(name, dtype), dtype, shape, counts)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(48, 64), (1000, 576), (576, 1536)])
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("native", (48, 64)), ("native", (1000, 576)), ("native", (576, 1536)), ("triton", (130, 1100))],
+)
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_native_linear_agrees_with_the_exact_product(
-    dtype: torch.dtype, shape: tuple[int, int], has_bias: bool
+def test_a_linear_layer_agrees_with_the_exact_product(
+    dtype: torch.dtype, name: Name, shape: tuple[int, int], has_bias: bool
 ) -> None:
-    weight, x = random_like(*shape, dtype=dtype), random_like(29, shape[1], dtype=dtype, seed=1)
-    bias = random_like(shape[0], dtype=dtype, seed=2) if has_bias else None
-    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
-    error = native_kernels(dtype).linear(weight, bias)(x).double() - exact
-    sums = (x.double().abs() @ weight.double().abs().T) * shape[1] * torch.finfo(torch.float32).eps
-    assert (error.abs() <= sums + exact.abs() * torch.finfo(dtype).eps).all()
+    checks.linear_agrees_with_the_exact_product(backend(name, dtype), dtype, shape, has_bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,37 +222,47 @@ def test_callers_in_several_threads_do_not_disturb_each_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_noisy_argmax_agrees_with_the_reference(dtype: torch.dtype) -> None:
-    logits = random_like(64, 1003, dtype=dtype) * 3
-    logits[5, :] = 0.0  # all equal: greedy takes the first token
-    logits[6, :] = -torch.inf
-    logits[6, 1002] = 0.0
-    seeds = torch.arange(64) * 7919 - 1000
-    positions = torch.arange(64)
-    for noisy in (torch.zeros(64, dtype=torch.bool), torch.ones(64, dtype=torch.bool)):
-        fast = native_kernels(dtype).noisy_argmax(logits, seeds, positions, noisy)
-        slow = ReferenceKernels().noisy_argmax(logits, seeds, positions, noisy)
-        assert torch.equal(fast, slow)
-        assert fast[6] == 1002
-    assert (
-        native_kernels(dtype).noisy_argmax(logits, seeds, positions, torch.zeros(64, dtype=torch.bool))[5]
-        == 0
-    )
+@pytest.mark.parametrize(("name", "rows", "vocab"), [("native", 64, 1003), ("triton", 7, 5003)])
+def test_noisy_argmax_agrees_with_the_reference(
+    name: Name, rows: int, vocab: int, dtype: torch.dtype
+) -> None:
+    checks.noisy_argmax_agrees(backend(name, dtype), dtype, rows, vocab)
 
 
-def test_native_filters_agree_with_the_reference() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(200, 777, generator=generator) * 3
-    logits[::7] = logits[::7].round()  # many ties
-    top_k = torch.randint(0, 50, (200,), generator=generator)
-    top_p = torch.rand(200, generator=generator).clamp(min=0.01)
-    min_p = torch.rand(200, generator=generator) * 0.3
-    top_k[::3], top_p[1::3], min_p[2::3] = 0, 1.0, 0.0
-    fast, slow = logits.clone(), logits.clone()
-    native_kernels(torch.float32).filter_logits_(fast, top_k, top_p, min_p)
-    ReferenceKernels().filter_logits_(slow, top_k, top_p, min_p)
-    assert torch.equal(fast, slow)
-    assert (fast > -torch.inf).any(dim=1).all()
+@pytest.mark.parametrize(("name", "rows", "vocab"), [("native", 200, 777), ("triton", 12, 777)])
+def test_filters_agree_with_the_reference(name: Name, rows: int, vocab: int) -> None:
+    checks.filters_agree(backend(name, torch.float32), rows, vocab)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_an_engine_on_triton_answers_as_one_on_plain_torch(drafts: bool) -> None:
+    backend("triton", torch.float32)
+    sampling = {
+        "greedy": SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
+        "sampled": SamplingParams(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, max_tokens=6, seed=3),
+    }
+    results: list[dict[str, list[int]]] = []
+    for name in ("reference", "triton"):
+        engine = tiny_engine(kernels=name, batch_invariant=True, spec_method="suffix" if drafts else "none")
+        if results and drafts:  # what the reference has answered, with mistakes and branches
+            engine.proposer = Guesser({f"{name}-0": known for name, known in results[0].items()})
+        for request, params in sampling.items():
+            submit(engine, request, [5, 6, 7, 5, 6, 7, 5, 6], params)
+        results.append({key.removesuffix("-0"): tokens(outputs) for key, outputs in run(engine).items()})
+    assert results[0] == results[1]
+    assert not drafts or engine.metrics.drafts.num_accepted_tokens > 0
+
+
+def test_without_a_gpu_triton_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="needs a GPU, and the device is cpu: leave it out"):
+        load_kernels("triton", torch.float32, head_dim=32, widths=(64,), num_threads=2)
+
+
+def test_kernels_of_a_cpu_are_refused_on_a_gpu() -> None:
+    cuda = torch.device("cuda")
+    with pytest.raises(ConfigError, match="--kernels native computes on a CPU, and the device is cuda"):
+        load_kernels("native", torch.float32, head_dim=32, widths=(64,), num_threads=2, device=cuda)
 
 
 def test_without_a_compiler_auto_falls_back_and_says_so(

@@ -138,6 +138,7 @@ class Engine:
             widths=widths,
             num_threads=config.num_threads or num_cores(),
             device=device,
+            batch_invariant=config.batch_invariant,
         )
         if config.load_format == "dummy":
             logger.warning("weights are random (--load-format dummy): answers mean nothing")

@@ -1,7 +1,10 @@
-"""The operations a decoder is made of. Two implementations: native.py and, slow and obvious, reference.py.
+"""The operations a decoder is made of.
+
+Three implementations: native.py for CPUs, gpu/ for GPUs and, slow and obvious, reference.py.
 
 All of them promise that a row's result depends on that row alone, bit for bit: not on how many rows share
-the call, nor on their order (design: the output never depends on the batch).
+the call, nor on their order (design: the output never depends on the batch). Only linear layers on a GPU
+break it, unless they are asked not to.
 """
 
 from __future__ import annotations
@@ -79,7 +82,8 @@ class LayerAttention(ABC):
 
         Args:
             qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim]; overwritten.
-            k_cache: [blocks, num_kv_heads, head_dim, 16], written at the pass's slots.
+            k_cache: [blocks, num_kv_heads, head_dim, 16], written at the pass's slots; as `new_cache` lays it
+                out for the device.
             v_cache: [blocks, num_kv_heads, 16, head_dim], likewise.
             q_norm: [head_dim] weight of the RMS norm of q heads, or None.
             k_norm: The same for k heads.

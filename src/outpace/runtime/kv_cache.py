@@ -10,7 +10,7 @@ import torch
 from outpace.batch import Batch, BatchEntry, Scheduled, Verdict
 from outpace.config import BLOCK_SIZE
 from outpace.device import CPU, upload
-from outpace.kernels import Rows
+from outpace.kernels import Rows, new_cache
 from outpace.models.config import ModelConfig
 from outpace.request import Sequence
 from outpace.runtime.block_manager import BlockManager
@@ -22,7 +22,7 @@ class KVCache:
 
     Attributes:
         blocks: Who owns which block.
-        keys: [layers, blocks, kv_heads, head_dim, 16]: the 16 keys of a block are the lanes of a vector.
+        keys: [layers, blocks, kv_heads, head_dim, 16].
         values: [layers, blocks, kv_heads, 16, head_dim].
         layers: Per layer its keys and values.
         null_block: The last one, which nobody owns: rows that pad a pass are written there.
@@ -39,9 +39,7 @@ class KVCache:
         self.blocks = BlockManager(num_blocks, enable_prefix_caching)
         self.null_block = num_blocks
         shape = (config.num_layers, num_blocks + 1, config.num_kv_heads)
-        # Zeros, not garbage: a masked lane's value is multiplied by 0, which would keep a NaN.
-        self.keys = torch.zeros(*shape, config.head_dim, BLOCK_SIZE, dtype=dtype, device=device)
-        self.values = torch.zeros(*shape, BLOCK_SIZE, config.head_dim, dtype=dtype, device=device)
+        self.keys, self.values = new_cache(shape, config.head_dim, dtype, device)
         self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
 
     @staticmethod

@@ -154,6 +154,7 @@ def create(context: DraftContext) -> DraftModel:
         widths=(config.hidden_size, config.intermediate_size),
         num_threads=context.config.num_threads or num_cores(),
         device=target.device,
+        batch_invariant=context.config.batch_invariant,
     )
     weights = load_weights(path, config, target.dtype, target.device)
     decoder = Decoder(config, weights, target.dtype, kernels)

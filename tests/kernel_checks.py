@@ -1,0 +1,233 @@
+"""What every backend of kernels is held to, against plain torch on the CPU; tests say with which sizes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from outpace.kernels import Heads, Kernels, RopeTable, Rows, new_cache
+from outpace.kernels.reference import ReferenceKernels
+from outpace.models.config import RopeConfig
+from outpace.models.decoder import rope_table
+
+BLOCK = 16
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+TREE = [-1, 0, 0, 1, 1, 2, 3]
+GROUPED = Heads(6, 2, 32)
+Sequences = list[tuple[int, list[int]]]
+
+
+def random_like(*shape: int, dtype: torch.dtype, seed: int = 0, device: torch.device = CPU) -> torch.Tensor:
+    """The same numbers on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def chain(length: int) -> list[int]:
+    return list(range(-1, length - 1))
+
+
+def lay_out(sequences: Sequences, num_blocks: int, seed: int = 0, device: torch.device = CPU) -> Rows:
+    """Rows of sequences given as (context length, parents of the step's rows), in shuffled cache blocks."""
+    free = list(range(num_blocks))
+    random.Random(seed).shuffle(free)
+    positions, slots, parents, starts, tables, branching = [], [], [], [0], [], []
+    for context, path in sequences:
+        blocks = [free.pop() for _ in range((context + len(path) + BLOCK - 1) // BLOCK)]
+        depth: list[int] = []
+        for row, parent in enumerate(path):
+            depth.append(0 if parent < 0 else depth[parent] + 1)
+            logical = context + row
+            slots.append(blocks[logical // BLOCK] * BLOCK + logical % BLOCK)
+        positions += [context + d for d in depth]
+        parents += path
+        starts.append(starts[-1] + len(path))
+        tables.append(blocks)
+        branching.append(int(any(parent != row - 1 for row, parent in enumerate(path))))
+    widest = max(map(len, tables))
+
+    def int32(values: Any) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    return Rows(
+        positions=int32(positions),
+        slots=int32(slots),
+        parents=int32(parents),
+        row_starts=int32(starts),
+        context_lens=int32([context for context, _ in sequences]),
+        block_tables=int32([t + [0] * (widest - len(t)) for t in tables]),
+        branching=int32(branching),
+    )
+
+
+def attend(
+    kernels: Kernels,
+    heads: Heads,
+    rows: Rows,
+    qkv: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    window: int | None,
+    norm: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """One layer's attention; `qkv` stays as it is."""
+    rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 8192).to(qkv.device))
+    return kernels.attention(heads, rope, 1e-5, rows)(qkv.clone(), *caches, norm, norm, window)
+
+
+def attention_agrees(
+    kernels: Kernels,
+    sequences: Sequences,
+    heads: Heads,
+    dtype: torch.dtype,
+    window: int | None,
+    normed: bool,
+    device: torch.device = CPU,
+) -> None:
+    """Output and cache are those of the reference."""
+    num_blocks = sum((context + len(path)) // BLOCK + 1 for context, path in sequences)
+    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    num_rows = sum(len(path) for _, path in sequences)
+    keys = random_like(num_blocks, heads.num_kv_heads, heads.head_dim, BLOCK, dtype=dtype, seed=1)
+    values = random_like(num_blocks, heads.num_kv_heads, BLOCK, heads.head_dim, dtype=dtype, seed=2)
+    results = []
+    for backend, where in ((kernels, device), (ReferenceKernels(), CPU)):
+        k_cache, v_cache = new_cache((1, num_blocks, heads.num_kv_heads), heads.head_dim, dtype, where)
+        caches = (k_cache[0].copy_(keys), v_cache[0].copy_(values))
+        norm = random_like(heads.head_dim, dtype=dtype, seed=3, device=where) if normed else None
+        rows = lay_out(sequences, num_blocks, device=where)
+        qkv = random_like(num_rows, width, dtype=dtype, device=where)
+        out = attend(backend, heads, rows, qkv, caches, window, norm)
+        results.append([x.cpu().float() for x in (out, *caches)])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def rows_attend_to_the_same_bits(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    window: int | None,
+    alone_at: Iterable[int],
+    heads: Heads = GROUPED,
+    device: torch.device = CPU,
+) -> None:
+    """A row's bits are the same alone, in a chunk, beside others and on a path of a tree."""
+    total, num_blocks = 300, 96
+    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    tokens = random_like(total, width, dtype=dtype, device=device)
+    noise = random_like(64, width, dtype=dtype, seed=9, device=device)
+
+    def cache(filled: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = new_cache((1, num_blocks, heads.num_kv_heads), heads.head_dim, dtype, device)
+        caches = (keys[0], values[0])
+        if filled:
+            run([(0, chain(filled))], tokens[:filled], caches)
+        return caches
+
+    def run(
+        sequences: Sequences, qkv: torch.Tensor, caches: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        return attend(kernels, heads, lay_out(sequences, num_blocks, device=device), qkv, caches, window)
+
+    caches = cache()
+    whole = run([(0, chain(total))], tokens, caches)
+    # In order, so that where every position is asked for each is computed on what the ones before have left.
+    caches = cache() if len(list(alone_at)) == total else caches
+    for p in alone_at:
+        assert torch.equal(run([(p, [-1])], tokens[p : p + 1], caches)[0], whole[p]), f"alone at {p}"
+
+    beside = [(250, chain(50)), (0, chain(64))]  # a chunk beside another sequence
+    assert torch.equal(run(beside, torch.cat((tokens[250:], noise)), cache(250))[:50], whole[250:])
+
+    # rows 0, 2, 4, 5, 6 are tokens that follow, 1 and 3 wrong guesses; across a chunk's border and behind it
+    parents = [-1, 0, 0, 1, 2, 4, 5]
+    for start in (253, 290):
+        right = tokens[start : start + 5]
+        qkv = torch.stack([right[0], noise[0], right[1], noise[1], right[2], right[3], right[4]])
+        on_tree = run([(start, parents)], qkv, cache(start))
+        assert torch.equal(on_tree[[0, 2, 4, 5, 6]], whole[start : start + 5])
+
+
+def row_kernels_agree(kernels: Kernels, dtype: torch.dtype, rows: int, device: torch.device = CPU) -> None:
+    """Norms and activation are those of the reference."""
+    slow = ReferenceKernels()
+    x, delta = random_like(rows, 576, dtype=dtype), random_like(rows, 576, dtype=dtype, seed=1)
+    weight = random_like(576, dtype=dtype, seed=2)
+    there = [t.to(device) for t in (x, delta, weight)]
+    close: Any = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    fast = kernels.rms_norm(there[0], there[2], 1e-5)
+    torch.testing.assert_close(fast.cpu(), slow.rms_norm(x, weight, 1e-5), **close)
+    residuals = (there[0].clone(), x.clone())
+    fast = kernels.add_rms_norm(there[1], residuals[0], there[2], 1e-5)
+    torch.testing.assert_close(fast.cpu(), slow.add_rms_norm(delta, residuals[1], weight, 1e-5), **close)
+    assert torch.equal(residuals[0].cpu(), residuals[1])
+    torch.testing.assert_close(kernels.silu_mul(there[0] * 8).cpu(), slow.silu_mul(x * 8), **close)
+
+
+def linear_rows_have_the_same_bits(
+    kernels: Kernels,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    counts: Iterable[int],
+    device: torch.device = CPU,
+) -> None:
+    """A row of a linear layer has the same bits whatever rows there are before and behind it."""
+    linear = kernels.linear(random_like(*shape, dtype=dtype, device=device))
+    x = random_like(130, shape[1], dtype=dtype, seed=1, device=device)
+    whole = linear(x)
+    for rows in counts:
+        assert torch.equal(linear(x[:rows].contiguous()), whole[:rows]), f"{rows} rows"
+        last = x[130 - rows :].contiguous()
+        assert torch.equal(linear(last), whole[130 - rows :]), f"the last {rows} rows"
+    assert linear(x[:0]).shape == (0, shape[0])
+
+
+def linear_agrees_with_the_exact_product(
+    kernels: Kernels, dtype: torch.dtype, shape: tuple[int, int], has_bias: bool, device: torch.device = CPU
+) -> None:
+    """The error is that of float32 sums in any order."""
+    weight, x = random_like(*shape, dtype=dtype), random_like(29, shape[1], dtype=dtype, seed=1)
+    bias = random_like(shape[0], dtype=dtype, seed=2) if has_bias else None
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    linear = kernels.linear(weight.to(device), None if bias is None else bias.to(device))
+    error = linear(x.to(device)).cpu().double() - exact
+    sums = (x.double().abs() @ weight.double().abs().T) * shape[1] * torch.finfo(torch.float32).eps
+    assert (error.abs() <= sums + exact.abs() * torch.finfo(dtype).eps).all()
+
+
+def noisy_argmax_agrees(
+    kernels: Kernels, dtype: torch.dtype, rows: int, vocab: int, device: torch.device = CPU
+) -> None:
+    """Chosen tokens are those of the reference, with noise and without."""
+    logits = random_like(rows, vocab, dtype=dtype) * 3
+    logits[2, :] = 0.0  # all equal: greedy takes the first token
+    logits[3, :] = -torch.inf
+    logits[3, vocab - 1] = 0.0
+    seeds, positions = torch.arange(rows) * 7919 - 1000, torch.arange(rows)
+    for noisy in (torch.zeros(rows, dtype=torch.bool), torch.ones(rows, dtype=torch.bool)):
+        given = (logits, seeds, positions, noisy)
+        fast = kernels.noisy_argmax(*(tensor.to(device) for tensor in given)).cpu()
+        assert torch.equal(fast, ReferenceKernels().noisy_argmax(*given))
+        assert fast[3] == vocab - 1
+        assert noisy.any() or fast[2] == 0
+
+
+def filters_agree(kernels: Kernels, rows: int, vocab: int, device: torch.device = CPU) -> None:
+    """What stays is what the reference keeps."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, vocab, generator=generator) * 3
+    logits[::7] = logits[::7].round()  # many ties
+    logits[1, 1:] = -torch.inf
+    top_k = torch.randint(0, 50, (rows,), generator=generator)
+    top_p = torch.rand(rows, generator=generator).clamp(min=0.01)
+    min_p = torch.rand(rows, generator=generator) * 0.3
+    top_k[::3], top_p[1::3], min_p[2::3] = 0, 1.0, 0.0
+    limits = (top_k, top_p, min_p)
+    fast, slow = logits.to(device, copy=True), logits.clone()
+    kernels.filter_logits_(fast, *(limit.to(device) for limit in limits))
+    ReferenceKernels().filter_logits_(slow, *limits)
+    assert torch.equal(fast.cpu(), slow)
+    assert (slow > -torch.inf).any(dim=1).all()
