@@ -300,6 +300,20 @@ def _fold_factors(top, split_top):
 
 
 @triton.jit
+def _fold(which, top, total, values, split_top, split_total, split_values):
+    """Folds the present split of some queries into those before it, and begins the next."""
+    new_top, keep, add = _fold_factors(top, split_top)
+    folded = values * keep[:, None] + split_values * add[:, None]
+    total = tl.where(which, total * keep + split_total * add, total)
+    values = tl.where(which[:, None], folded, values)
+    top = tl.where(which, new_top, top)
+    split_top = tl.where(which, float("-inf"), split_top)
+    split_total = tl.where(which, 0.0, split_total)
+    split_values = tl.where(which[:, None], 0.0, split_values)
+    return top, total, values, split_top, split_total, split_values
+
+
+@triton.jit
 def _load_keys_values(
     index, known, kv_head, block_table, k_cache, v_cache, k_block, k_head, k_slot, k_dim, v_block, v_head,
     v_slot, v_dim, dim, HEAD_DIM: tl.constexpr,
@@ -354,7 +368,6 @@ def _attend(
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -414,15 +427,9 @@ def _attend(
                 if base % tl.where(base < FINE_END, FINE_SPLIT, COARSE_SPLIT) == 0:
                     # Of rows that went on elsewhere the split is not complete.
                     done = own >= base
-                    new_top, keep, add = _fold_factors(top, split_top)
-                    total = tl.where(done, total * keep + split_total * add, total)
-                    values = tl.where(
-                        done[:, None], values * keep[:, None] + split_values * add[:, None], values
+                    top, total, values, split_top, split_total, split_values = _fold(
+                        done, top, total, values, split_top, split_total, split_values
                     )
-                    top = tl.where(done, new_top, top)
-                    split_top = tl.where(done, float("-inf"), split_top)
-                    split_total = tl.where(done, 0.0, split_total)
-                    split_values = tl.where(done[:, None], 0.0, split_values)
                 position = base + lane
                 k, v = _load_keys_values(
                     position, position < limit, kv_head, block_table, k_cache, v_cache, k_block, k_head,
@@ -443,15 +450,9 @@ def _attend(
                 mine = valid & (leaf == node)
                 for base in range(tl.maximum(node_fork // STEP * STEP, begin), until, STEP):
                     if base % tl.where(base < FINE_END, FINE_SPLIT, COARSE_SPLIT) == 0:
-                        new_top, keep, add = _fold_factors(top, split_top)
-                        total = tl.where(mine, total * keep + split_total * add, total)
-                        values = tl.where(
-                            mine[:, None], values * keep[:, None] + split_values * add[:, None], values
+                        top, total, values, split_top, split_total, split_values = _fold(
+                            mine, top, total, values, split_top, split_total, split_values
                         )
-                        top = tl.where(mine, new_top, top)
-                        split_top = tl.where(mine, float("-inf"), split_top)
-                        split_total = tl.where(mine, 0.0, split_total)
-                        split_values = tl.where(mine[:, None], 0.0, split_values)
                     ancestor = node
                     while tl.load(positions + ancestor) >= base + STEP:
                         ancestor = tl.load(jumps + ancestor)
@@ -471,16 +472,16 @@ def _attend(
                         q, k, v, seen & mine[:, None], split_top, split_total, split_values, scale
                     )
 
-            new_top, keep, add = _fold_factors(top, split_top)
-            total = total * keep + split_total * add
-            values = values * keep[:, None] + split_values * add[:, None]
+            top, total, values, _, _, _ = _fold(
+                query >= 0, top, total, values, split_top, split_total, split_values
+            )
             if split < 0:
                 to = out + (row.to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD_DIM + dim[None, :]
                 tl.store(to, narrow(values / _not_0(total)[:, None], q.dtype), mask=in_head)
             else:
                 partial = tl.load(partial_starts + tile) + in_tile * tl.load(tile_splits + tile) + split
                 at = partial.to(tl.int64) * NUM_HEADS + head
-                tl.store(partial_tops + at, new_top, mask=valid)
+                tl.store(partial_tops + at, top, mask=valid)
                 tl.store(partial_totals + at, total, mask=valid)
                 tl.store(partial_values + at[:, None] * HEAD_DIM + dim[None, :], values, mask=in_head)
 
@@ -612,7 +613,7 @@ class TritonAttention(LayerAttention):
     ) -> torch.Tensor:
         """See `LayerAttention`."""
         heads, rows = self._heads, self._rows
-        num_rows, head_dim = len(qkv), heads.head_dim
+        num_rows, head_dim, is_wide = len(qkv), heads.head_dim, self._padded_dim > 128
         out = qkv.new_empty((num_rows, heads.num_heads * head_dim))
         # Blocks, heads, slots, dims: keys lie as `new_cache` has put them.
         k_strides = tuple(k_cache.stride(i) for i in (0, 1, 3, 2))
@@ -672,11 +673,10 @@ class TritonAttention(LayerAttention):
             **shape,
             NUM_KV_HEADS=heads.num_kv_heads,
             PADDED_DIM=self._padded_dim,
-            TILE_ROWS=self._tile_rows,
             QUERIES=self._queries,
             WINDOW=window or 0,
-            num_warps=4 if self._padded_dim <= 128 else 8,
-            num_stages=3 if qkv.dtype == torch.bfloat16 else 1,
+            num_warps=8 if is_wide else 4,
+            num_stages=1 if qkv.dtype == torch.float32 else 2 if is_wide else 3,  # what shared memory holds
             **EXACT,
         )
         _fold_partials[(triton.cdiv(num_rows * heads.num_heads, FOLD_PIECE),)](
