@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 TREE = DraftTree((-1, 0, 0, 1), (5, 6, 7, 8))
 
 
-def placed(num_sequences: int, tree: DraftTree = EMPTY_TREE) -> tuple[KVCache, Batch]:
+def placed(
+    num_sequences: int, tree: DraftTree = EMPTY_TREE, kv: KVCache | None = None
+) -> tuple[KVCache, Batch]:
     """A cache and a batch of sequences of different lengths, the first of which only computes its prompt."""
-    kv = KVCache(MODEL, 16, torch.float32, enable_prefix_caching=False)
+    kv = kv or KVCache(MODEL, 16, torch.float32, enable_prefix_caching=False)
     scheduled = []
     for number in range(num_sequences):
         tokens = tuple(range(10, 13 + number))
@@ -129,6 +133,19 @@ def test_padded_passes_give_the_same_bytes_with_trees_and_without(
     assert answers(engine, sampling, stagger=3) == plain
     assert any(was and rows not in BUCKETS for rows, was in passes)
     assert {was for rows, was in passes if rows <= BUCKETS[-1]} == {True}
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs triton's interpreter",
+)
+def test_a_padded_pass_has_the_same_bits_with_the_kernels_for_gpus() -> None:
+    plain, padded = tiny_engine(kernels="triton"), tiny_engine(kernels="triton", buckets=(24,))
+    found = [engine.runner.forward(placed(3, TREE, engine.kv)[1]) for engine in (plain, padded)]
+    assert found[0].hidden is not None
+    assert found[1].hidden is not None
+    assert torch.equal(found[0].hidden, found[1].hidden)
+    assert torch.equal(found[0].logits, found[1].logits)
 
 
 def test_padding_changes_nothing_for_chunked_prompts_and_preempted_sequences() -> None:

@@ -193,6 +193,9 @@ def _filter(logits, top_k, top_p, min_p, vocab, logits_stride, BLOCK: tl.constex
             above, _, _ = _weigh(row_logits, vocab, cut + 1, best, True, BLOCK)
             total = above + ties * _weights(_logit(cut), best, True)
             goal = tl.ceil(total.to(tl.float64) * p.to(tl.float64)).to(tl.int64)
+            # All tokens lighter than this weigh less together than what the nucleus leaves out: fewer steps.
+            lightest = best + tl.log((1.0 - p) * 0.5 / vocab)
+            _, low, _ = _weigh(row_logits, vocab, _keys(lightest), best, False, BLOCK)
             cut = _cut(row_logits, vocab, low, high, goal, best, True, BLOCK)
             above, _, _ = _weigh(row_logits, vocab, cut + 1, best, True, BLOCK)
             # Tokens there weigh something, or a greater key would have done.
