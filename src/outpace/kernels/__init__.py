@@ -98,9 +98,8 @@ def _load_triton(choice: str, device: torch.device, batch_invariant: bool) -> Ke
         raise ConfigError(f"the kernels for {device} need triton: pip install 'outpace[gpu]'")
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
-            "--kernels triton needs a GPU, and the device is cpu: leave it out ("
-            "TRITON_INTERPRET=1 interprets "
-            "the kernels there, far too slowly to serve)"
+            "--kernels triton needs a GPU, and the device is cpu: leave it out "
+            "(TRITON_INTERPRET=1 interprets the kernels there, far too slowly to serve)"
         )
     from outpace.kernels.gpu import TritonKernels
 
