@@ -21,7 +21,7 @@ from outpace.config import flag
 from outpace.errors import ConfigError
 from outpace.models.config import ModelConfig
 from outpace.models.draft_vocab import DraftVocab
-from outpace.models.hub import resolve_model
+from outpace.models.hub import resolve_draft
 from outpace.models.loader import load_tensors, read_json
 
 Shapes = dict[str, tuple[int, ...]]
@@ -127,7 +127,7 @@ def read_draft(
         raise ConfigError(
             f"{method} needs its trained weights: name their directory with {flag('spec_model')}"
         )
-    path = resolve_model(name)
+    path = resolve_draft(name)
     config = read_json(path / "config.json")
     section = config.get(_SECTION)
     if not isinstance(section, dict) or not isinstance(section.get("verifier"), dict):
