@@ -101,9 +101,10 @@ def test_a_run_that_is_taken_up_may_become_longer_or_shorter_and_says_so(
 ) -> None:
     out = tmp_path / "run"
     options: dict[str, Any] = {"save_every": 2, "epochs": 10}
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(trainer._Training, "report", lambda *_: 1 / 0)
+    monkeypatch.setattr(trainer._Training, "report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         train(tiny_run(target, texts, out, max_steps=6, **options))
+    monkeypatch.undo()
     report = train(tiny_run(target, texts, out, max_steps=9, resume=True, **options))
     assert report["num_steps"] == len(losses_of(out)) == 9
     assert report["planned_steps"] == [[0, 6], [4, 9]]
