@@ -65,7 +65,7 @@ class Loaded:
 
     @classmethod
     def default(cls, draft_model: str | None = None, **settings: Any) -> Loaded:
-        engine = Engine.from_config(EngineConfig(**settings))
+        engine = Engine.from_config(EngineConfig(**{"spec_method": "none"} | settings))
         return cls(engine, engine.runner.decoder, draft_model or str(resolve_model(engine.config.model)))
 
     @property

@@ -16,6 +16,8 @@ from outpace.errors import ConfigError
 
 METHOD_ALIASES = {"ngram": "prompt_lookup"}  # vLLM's names of draft methods
 MODEL_METHODS = ("draft_model", "medusa", "redrafter", "streaming")  # need weights: `model`
+DEFAULT_DRAFT = "default"  # the draft for the default model that comes with this package,
+DEFAULT_METHOD = "streaming"  # and its method
 BLOCK_SIZE = 16  # tokens in a cache block; also the tile of the CPU attention kernel
 
 
@@ -46,7 +48,8 @@ class SpeculativeConfig:
     model: str | None = setting(
         None,
         "draft_model: Hugging Face directory or hub id, or a GGUF file; "
-        "medusa, redrafter, streaming: what outpace train wrote",
+        "medusa, redrafter, streaming: what outpace train wrote, or default, the streams that come with the "
+        "default model, whose default they are",
     )
     num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = setting(
         (), "policy batch_table: [first batch size, last, draft tokens] each; without it, from the profile"
@@ -263,12 +266,13 @@ class EngineConfig:
     spec_method: str | None = setting(
         None,
         "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft, medusa, redrafter, "
-        "streaming; several with commas",
+        "streaming; several with commas; the default is none, and streaming for the default model",
     )
     spec_model: str | None = setting(
         None,
         "Weights of the draft: for draft_model a model of the same vocabulary (Hugging Face directory, hub "
-        "id, GGUF file), for others the directory or hub id of what outpace train wrote",
+        "id, GGUF file), for others the directory or hub id of what outpace train wrote; default are those "
+        "that come with the default model",
     )
     spec_tokens: int | None = setting(None, "Most draft tokens for a sequence in a step")
     verification: Literal["match", "ratio"] | None = setting(
@@ -405,6 +409,10 @@ class EngineConfig:
                 raise ConfigError(
                     f"{key} is given twice: {flag(name)} {value} and {settings[key]} in --speculative-config"
                 )
+        if self.model is None:  # the default model, which has a draft here
+            method = settings.setdefault("method", DEFAULT_METHOD)
+            if isinstance(method, str) and DEFAULT_METHOD in map(str.strip, method.split(",")):
+                settings.setdefault("model", DEFAULT_DRAFT)
         return SpeculativeConfig(**settings)
 
     @property

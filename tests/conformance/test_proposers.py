@@ -6,6 +6,7 @@ A method that needs more than its name to be built is given it in `settings_of`.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import random
 from pathlib import Path
@@ -88,6 +89,8 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     few: dict[str, Any] = {"draft_vocab_size": 100}
     own: dict[str, dict[str, Any]] = {"draft_model": {"num_layers": 1}}
     for method in training.available():
+        kind = importlib.import_module(f"outpace.training.methods.{method}").Settings
+        settings = few if issubclass(kind, training.VocabSettings) else own.get(method, {})
         train(
             TrainConfig(
                 method,
@@ -95,7 +98,7 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 root / method,
                 model=str(target),
                 max_steps=2,
-                settings=own.get(method, few),
+                settings=settings,
                 max_len=64,
                 batch_tokens=64,
                 dtype="float32",

@@ -16,12 +16,24 @@ from outpace.sampling import SamplingParams
 def test_answers_do_not_depend_on_batch_cache_preemption_chunks_or_drafts(loaded: Loaded) -> None:
     prompts = [lossless.chat_ids(loaded.engine, text) for text in PROMPTS]
     cases = lossless.mixed([*prompts[:6], *prompts[:4]], [0.0, 0.8], max_tokens=40)
-    result = lossless.compare(loaded, cases, ["batch", "drafts"], ["prompt_lookup", "suffix,draft_model"])
+    methods = ["prompt_lookup", "streaming", "suffix,draft_model"]
+    result = lossless.compare(loaded, cases, ["batch", "drafts"], methods)
     assert result["different"] == 0
     assert result["preemptions"] > 0
     assert result["prefix_hits"] > 0
     assert result["accepted_drafts"] > 0
     assert result["tokens"] > 1000
+
+
+def test_without_flags_the_draft_that_comes_with_the_model_is_right_at_times_and_changes_nothing(
+    loaded: Loaded,
+) -> None:
+    prompts = [lossless.chat_ids(loaded.engine, text) for text in PROMPTS[:4]]
+    cases = lossless.mixed(prompts, [0.0, 0.8], max_tokens=32)
+    expected = lossless.one_by_one(loaded.build(), cases)
+    engine = loaded.build(spec_method=None, spec_policy="fixed", spec_tokens=4)
+    assert lossless.run(engine, cases, lambda i: i) == expected
+    assert engine.metrics.drafts.num_accepted_tokens > 0
 
 
 def test_one_seed_gives_one_answer_and_another_seed_another(loaded: Loaded) -> None:

@@ -285,7 +285,10 @@ def test_ids_that_only_one_tokenizer_names_do_not_matter() -> None:
     [
         ({"spec_method": "draft_model"}, "draft_model needs a model: name one with --spec-model"),
         ({"spec_method": "suffix", "spec_model": "x"}, "model of --speculative-config is for draft_model"),
-        ({"spec_model": "x"}, "model of --speculative-config is for draft_model, .*--spec-method is none"),
+        (
+            {"model": "a/model", "spec_model": "x"},
+            "model of --speculative-config is for draft_model, .*--spec-method is none",
+        ),
         (
             {"spec_method": "draft_model,medusa", "spec_model": "x"},
             "draft_model and medusa each need a model",

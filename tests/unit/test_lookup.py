@@ -158,7 +158,7 @@ def test_flags_and_the_json_object_say_the_same_once() -> None:
     by_json = EngineConfig(speculative_config={"method": "ngram", "num_speculative_tokens": 3})
     assert by_flag.speculative == by_json.speculative == SpeculativeConfig("prompt_lookup", 3)
     assert by_flag.policy == "goodput"
-    assert EngineConfig().policy == "off"
+    assert EngineConfig("a/model").policy == "off"
     assert EngineConfig(spec_method="suffix", spec_policy="off").policy == "off"
     assert EngineConfig().speculative.verification == "match"
     assert EngineConfig(verification="ratio").speculative.verification == "ratio"

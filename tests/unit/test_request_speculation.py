@@ -318,7 +318,7 @@ def test_a_report_is_no_setting_without_drafts() -> None:
     config = ServerConfig(per_request_spec_decode_metrics="detailed")
     run.check_draft_report(EngineConfig(spec_method="suffix"), config)
     with pytest.raises(ConfigError, match="--per-request-spec-decode-metrics detailed"):
-        run.check_draft_report(EngineConfig(), config)
+        run.check_draft_report(EngineConfig("a/model"), config)
 
 
 def test_there_is_no_page_that_needs_a_cdn() -> None:

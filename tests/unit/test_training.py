@@ -100,6 +100,20 @@ def test_a_run_is_resumed_only_as_it_was_and_overwrites_nothing(
         train(tiny_run(target, texts, out, save_every=2, resume=True, settings={"num_heads": 2}))
 
 
+def test_a_run_that_is_taken_up_may_become_longer_or_shorter_and_says_so(
+    target: Path, texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    options: dict[str, Any] = {"save_every": 2, "epochs": 10}
+    monkeypatch.setattr(trainer._Training, "report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_run(target, texts, out, max_steps=6, **options))
+    monkeypatch.undo()
+    report = train(tiny_run(target, texts, out, max_steps=9, resume=True, **options))
+    assert report["num_steps"] == len(losses_of(out)) == 9
+    assert report["planned_steps"] == [[0, 6], [4, 9]]
+
+
 @pytest.mark.parametrize("method", methods.available())
 def test_weights_are_written_in_the_type_that_is_asked_for(
     method: str, target: Path, texts: str, tmp_path: Path

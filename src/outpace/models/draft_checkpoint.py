@@ -23,7 +23,7 @@ from outpace.device import CPU
 from outpace.errors import ConfigError
 from outpace.models.config import ModelConfig
 from outpace.models.draft_vocab import DraftVocab
-from outpace.models.hub import resolve_model
+from outpace.models.hub import resolve_draft
 from outpace.models.loader import load_tensors, read_json
 
 Shapes = dict[str, tuple[int, ...]]
@@ -141,7 +141,7 @@ def read_draft(
         raise ConfigError(
             f"{method} needs its trained weights: name their directory with {flag('spec_model')}"
         )
-    path = resolve_model(name)
+    path = resolve_draft(name)
     config = read_json(path / "config.json")
     section = config.get(_SECTION)
     if not isinstance(section, dict) or not isinstance(section.get("verifier"), dict):

@@ -52,7 +52,11 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
         help="where the target's hidden states are kept, or none (default: below OUTPACE_CACHE)",
     )
     add("--save-every", type=_count, default=200, metavar="N", help="steps per checkpoint (default: 200)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in DIR, with the same settings")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in DIR, with the same settings; --max-steps may differ",
+    )
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -143,6 +143,7 @@ def engine_configs(config: EvaluateConfig) -> list[EngineConfig]:
         raise ConfigError(f"{config.draft} does not say which model it drafts for: name it with --model")
     plain = EngineConfig(
         model=model,
+        spec_method="none",
         max_num_seqs=max(config.concurrency),
         max_num_batched_tokens=max(512, *config.concurrency),
         num_threads=config.num_threads,

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 _CHECKPOINT, _LOG, _REPORT = "checkpoint", "log.jsonl", "training.json"
 _MAX_NORM = 1.0  # of gradients
-_NOT_THE_CURVE = ("out", "save_every", "resume", "hidden_cache")  # settings that may differ on --resume
+_NOT_THE_CURVE = ("out", "save_every", "resume", "hidden_cache")  # settings that change no loss
+_LENGTH = "max_steps"  # changes those to come only, and so may differ on --resume
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _PACKAGES = ("accelerate", "datasets", "safetensors")
 
@@ -164,7 +165,7 @@ def _check_out(config: TrainConfig) -> None:
         raise ConfigError(f"{config.out} has no checkpoint to {flag('resume')} from")
     before, now = read_json(saved), config.curve()
     for name, value in json.loads(json.dumps(now)).items():
-        if before.get(name) != value:
+        if name != _LENGTH and before.get(name) != value:
             raise ConfigError(
                 f"{config.out} was begun with {name} {before.get(name)!r}, not {value!r}: it can be resumed "
                 "only as it was"
@@ -219,6 +220,7 @@ class _Training:
         accelerator.register_for_checkpointing(self._schedule)
         self._step = 0
         self._seconds = 0.0
+        self._planned = [[0, len(self._batches)]]  # from which step on a run of how many
         if config.resume:
             self._load()
 
@@ -307,6 +309,7 @@ class _Training:
             state = {
                 "step": self._step,
                 "seconds": self._seconds,
+                "planned": self._planned,
                 "corpus": self._corpus.checksum(),
             }
             write_json(draft / "run.json", self._config.curve() | state)
@@ -326,6 +329,10 @@ class _Training:
             raise ConfigError(f"{self._config.data} is not what {self._config.out} was begun with")
         self._accelerator.load_state(str(directory))
         self._step, self._seconds = state["step"], state["seconds"]
+        if state["planned"][-1][1] != len(self._batches):
+            self._planned = [*state["planned"], [self._step, len(self._batches)]]
+        else:
+            self._planned = state["planned"]
         log = self._config.out / _LOG
         if self._accelerator.is_main_process and log.exists():
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -356,6 +363,7 @@ class _Training:
             "num_parameters": sum(p.numel() for p in self._trained.parameters()),
             "num_processes": self._accelerator.num_processes,
             "num_steps": self._step,
+            "planned_steps": self._planned,
             "seconds": self._seconds,
             "holdout": len(self._held),
             "metrics": metrics,

@@ -1,0 +1,65 @@
+"""The draft that comes with the default model: when it is used, and what is in it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from outpace.config import DEFAULT_DRAFT, EngineConfig
+from outpace.errors import ConfigError
+from outpace.models.hub import resolve_draft
+from tiny import tiny_engine
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "model"),
+    [
+        ({}, "streaming", DEFAULT_DRAFT),
+        ({"spec_tokens": 3}, "streaming", DEFAULT_DRAFT),
+        ({"spec_method": "streaming"}, "streaming", DEFAULT_DRAFT),
+        ({"spec_method": "prompt_lookup, streaming"}, "prompt_lookup,streaming", DEFAULT_DRAFT),
+        ({"speculative_config": {"method": "streaming"}}, "streaming", DEFAULT_DRAFT),
+        ({"spec_method": "streaming", "spec_model": "mine"}, "streaming", "mine"),
+        ({"spec_method": "none"}, "none", None),
+        ({"spec_method": "suffix"}, "suffix", None),
+        ({"model": "a/model"}, "none", None),
+    ],
+)
+def test_the_default_model_drafts_with_its_streams_unless_told_otherwise(
+    settings: dict[str, Any], method: str, model: str | None
+) -> None:
+    config = EngineConfig(**settings)
+    assert (config.speculative.method, config.speculative.model) == (method, model)
+    assert config.policy == ("off" if method == "none" else "goodput")
+
+
+def test_another_model_still_needs_its_draft_named() -> None:
+    with pytest.raises(ConfigError, match="streaming needs a model: name one with --spec-model"):
+        EngineConfig("a/model", spec_method="streaming")
+
+
+def test_the_default_draft_is_refused_for_another_model_in_words() -> None:
+    with pytest.raises(ConfigError, match="was trained for SmolLM2-135M-Instruct with hidden_size 576, this"):
+        tiny_engine(spec_method="streaming", spec_model="default")
+
+
+def test_the_default_draft_is_small_and_says_where_it_comes_from() -> None:
+    directory = resolve_draft(DEFAULT_DRAFT)
+    weights = load_file(directory / "model.safetensors")
+    token_ids = weights.pop("d2t")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    config = json.loads((directory / "config.json").read_text())
+    assert config["draft_vocab_size"] == len(token_ids)
+    assert config["speculators_config"]["verifier"]["name_or_path"] == "SmolLM2-135M-Instruct"
+    assert sum(file.stat().st_size for file in directory.iterdir()) < 6e6
+    report = json.loads((directory / "training.json").read_text())
+    assert report["model_sha256"]
+    assert '"/' not in json.dumps(report), "a path of the machine it was trained on"
+    card = (directory / "README.md").read_text()
+    assert report["command"] in card
+    for depth in range(1, config["streaming"]["num_streams"] + 1):
+        assert f"{100 * report['metrics'][f'accuracy_{depth}']:.1f} %" in card
