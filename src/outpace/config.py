@@ -409,7 +409,9 @@ class EngineConfig:
                 raise ConfigError(
                     f"{key} is given twice: {flag(name)} {value} and {settings[key]} in --speculative-config"
                 )
-        if self.model is None and self.tensor_parallel_size == 1:  # the default model has a draft, for one rank
+        if (
+            self.model is None and self.tensor_parallel_size == 1
+        ):  # the default model has a draft, for one rank
             method = settings.setdefault("method", DEFAULT_METHOD)
             if isinstance(method, str) and DEFAULT_METHOD in map(str.strip, method.split(",")):
                 settings.setdefault("model", DEFAULT_DRAFT)

@@ -55,7 +55,7 @@ def test_graphs_pay_for_the_memory_of_passes_once_and_each_for_itself() -> None:
 
 
 def test_the_weights_of_a_draft_are_counted_before_they_are_loaded(tmp_path: Path) -> None:
-    assert draft_bytes(EngineConfig(), torch.bfloat16) == 0
+    assert draft_bytes(EngineConfig(spec_method="none"), torch.bfloat16) == 0
     write_model(tmp_path)
     model = EngineConfig(spec_method="draft_model", spec_model=str(tmp_path))
     num_weights = sum(torch.Size(shape).numel() for shape in MODEL.weight_shapes().values())

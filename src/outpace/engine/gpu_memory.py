@@ -18,7 +18,7 @@ import torch
 from outpace.config import BLOCK_SIZE, EngineConfig
 from outpace.engine.profile import Point, run_point
 from outpace.models.decoder import Decoder
-from outpace.models.hub import resolve_model
+from outpace.models.hub import resolve_draft
 from outpace.models.loader import load_config
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.runner import ModelRunner, plan_graphs
@@ -79,7 +79,7 @@ def draft_bytes(config: EngineConfig, dtype: torch.dtype) -> int:
     speculative = config.speculative
     if speculative.model is None:
         return 0
-    path = resolve_model(speculative.model)
+    path = resolve_draft(speculative.model)
     if "draft_model" in speculative.methods:
         shapes = load_config(path).weight_shapes().values()
         return sum(dtype.itemsize * torch.Size(shape).numel() for shape in shapes)
