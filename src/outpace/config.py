@@ -16,8 +16,9 @@ from outpace.errors import ConfigError
 
 METHOD_ALIASES = {"ngram": "prompt_lookup"}  # vLLM's names of draft methods
 MODEL_METHODS = ("draft_model", "medusa", "redrafter", "streaming")  # need weights: `model`
-DEFAULT_DRAFT = "default"  # the draft for the default model that comes with this package,
-DEFAULT_METHOD = "streaming"  # and its method
+DEFAULT_METHOD = "prompt_lookup"  # of the default model: it needs no weights, and costs next to nothing
+DEFAULT_DRAFT = "default"  # the trained draft for the default model that comes with this package,
+DEFAULT_DRAFT_METHOD = "streaming"  # and its method
 BLOCK_SIZE = 16  # tokens in a cache block; also the tile of the CPU attention kernel
 
 
@@ -49,7 +50,7 @@ class SpeculativeConfig:
         None,
         "draft_model: Hugging Face directory or hub id, or a GGUF file; "
         "medusa, redrafter, streaming: what outpace train wrote, or default, the streams that come with the "
-        "default model, whose default they are",
+        "default model",
     )
     num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = setting(
         (), "policy batch_table: [first batch size, last, draft tokens] each; without it, from the profile"
@@ -266,7 +267,7 @@ class EngineConfig:
     spec_method: str | None = setting(
         None,
         "Draft method: none, prompt_lookup (ngram), suffix, draft_model, self_draft, medusa, redrafter, "
-        "streaming; several with commas; the default is none, and streaming for the default model",
+        "streaming; several with commas; the default is none, and prompt_lookup for the default model",
     )
     spec_model: str | None = setting(
         None,
@@ -409,11 +410,9 @@ class EngineConfig:
                 raise ConfigError(
                     f"{key} is given twice: {flag(name)} {value} and {settings[key]} in --speculative-config"
                 )
-        if (
-            self.model is None and self.tensor_parallel_size == 1
-        ):  # the default model has a draft, for one rank
+        if self.model is None:
             method = settings.setdefault("method", DEFAULT_METHOD)
-            if isinstance(method, str) and DEFAULT_METHOD in map(str.strip, method.split(",")):
+            if isinstance(method, str) and DEFAULT_DRAFT_METHOD in map(str.strip, method.split(",")):
                 settings.setdefault("model", DEFAULT_DRAFT)
         return SpeculativeConfig(**settings)
 

@@ -25,13 +25,13 @@ def test_answers_do_not_depend_on_batch_cache_preemption_chunks_or_drafts(loaded
     assert result["tokens"] > 1000
 
 
-def test_without_flags_the_draft_that_comes_with_the_model_is_right_at_times_and_changes_nothing(
+def test_the_streams_that_come_with_the_model_are_right_at_times_and_change_nothing(
     loaded: Loaded,
 ) -> None:
     prompts = [lossless.chat_ids(loaded.engine, text) for text in PROMPTS[:4]]
     cases = lossless.mixed(prompts, [0.0, 0.8], max_tokens=32)
     expected = lossless.one_by_one(loaded.build(), cases)
-    engine = loaded.build(spec_method=None, spec_policy="fixed", spec_tokens=4)
+    engine = loaded.build(spec_method="streaming", spec_policy="fixed", spec_tokens=4)
     assert lossless.run(engine, cases, lambda i: i) == expected
     assert engine.metrics.drafts.num_accepted_tokens > 0
 

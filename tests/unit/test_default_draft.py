@@ -1,4 +1,4 @@
-"""The draft that comes with the default model: when it is used, and what is in it."""
+"""What the default model drafts with, and the trained draft that comes with it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from tiny import tiny_engine
 @pytest.mark.parametrize(
     ("settings", "method", "model"),
     [
-        ({}, "streaming", DEFAULT_DRAFT),
-        ({"spec_tokens": 3}, "streaming", DEFAULT_DRAFT),
+        ({}, "prompt_lookup", None),
+        ({"spec_tokens": 3}, "prompt_lookup", None),
         ({"spec_method": "streaming"}, "streaming", DEFAULT_DRAFT),
         ({"spec_method": "prompt_lookup, streaming"}, "prompt_lookup,streaming", DEFAULT_DRAFT),
         ({"speculative_config": {"method": "streaming"}}, "streaming", DEFAULT_DRAFT),
         ({"spec_method": "streaming", "spec_model": "mine"}, "streaming", "mine"),
         ({"spec_method": "none"}, "none", None),
+        ({"spec_model": "mine", "spec_method": "medusa"}, "medusa", "mine"),
         ({"spec_method": "suffix"}, "suffix", None),
         ({"model": "a/model"}, "none", None),
     ],
 )
-def test_the_default_model_drafts_with_its_streams_unless_told_otherwise(
+def test_the_default_model_drafts_by_lookup_and_its_streams_need_no_name_of_their_weights(
     settings: dict[str, Any], method: str, model: str | None
 ) -> None:
     config = EngineConfig(**settings)
