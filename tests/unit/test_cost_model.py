@@ -189,7 +189,8 @@ def test_rows_that_only_draft_are_what_drafting_costs_and_leave_the_target_as_it
     asked = float(truth.draft_s(4, 12, 3))
     for _ in range(200):
         seen = record(truth, 4, 3)
-        streams = float(truth.target_s(16 + 24, 16, 400, 1600)) - seen.seconds["forward"]
+        # dearer than as many rows of the target
+        streams = 4 * (float(truth.target_s(16 + 24, 16, 400, 1600)) - seen.seconds["forward"])
         seconds = {**seen.seconds, "forward": seen.seconds["forward"] + streams}
         cost.observe(replace(seen, seconds=seconds | {"total": sum(seconds.values())}, num_stream_rows=24.0))
     assert streams > 0.01

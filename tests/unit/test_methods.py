@@ -139,9 +139,9 @@ def test_the_choice_is_nearly_as_good_as_the_best_of_all_assignments(seed: int) 
 
 
 def known_methods(
-    costs: Sequence[tuple[float, ...]], most: int, num_sequences: int
+    costs: Sequence[tuple[float, ...]], most: int, num_sequences: int, streams_s: float = 0.0
 ) -> tuple[Methods, BatchView]:
-    """Methods whose costs were seen, and a view whose sequences they have read."""
+    """Methods whose costs were seen, and a view whose sequences they have read; the first has streams."""
     sequences = tuple(SequenceView(str(i), 10, 100) for i in range(num_sequences))
     view = BatchView(sequences, num_sequences, 10 * num_sequences, 1000)
     methods, rng = Methods(NAMES, most), np.random.default_rng(0)
@@ -160,12 +160,22 @@ def known_methods(
                 no_paths,
                 (False,) * num_sequences,
                 float(np.dot(cost, (sum(map(bool, limits)), sum(limits), max(limits), 0))),
+                has_streams=name == NAMES[0],
             )
             for name, cost in zip(NAMES, costs, strict=True)
         )
         record = StepRecord(view, limits, empty, no_paths, {"total": 0.01}, 3, 3, methods=records)
-        methods.observe(record)
+        methods.observe(record, streams_s)
     return methods, view
+
+
+@pytest.mark.parametrize(("streams_s", "free"), [(0.0, set(NAMES)), (3e-3, {NAMES[1]})])
+def test_what_streams_add_to_the_pass_is_a_cost_of_the_method_that_has_them(
+    streams_s: float, free: set[str]
+) -> None:
+    methods, view = known_methods([(0, 0, 0, 0), (0, 0, 0, 0)], 4, 3, streams_s)
+    methods.ask(view, [4] * 3, Market(0.012, 1e-4, [1.0] * 3, Priced()))
+    assert {name for name, limits in methods.asked.items() if all(limits)} == free
 
 
 def test_a_request_that_insists_on_a_method_is_drafted_for_by_that_one_alone() -> None:

@@ -106,7 +106,8 @@ class MethodRecord:
         lengths: Leading nodes of each of which it is known whether they fit.
         paths: Of these the ones that do, root side first.
         taken: Whether the tree was the one to go on with.
-        seconds: What it took.
+        seconds: What it took, rows of the pass aside.
+        has_streams: Whether the step's `num_stream_rows` were its own.
     """
 
     name: str
@@ -116,6 +117,7 @@ class MethodRecord:
     paths: tuple[tuple[int, ...], ...]
     taken: tuple[bool, ...]
     seconds: float
+    has_streams: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,15 +288,25 @@ class CostModel:
         target = float(self.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
         predicted = target + float(self.draft_s(*asked, behind)) + self.host_s(num_scheduled)
         self._errors.append(abs(predicted - seconds["total"]) / seconds["total"])
-        # Rows that only draft are part of what drafting costs, as far as a pass with as many more is longer.
-        rows = shape.rows + record.num_stream_rows
-        streams = float(self.target_s(rows, shape.samples, shape.context, shape.pairs)) - target
-        forward = seconds.get("forward", 0.0) + seconds.get("verify", 0.0)
-        self._observe_target(rows, target + streams, forward)
+        streams = self.streams_s(record)
+        if not record.num_stream_rows:
+            self._observe_target(shape.rows, target, _pass_s(record))
         if asked[0]:
             self._draft.observe(seconds.get("propose", 0.0) + streams, *asked, behind)
             self._num_drafts_to_see -= 1
         self._host.observe(sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES), 1.0, num_scheduled)
+
+    def streams_s(self, record: StepRecord) -> float:
+        """Seconds by which a pass was longer for the rows in it that only draft: part of what drafting costs.
+
+        They cost more than as many rows of the target, so the pass teaches nothing of the target's own cost:
+        plain steps would look dear as long as there are streams, and drafting cheap beside them.
+        """
+        if not record.num_stream_rows:
+            return 0.0
+        shape = shape_of(record)
+        target = float(self.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
+        return max(0.0, _pass_s(record) - target)
 
     def errors(self) -> tuple[float, float]:
         """Median and 90th percentile of |predicted - measured| / measured, latest steps; 0 before any."""
@@ -495,6 +505,11 @@ class Roofline:
             per_pair=self.pair_flops / flops,
             meta=meta,
         )
+
+
+def _pass_s(record: StepRecord) -> float:
+    """Seconds of a step's pass and verification."""
+    return record.seconds.get("forward", 0.0) + record.seconds.get("verify", 0.0)
 
 
 def shape_of(record: StepRecord) -> Shape:

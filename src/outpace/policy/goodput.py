@@ -189,7 +189,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._stakes.observe(record)
         self._credit_s += PROBE_SHARE * record.seconds["total"]
         if self._methods is not None:
-            self._credit_s += self._methods.observe(record) / max(self._rate, 1.0)
+            won = self._methods.observe(record, self.cost.streams_s(record))
+            self._credit_s += won / max(self._rate, 1.0)
             return
         counted = self._without_late(limits) if self._chooses else limits
         self.acceptance.observe(self._ids, counted, self._drafts, record.num_drafted, record.paths)

@@ -90,10 +90,12 @@ class Method:
         behind = sum(itertools.compress(self.behind(view), limits)) / horizon
         return float(self._cost.seconds(*_asked(limits), behind))
 
-    def observe(self, view: BatchView, ids: Sequence[str], record: MethodRecord) -> None:
-        """Learns from a step in which it drafted."""
+    def observe(
+        self, view: BatchView, ids: Sequence[str], record: MethodRecord, streams_s: float = 0.0
+    ) -> None:
+        """Learns from a step in which it drafted; `streams_s` is what its rows added to the pass."""
         behind = sum(itertools.compress(self.behind(view), record.limits))
-        self._cost.observe(record.seconds, *_asked(record.limits), behind)
+        self._cost.observe(record.seconds + streams_s, *_asked(record.limits), behind)
         self._num_to_see -= 1
         asked = itertools.compress(view.sequences, record.limits)
         self._seen.update((s.id, s.context_len) for s in asked)
@@ -276,15 +278,20 @@ class Methods:
                 rows[i] = row
         return rows
 
-    def observe(self, record: StepRecord) -> float:
+    def observe(self, record: StepRecord, streams_s: float = 0.0) -> float:
         """Learns from a finished step.
+
+        Args:
+            record: The step.
+            streams_s: Seconds by which rows that only draft made its pass longer.
 
         Returns:
             Tokens that the step's probe would have won beyond what was accepted.
         """
         ids, won = [s.id for s in record.view.sequences], 0.0
         for of_method in record.methods:
-            self._methods[of_method.name].observe(record.view, ids, of_method)
+            own_s = streams_s if of_method.has_streams else 0.0
+            self._methods[of_method.name].observe(record.view, ids, of_method, own_s)
             if self._probe is not None and self._probe[0] == of_method.name:
                 index = self._probe[1]
                 won = max(0, len(of_method.paths[index]) - len(record.paths[index]))

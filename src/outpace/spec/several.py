@@ -139,6 +139,7 @@ class Several(Proposer):
         self._ids: list[str] = []  # of the present step, as are these:
         self._asked: dict[str, _Asked] = {}
         self._taken: list[str] = []
+        self._streaming: str | None = None  # whose streams are in its pass
         self.records: tuple[MethodRecord, ...] = ()
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
@@ -185,8 +186,12 @@ class Several(Proposer):
 
     def streams(self, batch: Batch, price: Price) -> StreamPass | None:
         """See Proposer; the first method's that has some."""
-        passes = (proposer.streams(batch, price) for proposer in self._proposers.values())
-        return next((found for found in passes if found is not None), None)
+        self._streaming = None
+        for name, proposer in self._proposers.items():
+            if (found := proposer.streams(batch, price)) is not None:
+                self._streaming = name
+                return found
+        return None
 
     def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
         """See Proposer."""
@@ -218,6 +223,7 @@ class Several(Proposer):
             paths=tuple(path for _, path in outcomes),
             taken=tuple(taken == name for taken in self._taken),
             seconds=asked.seconds,
+            has_streams=name == self._streaming,
         )
 
     def _best(self, number: int) -> str:
