@@ -53,7 +53,7 @@ def test_a_sweep_measures_compares_saves_and_draws(
     result = json.loads(out.read_text())
     order = [(c["repetition"], c["load"], c["configuration"]) for c in result["cells"]]
     assert order[:2] == [(0, "c=1", "off"), (0, "c=1", "other")]
-    assert order[6:8] == [(1, "c=1", "other"), (1, "c=1", "off")], "the order of configurations is rotated"
+    assert order[6:8] == [(1, "c=1", "other"), (1, "c=1", "off")], "the order of configurations is reversed"
     assert len(order) == 2 * 3 * 2
     point = result["points"][0]["configurations"]
     assert point["other"]["output_throughput"]["n"] == 2

@@ -130,6 +130,19 @@ def test_a_probe_waits_for_a_method_that_drafts_a_step_after_it_is_asked() -> No
     assert present[0][0] > 0.9
 
 
+def test_the_rows_of_a_probe_are_in_the_predicted_time() -> None:
+    policy = load_policy("goodput", context(DEAR))  # 1 ms a row
+    for _ in range(1000):
+        seen = view(8)
+        limits = policy.limits(seen)
+        kept = policy.trim(seen, [DraftTree.chain((0,) * limit) for limit in limits]) or [0] * 8
+        if any(kept):
+            break
+        policy.observe(record(seen, limits, 0, 0.008, kept))
+    assert sum(kept) == 2, "nothing is worth its row, so it is a probe"
+    assert policy.predicted_s == pytest.approx(0.010, rel=0.01)
+
+
 def test_the_price_of_rows_is_the_tokens_that_their_time_would_have_given() -> None:
     # 1 ms a row: four sequences alone give a token per millisecond, so a row costs a token
     policy = load_policy("goodput", context(COSTLY_DRAFTS))

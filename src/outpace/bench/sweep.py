@@ -1,9 +1,10 @@
 """Configurations of a server against each other: every load on each of them, interleaved and repeated.
 
 One server per configuration lives for the whole sweep, and all but the one under test are frozen. The order
-of configurations is rotated from repetition to repetition. All configurations get the same prompts, in the
-same order, with the same seeds and arrivals; other loads and repetitions get other prompts, so that nothing
-that a server remembers of an answer helps it with the next.
+of configurations is reversed from repetition to repetition, so that what drifts while they run cancels in
+pairs of them, and rotated from pair to pair. All configurations get the same prompts, in the same order, with
+the same seeds and arrivals; other loads and repetitions get other prompts, so that nothing that a server
+remembers of an answer helps it with the next.
 """
 
 from __future__ import annotations
@@ -118,12 +119,13 @@ class Plan:
             raise ConfigError("no loads; give --concurrency, --request-rates or --trace")
 
     def cells(self) -> Iterator[Cell]:
-        """All runs in order; who begins changes with the repetition."""
-        number = len(self.configurations)
+        """All runs in order; who begins changes with every second repetition, the others run backwards."""
         for repetition in range(self.repetitions):
+            first = repetition // 2 % len(self.configurations)
+            order = self.configurations[first:] + self.configurations[:first]
             for point in self.points:
-                for i in range(number):
-                    yield Cell(repetition, point, self.configurations[(repetition + i) % number])
+                for configuration in reversed(order) if repetition % 2 else order:
+                    yield Cell(repetition, point, configuration)
 
     def load(self, point: Point, repetition: int) -> tuple[Load, list[int]]:
         """When queries are sent, and the most tokens of each answer."""

@@ -352,6 +352,7 @@ class GoodputPolicy(SpeculationPolicy):
             self._credit_s = min(self._credit_s, 3 * cost_s)  # quiet hours buy no burst
         if self._credit_s >= cost_s:
             self._credit_s -= cost_s
+            self.predicted_s += cost_s
             self._probe = self._least_known(idle)
             counts[self._probe] = PROBE_NODES
 
