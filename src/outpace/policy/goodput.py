@@ -152,7 +152,7 @@ class GoodputPolicy(SpeculationPolicy):
         slots = Slots(survival, None, contexts, [0] * len(contexts))
         choice = self._allocate(view, drafting, slots)
         self._rate = choice.rate
-        self.predicted_s = choice.seconds - self._usual_s + self._drafting_s
+        predicted_s = choice.seconds - self._usual_s + self._drafting_s
         counts = [0] * len(drafts)
         for i, count in zip(drafting, choice.counts, strict=True):
             counts[i] = count
@@ -160,7 +160,8 @@ class GoodputPolicy(SpeculationPolicy):
             self._methods is None
         ):  # several know by themselves how far to draft, and learn without verification
             self._note_reach(drafting, choice.counts)
-            self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
+            predicted_s += self._verify_to_learn(view, counts, [i for i in drafting if not counts[i]])
+        self.predicted_s = predicted_s
         return counts
 
     def _note_reach(self, drafting: list[int], counts: list[int]) -> None:
@@ -343,18 +344,19 @@ class GoodputPolicy(SpeculationPolicy):
             self._credit_s -= draft_s
             limits[probe] = min(PROBE_NODES, view.sequences[probe].max_draft)
 
-    def _verify_to_learn(self, view: BatchView, counts: list[int], idle: list[int]) -> None:
-        """The same for those who have a draft of which nothing is worth verifying."""
+    def _verify_to_learn(self, view: BatchView, counts: list[int], idle: list[int]) -> float:
+        """The same for those who have a draft of which nothing is worth verifying; the seconds it takes."""
         if self._credit_s <= 0 or not idle or view.num_free_slots < sum(counts) + PROBE_NODES:
-            return
+            return 0.0
         cost_s = self._rows_s(view, view.sequences[idle[0]].context_len, sum(counts))
         if cost_s:  # nothing where there is room in a bucket
             self._credit_s = min(self._credit_s, 3 * cost_s)  # quiet hours buy no burst
-        if self._credit_s >= cost_s:
-            self._credit_s -= cost_s
-            self.predicted_s += cost_s
-            self._probe = self._least_known(idle)
-            counts[self._probe] = PROBE_NODES
+        if self._credit_s < cost_s:
+            return 0.0
+        self._credit_s -= cost_s
+        self._probe = self._least_known(idle)
+        counts[self._probe] = PROBE_NODES
+        return cost_s
 
     def _least_known(self, idle: list[int]) -> int:
         return idle[int(np.argmin(self.acceptance.num_verified([self._ids[i] for i in idle])))]
