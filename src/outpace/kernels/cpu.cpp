@@ -7,8 +7,9 @@
 //      chunks of kChunk positions in order; a linear layer's inputs in order.
 //
 // Portable C++17 with the vector extensions of GCC and Clang: 16 floats are one AVX-512 register, two AVX
-// ones or four NEON ones. One intrinsic, for the bf16 dot product where there is a fast one (`dot_group`). Plain
-// torch references with the same signatures: reference.py.
+// ones or four NEON ones. Intrinsics only for the bf16 dot product where there is a fast one (`dot_group`), and
+// where GCC makes five instructions of a conversion that is one. Plain torch references with the same
+// signatures: reference.py.
 //
 // Matrices are row-major. `Scalar` is the model's dtype: float, or bf16 stored as uint16_t.
 
@@ -29,7 +30,7 @@
 #include <malloc.h>
 #endif
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #ifdef __linux__
@@ -64,15 +65,22 @@ inline vf load(const float* p) {
   std::memcpy(&x, p, sizeof x);
   return x;
 }
+#ifdef __AVX512F__
+inline vu lengthen(vh x) { return bits<vu>(_mm512_cvtepu16_epi32(bits<__m256i>(x))); }
+inline vh shorten(vu x) { return bits<vh>(_mm512_cvtepi32_epi16(bits<__m512i>(x))); }
+#else
+inline vu lengthen(vh x) { return __builtin_convertvector(x, vu); }
+inline vh shorten(vu x) { return __builtin_convertvector(x, vh); }
+#endif
 inline vf load(const uint16_t* p) {
   vh half;
   std::memcpy(&half, p, sizeof half);
-  return bits<vf>(__builtin_convertvector(half, vu) << 16);
+  return bits<vf>(lengthen(half) << 16);
 }
 // To bf16, to nearest, ties to even (finite values).
 inline vh narrow(vf x) {
   vu u = bits<vu>(x);
-  return __builtin_convertvector((u + 0x7FFF + ((u >> 16) & 1)) >> 16, vh);
+  return shorten((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
 }
 inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 inline void store(uint16_t* p, vf x) {
@@ -88,7 +96,7 @@ inline void put(uint16_t* p, float x) {
 }
 // The value a Scalar can hold: what rounding through memory gives.
 inline vf round_to(const float*, vf x) { return x; }
-inline vf round_to(const uint16_t*, vf x) { return bits<vf>(__builtin_convertvector(narrow(x), vu) << 16); }
+inline vf round_to(const uint16_t*, vf x) { return bits<vf>(lengthen(narrow(x)) << 16); }
 
 inline float sum(vf x) {
   float s = 0;
@@ -164,7 +172,9 @@ class Team {
     for (; workers_ + 1 < threads; workers_++) std::thread([this, n = workers_ + 1] { serve(n); }).detach();
   }
 
-  // body(0) to body(count - 1), each once, in any order.
+  int threads() const { return threads_.load(std::memory_order_relaxed); }
+
+  // body(0) to body(count - 1), each once, in any order; from the last to the first, if nobody is late.
   template <typename Body>
   void run(int count, const Body& body) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);  // busy: another model's loop
@@ -310,8 +320,8 @@ void for_rows(int rows, int work, const Body& body) {
 // tile of them: [group][row][input of the group]. Every output is one chain of sums over the inputs in order,
 // whatever the rows of a tile: that is what makes a row's bits independent of the batch.
 constexpr int kPanel = 2 * kLanes;
-constexpr int kTileRows = 12;   // times two registers of sums: 24 of AVX-512's 32
-constexpr int kAhead = 2048;    // bytes of a panel fetched ahead
+constexpr int kTileRows = 12;   // at most; times two registers of sums: 24 of AVX-512's 32
+constexpr int kAhead = 8192;    // bytes fetched ahead, into L2: more of it can be on its way than into L1
 
 template <typename Scalar>
 constexpr int kGroup = sizeof(float) / sizeof(Scalar);
@@ -344,16 +354,19 @@ inline vf weights_of(const uint16_t* w, int i) {
   return bits<vf>(i ? group & 0xFFFF0000u : group << 16);
 }
 
-// R rows, laid out, times one panel.
+// R rows, laid out, times one panel. Towards its end what is fetched ahead is the panel `next`.
 template <int R, typename Scalar>
-void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const Scalar* bias, int groups, int64_t stride,
-                 int columns) {
+void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const Scalar* next, const Scalar* bias, int groups,
+                 int64_t stride, int columns) {
   constexpr int kInputs = kGroup<Scalar>;
+  constexpr int kGroupsAhead = kAhead / (kPanel * sizeof(float));
+  const int turn = std::max(groups - kGroupsAhead, 0);
   vf acc[R][2];
   for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = splat(0.f);
   for (int g = 0; g < groups; g++, x += R * kInputs) {
     const Scalar* w[2] = {panel + int64_t(g) * kPanel * kInputs, panel + (int64_t(g) * kPanel + kLanes) * kInputs};
-    for (int j = 0; j < 2; j++) __builtin_prefetch(reinterpret_cast<const char*>(w[j]) + kAhead);
+    const Scalar* ahead = g < turn ? w[0] + kAhead / sizeof(Scalar) : next + int64_t(g - turn) * kPanel * kInputs;
+    for (int j = 0; j < 2; j++) __builtin_prefetch(ahead + j * kLanes * kInputs, 0, 2);
     if constexpr (kDotGroups && kInputs == 2) {
       for (int r = 0; r < R; r++)
         for (int j = 0; j < 2; j++) {
@@ -380,7 +393,7 @@ void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const 
 
 template <typename Scalar>
 void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bias, int rows, int inputs, int outputs) {
-  using Tile = void (*)(Scalar*, const Laid<Scalar>*, const Scalar*, const Scalar*, int, int64_t, int);
+  using Tile = void (*)(Scalar*, const Laid<Scalar>*, const Scalar*, const Scalar*, const Scalar*, int, int64_t, int);
   static const Tile tiles[kTileRows] = {
       linear_tile<1, Scalar>, linear_tile<2, Scalar>,  linear_tile<3, Scalar>,  linear_tile<4, Scalar>,
       linear_tile<5, Scalar>, linear_tile<6, Scalar>,  linear_tile<7, Scalar>,  linear_tile<8, Scalar>,
@@ -389,8 +402,10 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
   static thread_local std::vector<Laid<Scalar>> laid_out;
   laid_out.resize(int64_t(rows) * inputs);
   Laid<Scalar>* tiled = laid_out.data();
-  Team::instance().run((rows + kTileRows - 1) / kTileRows, [&](int tile) {
-    const int first = tile * kTileRows, tile_rows = std::min(kTileRows, rows - first);
+  // Equal tiles: each widens the weights anew, and a last one of a single row would wait for its own sums.
+  const int num_tiles = std::max((rows + kTileRows - 1) / kTileRows, 1), most = (rows + num_tiles - 1) / num_tiles;
+  Team::instance().run(num_tiles, [&](int tile) {
+    const int first = tile * most, tile_rows = std::min(most, rows - first);
     const Scalar* from = x + int64_t(first) * inputs;
     Laid<Scalar>* to = tiled + int64_t(first) * inputs;
     for (int g = 0; g < groups; g++)
@@ -399,10 +414,12 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
   });
   Team::instance().run((outputs + kPanel - 1) / kPanel, [&](int panel) {
     const Scalar* weights = packed + int64_t(panel) * inputs * kPanel;
+    // With others at work on panels between, this one will be the thread's next.
+    const Scalar* next = packed + int64_t(std::max(panel - Team::instance().threads(), 0)) * inputs * kPanel;
     const int first = panel * kPanel;
-    for (int r = 0; r < rows; r += kTileRows)
-      tiles[std::min(kTileRows, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs, weights,
-                                               bias ? bias + first : nullptr, groups, outputs,
+    for (int r = 0; r < rows; r += most)
+      tiles[std::min(most, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs, weights,
+                                               next, bias ? bias + first : nullptr, groups, outputs,
                                                std::min(kPanel, outputs - first));
   });
 }
