@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from outpace.config import BLOCK_SIZE, cache_dir
 from outpace.errors import ConfigError
 from outpace.kernels.base import Heads, Kernels, LayerAttention, Linear, RopeTable, Rows
+from outpace.kernels.huge_pages import HugePages
 
 LANES = 16
 PANEL = 2 * LANES  # outputs of a linear layer that lie together: kPanel of cpu.cpp
@@ -141,6 +142,7 @@ class NativeKernels(Kernels):
             num_threads: That share the work, of all such kernels in the process.
         """
         self.build = library.stem
+        self._pages = HugePages()
         self._lib = ctypes.CDLL(str(library))
         for stem, argtypes in SIGNATURES.items():
             for suffix in SUFFIXES.values():
@@ -161,7 +163,7 @@ class NativeKernels(Kernels):
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """See `Kernels`."""
         num_out, num_in = weight.shape
-        packed = _pack(weight)
+        packed = self._pages.copy(_panels(weight))
         padded = None if bias is None else F.pad(bias, (0, -num_out % PANEL))
 
         def linear(x: torch.Tensor) -> torch.Tensor:
@@ -285,12 +287,12 @@ def _address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def _panels(weight: torch.Tensor) -> torch.Tensor:
     """[out, in] -> panels as cpu.cpp describes them: [out / 32, in / group, 32, group], padded with zeros."""
     num_out, num_in = weight.shape
     group = 4 // weight.itemsize
     weight = F.pad(weight, (0, 0, 0, -num_out % PANEL))
-    return weight.view(-1, PANEL, num_in // group, group).transpose(1, 2).contiguous()
+    return weight.view(-1, PANEL, num_in // group, group).transpose(1, 2)
 
 
 def unsupported_reason(head_dim: int, *widths: int) -> str | None:
