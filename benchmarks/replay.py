@@ -37,6 +37,7 @@ from outpace.spec.proposer import Proposer
 from outpace.tree import DraftTree
 
 HOST_S = 0.0006  # a step's other phases, as step logs of a served SmolLM2 have them
+ASK_S, DRAFT_S = 2e-5, 1.5e-5  # making lookups, and for each sequence asked; likewise
 
 
 @dataclass
@@ -107,7 +108,13 @@ def replay(
         record = StepRecord(view, tuple(limits), tuple(trees), paths, {}, rows, rows)
         shape = shape_of(record)
         target_s = float(cost.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
-        took = {"forward": target_s, "between": HOST_S, "total": target_s + HOST_S}
+        num_asked = len(limits) - limits.count(0)
+        took = {
+            "forward": target_s,
+            "between": HOST_S,
+            "propose": num_asked * DRAFT_S + ASK_S * (num_asked > 0),
+        }
+        took["total"] = sum(took.values())
         policy.observe(replace(record, seconds=took))
         seconds, num_rows, num_steps = seconds + took["total"], num_rows + rows, num_steps + 1
         num_tokens += sum(r.advance(path) for r, path in zip(running, paths, strict=True))
