@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +378,46 @@ def test_the_table_shows_every_configuration_and_what_is_missing(capsys: pytest.
     assert all("-" in row and "all" in row for row in rows if "goodput" in row)
     sweep.print_points(summary(plan(), known_cells()))
     assert "the same × fixed:1" in capsys.readouterr().out
+
+
+def of_loads(first: int, last: int) -> dict[str, Any]:
+    """The known sweep with some of its loads only."""
+    points = plan().points[first:last]
+    labels = [point.label for point in points]
+    return summary(plan(points=points), [c for c in known_cells() if c["load"] in labels])
+
+
+def test_sweeps_over_different_loads_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = summary(plan(), known_cells())
+    joined = sweep.join([of_loads(0, 1), of_loads(1, 3)])
+    assert joined["points"] == whole["points"]
+    assert joined["overall"] == whole["overall"]
+    assert joined["repetitions"] == whole["repetitions"]
+    files = [tmp_path / "one.json", tmp_path / "many.json"]
+    for file, result in zip(files, (of_loads(0, 1), of_loads(1, 3)), strict=True):
+        report.write_json(file, result)
+    assert cli.main(["bench", "plot", *map(str, files)]) == 0
+    printed = capsys.readouterr().out
+    assert "the same × fixed:1" in printed
+    assert (tmp_path / "one-throughput.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: of_loads(0, 2), "have loads of their own; twice: c=1"),
+        (lambda: {"kind": "serve"}, "only results of outpace bench sweep"),
+        (
+            lambda: summary(plan(configurations=plan().configurations[:2]), []),
+            "compare the same configurations, here off, fixed:1, fixed:3, goodput",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_not_joined(
+    other: Callable[[], dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sweep.join([of_loads(0, 1), other()])
 
 
 def test_the_time_left_is_that_of_the_same_load() -> None:

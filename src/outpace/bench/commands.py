@@ -475,26 +475,36 @@ def _labelled(text: str) -> tuple[str, str]:
 
 def _add_plot(commands: Any) -> None:
     parser = _add(commands, "plot", _plot, "draw a result of bench serve or bench sweep as PNG")
-    parser.add_argument("result", type=Path, metavar="RESULT.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: beside the result)")
+    parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="RESULT.json",
+        help="several sweeps of the same configurations over different loads are one: their table is printed",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: beside the first)")
     parser.add_argument(
         "--step-log",
         dest="step_logs",
         action="append",
         default=[],
         metavar="LABEL=FILE",
-        help="a server's --step-log to draw too; a sweep's own are found by themselves",
+        help="a server's --step-log to draw too; those of a single sweep are found by themselves",
     )
 
 
 def _plot(args: argparse.Namespace) -> int:
-    from outpace.bench import plots, report
+    from outpace.bench import plots, report, sweep
 
-    result = report.read_json(args.result)
+    results = [report.read_json(path) for path in args.results]
+    result = sweep.join(results) if len(results) > 1 else results[0]
     pairs = [text.partition("=") for text in args.step_logs]
     if wrong := [label for label, equals, _ in pairs if not equals]:
         raise ConfigError(f"--step-log takes LABEL=FILE, got {wrong[0]!r}")
     logs = {label: Path(file) for label, _, file in pairs}
-    for path in plots.draw(result, args.out or args.result.parent, args.result.stem, logs):
+    first = args.results[0]
+    for path in plots.draw(result, args.out or first.parent, first.stem, logs):
         print(path)
+    if len(results) > 1:
+        sweep.print_points(result)
     return 0

@@ -358,8 +358,36 @@ def summarise(plan: Plan, cells: Sequence[Mapping[str, Any]], origin: Mapping[st
         "plan": plan.describe(),
         "repetitions": plan.repetitions,
         "points": points,
-        "overall": _overall(plan, points),
+        "overall": _overall([c.label for c in plan.configurations], plan.baseline, points),
         "cells": list(cells),
+    }
+
+
+def join(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sweeps of the same configurations over different loads as one, for a table and for plots.
+
+    Raises:
+        ConfigError: One is no sweep, or of other configurations, or has a load of another one.
+    """
+    if any(result.get("kind") != "sweep" for result in results):
+        raise ConfigError("only results of outpace bench sweep can be joined")
+    plans = [result["plan"] for result in results]
+    labels = [[c["label"] for c in plan["configurations"]] for plan in plans]
+    compared = [(theirs, plan["baseline"]) for theirs, plan in zip(labels, plans, strict=True)]
+    if any(theirs != compared[0] for theirs in compared):
+        raise ConfigError(f"sweeps to join must compare the same configurations, here {', '.join(labels[0])}")
+    points = [point for result in results for point in result["points"]]
+    loads = [point["load"] for point in points]
+    if twice := sorted({load for load in loads if loads.count(load) > 1}):
+        raise ConfigError(f"sweeps to join must have loads of their own; twice: {', '.join(twice)}")
+    without_logs = [{**c, "step_log": None} for c in plans[0]["configurations"]]
+    return {
+        **results[0],
+        "plan": {**plans[0], "configurations": without_logs},
+        "repetitions": min(result["repetitions"] for result in results),
+        "points": points,
+        "overall": _overall(labels[0], plans[0]["baseline"], points),
+        "cells": [cell for result in results for cell in result["cells"]],
     }
 
 
@@ -425,10 +453,11 @@ def _ratios(
     }
 
 
-def _overall(plan: Plan, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _overall(
+    labels: Sequence[str], baseline: str, points: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
     """Geometric means of median throughput over the closed loops, where all configurations have a number."""
     closed = [point["configurations"] for point in points if point["kind"] == "concurrency"]
-    labels = [configuration.label for configuration in plan.configurations]
     whole = [at for at in closed if all("output_throughput" in at[label] for label in labels)]
     if not whole:
         return None
@@ -441,7 +470,7 @@ def _overall(plan: Plan, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] 
     return {
         "num_loads": len(whole),
         "output_throughput": means,
-        "ratio_to_baseline": {label: mean / means[plan.baseline] for label, mean in means.items()},
+        "ratio_to_baseline": {label: mean / means[baseline] for label, mean in means.items()},
         "best_single_fixed": best,
         "ratio_to_best_single_fixed": best and {label: mean / means[best] for label, mean in means.items()},
     }

@@ -13,6 +13,7 @@ from outpace.config import BLOCK_SIZE
 from outpace.device import CPU
 from outpace.errors import ConfigError
 from outpace.kernels.base import Heads, Kernels, LayerAttention, Linear, RopeTable, Rows
+from outpace.kernels.huge_pages import HugePages
 
 __all__ = ["Heads", "Kernels", "LayerAttention", "Linear", "RopeTable", "Rows", "load_kernels", "new_cache"]
 
@@ -85,10 +86,12 @@ def new_cache(
     Returns:
         Keys [layers, blocks, kv_heads, head_dim, 16] and values [layers, blocks, kv_heads, 16, head_dim].
     """
+    if device.type == "cpu":
+        pages = HugePages()
+        keys = pages.zeros((*shape, head_dim, BLOCK_SIZE), dtype)
+        return keys, pages.zeros((*shape, BLOCK_SIZE, head_dim), dtype)
     values = torch.zeros(*shape, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
-    if device.type != "cpu":
-        return torch.zeros_like(values).transpose(-1, -2), values
-    return torch.zeros(*shape, head_dim, BLOCK_SIZE, dtype=dtype, device=device), values
+    return torch.zeros_like(values).transpose(-1, -2), values
 
 
 def _load_triton(choice: str, device: torch.device, batch_invariant: bool) -> Kernels:

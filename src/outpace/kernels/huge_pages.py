@@ -1,37 +1,45 @@
-"""Memory for weights in huge pages."""
+"""Memory for weights and caches in huge pages, where the system has them."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 
-_LINE = 64  # bytes: where a copy may begin
+_LINE = 64  # bytes: where a tensor may begin
 _CHUNK = 1 << 28  # bytes asked for at once; what is not touched takes no memory
 
 
 class HugePages:
-    """Memory for weights in huge pages, where the system has them.
+    """Hands out tensors whose pages are huge.
 
-    In small ones each process reads the same weights at a speed of its own, some percent apart, by the
-    physical pages that it happened to get.
+    In small pages each process reads the same weights at a speed of its own, some percent apart, by the
+    physical pages that it happened to get, and attention looks up an address for every other cached block.
     """
 
     def __init__(self) -> None:
         self._chunk: mmap.mmap | None = None
         self._used = 0
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy; its memory comes back when no copy in the same chunk is left."""
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of zeros; its memory comes back when no tensor in the same chunk is left."""
         if not hasattr(mmap, "MADV_HUGEPAGE"):
-            return tensor.contiguous()
-        if self._chunk is None or self._used + tensor.nbytes > len(self._chunk):
+            return torch.zeros(*shape, dtype=dtype)
+        count = math.prod(shape)
+        num_bytes = count * dtype.itemsize
+        if self._chunk is None or self._used + num_bytes > len(self._chunk):
             private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._chunk = mmap.mmap(-1, max(_CHUNK, tensor.nbytes), flags=private)
+            self._chunk = mmap.mmap(-1, max(_CHUNK, num_bytes), flags=private)
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self._chunk.madvise(mmap.MADV_HUGEPAGE)
             self._used = 0
-        flat = torch.frombuffer(self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
-        self._used += -(-tensor.nbytes // _LINE) * _LINE
-        return flat.view(tensor.shape).copy_(tensor)
+        flat = torch.frombuffer(self._chunk, dtype=dtype, count=count, offset=self._used)
+        self._used += -(-num_bytes // _LINE) * _LINE
+        return flat.view(*shape)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy, likewise."""
+        return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
