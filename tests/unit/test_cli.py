@@ -261,7 +261,11 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_came(
 ) -> None:
     type_in(monkeypatch, "stop", "two")
     model = Script()
-    assert terminal.talk(model, None) == 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        assert terminal.talk(model, None) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "(stopped)" in capsys.readouterr().out
     assert model.asked[-1][1] == {"role": "assistant", "content": "you said "}
 
