@@ -23,6 +23,7 @@ from typing import Any
 
 from outpace.bench import report
 from outpace.bench.plots import read_steps
+from outpace.errors import ConfigError
 
 Step = Mapping[str, Any]
 
@@ -56,7 +57,10 @@ def _tokens(steps: Sequence[Step]) -> int:
 
 def of_sweep(result: Mapping[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
     """Steady throughput by load, configuration and repetition."""
-    logs = {c["label"]: read_steps(Path(c["step_log"])) for c in result["plan"]["configurations"]}
+    configurations = result["plan"]["configurations"]
+    if without := [c["label"] for c in configurations if not c["step_log"]]:
+        raise ConfigError(f"no step log of {', '.join(without)}: run the sweep with --step-log")
+    logs = {c["label"]: read_steps(Path(c["step_log"])) for c in configurations}
     clients = {point["load"]: int(point["value"]) for point in result["points"]}
     found: dict[str, dict[str, dict[int, float]]] = {load: {label: {} for label in logs} for load in clients}
     for cell in result["cells"]:
@@ -75,8 +79,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="of outpace bench sweep --step-log")
     args = parser.parse_args()
-    results = [report.read_json(path) for path in args.results]
-    found = {load: rates for result in results for load, rates in of_sweep(result).items()}
+    try:
+        results = [report.read_json(path) for path in args.results]
+        found = {load: rates for result in results for load, rates in of_sweep(result).items()}
+    except ConfigError as error:
+        parser.error(str(error))
     baseline = results[0]["plan"]["baseline"]
     labels = [label for label in next(iter(found.values())) if label != baseline]
     print(f"| load | {baseline}, tokens/s | " + " | ".join(labels) + " |")

@@ -484,7 +484,12 @@ def test_steps_without_drafts_or_predictions_are_drawn_too(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot read the result"), ("[]", "no JSON object"), ("{}", "this is no result")],
+    [
+        ("{", "cannot read the result"),
+        ("[]", "no JSON object"),
+        ("{}", "this is no result"),
+        ('{"kind": "sweep", "plan": {}, "points": []}', "it lacks repetitions, cells"),
+    ],
 )
 def test_what_is_no_result_is_refused(
     tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]

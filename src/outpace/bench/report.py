@@ -302,11 +302,14 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+SWEEP_PARTS = ("plan", "repetitions", "points", "cells")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A result that was written.
 
     Raises:
-        ConfigError: It cannot be read, or is no JSON object.
+        ConfigError: It cannot be read, is no JSON object, or is a sweep that lacks a part.
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -314,6 +317,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the result {path}: {error}") from None
     if not isinstance(result, dict):
         raise ConfigError(f"cannot read the result {path}: it is no JSON object")
+    if result.get("kind") == "sweep" and (lacking := [part for part in SWEEP_PARTS if part not in result]):
+        raise ConfigError(f"{path} is no whole result of outpace bench sweep: it lacks {', '.join(lacking)}")
     return result
 
 
