@@ -297,7 +297,7 @@ class EngineConfig:
     slo_tpot_ms: float | None = setting(
         None, "Policy slo: target for the time per token after the first, likewise"
     )
-    step_log: str | None = setting(None, "File that gets one JSON line per step")
+    step_log: str | None = setting(None, "File that one JSON line per step is appended to")
     speculative_config: dict[str, Any] | None = setting(  # noqa: RUF009 (a field, as all of these)
         None, "JSON object with these and the other settings of drafting, as vLLM has it"
     )

@@ -96,6 +96,18 @@ def test_a_server_that_dies_costs_its_run_is_reported_and_started_again(
     assert last_line(printed.out)["failed"] == 2
 
 
+def test_each_repetition_can_have_servers_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    flags = ["--concurrency", "1", "--repetitions", "2", "--no-plots", "--restart"]
+    mortal = ["--command", f"a: {FAKE} 4", "--command", f"b: {FAKE} 4"]  # a repetition is three requests
+    assert bench(out, *mortal, *flags) == 0, "no server saw two repetitions"
+    printed = capsys.readouterr().err
+    assert printed.count("starting a:") == printed.count("starting b:") == 2
+    assert "[4/4]" in printed
+
+
 def test_a_server_that_does_not_start_ends_the_sweep_with_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -357,6 +357,11 @@ def _add_sweep(commands: Any) -> None:
     )
     loads.add_argument("--repetitions", type=_COUNT, default=5, metavar="N", help="default: 5")
     loads.add_argument(
+        "--restart",
+        action="store_true",
+        help="new servers for each repetition: their speeds differ by 1 to 3 %%",
+    )
+    loads.add_argument(
         "--num-warmups",
         type=_number(int, 0),
         default=4,
@@ -426,6 +431,7 @@ def _plan(args: argparse.Namespace, log_dir: Path) -> Any:
         goals=report.parse_goals(args.goodput),
         timeout_s=args.timeout,
         seed=args.seed,
+        restart=args.restart,
     )
 
 

@@ -1,6 +1,8 @@
 """Configurations of a server against each other: every load on each of them, interleaved and repeated.
 
-One server per configuration lives for the whole sweep, and all but the one under test are frozen. The order
+One server per configuration lives for the whole sweep, or for a repetition, and all but the one under test
+are frozen. Processes of one configuration differ in speed by a percent or more for as long as they live, so
+only new servers for each repetition tell configurations apart that are closer than that. The order
 of configurations is reversed from repetition to repetition, so that what drifts while they run cancels in
 pairs of them, and rotated from pair to pair. All configurations get the same prompts, in the same order, with
 the same seeds and arrivals; other loads and repetitions get other prompts, so that nothing that a server
@@ -9,6 +11,7 @@ remembers of an answer helps it with the next.
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import signal
 import statistics
@@ -101,6 +104,7 @@ class Plan:
     goals: tuple[report.Goal, ...] = ()
     timeout_s: float = client.DEFAULT_TIMEOUT_S
     seed: int = 0
+    restart: bool = False
 
     def __post_init__(self) -> None:
         """Checks that there is something to compare.
@@ -186,6 +190,7 @@ class Plan:
             "goals_ms": {goal.name: goal.limit_ms for goal in self.goals},
             "timeout_s": self.timeout_s,
             "seed": self.seed,
+            "restart": self.restart,
         }
 
 
@@ -211,7 +216,13 @@ def run(plan: Plan, out: Path, log_dir: Path, start_timeout_s: float, resume: bo
     """
     if out.exists() and not resume:
         raise ConfigError(f"{out} exists; go on with it by --resume, or name another file")
-    cells = _previous(plan, out) if out.exists() else []
+    cells: list[dict[str, Any]] = []
+    if out.exists():
+        cells = _previous(plan, out)
+    else:
+        for configuration in plan.configurations:
+            if configuration.step_log is not None:  # servers append to it
+                configuration.step_log.unlink(missing_ok=True)
     done = {(cell["repetition"], cell["load"], cell["configuration"]) for cell in cells}
     todo = [cell for cell in plan.cells() if cell.key not in done]
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -219,12 +230,16 @@ def run(plan: Plan, out: Path, log_dir: Path, start_timeout_s: float, resume: bo
     if num_queries > len(plan.conversations):
         _say(f"note: each configuration is sent {num_queries} prompts, {len(plan.conversations)} differ")
     origin = report.provenance(plan.seed)
-    with _servers(plan, log_dir, start_timeout_s, todo) as servers:
-        for number, cell in enumerate(todo, 1):
-            record = _record(plan, cell, servers, start_timeout_s)
-            cells.append({**record, "commit": origin["commit"]})  # after --resume it may be another one
-            report.write_json(out, summarise(plan, cells, origin))
-            _say(f"[{number}/{len(todo)}] {_line(record)}; {_minutes_left(cells, todo[number:])}")
+    number = 0
+    for _, group in itertools.groupby(todo, key=lambda cell: cell.repetition if plan.restart else 0):
+        to_run = list(group)
+        with _servers(plan, log_dir, start_timeout_s, to_run) as servers:
+            for cell in to_run:
+                number += 1
+                record = _record(plan, cell, servers, start_timeout_s)
+                cells.append({**record, "commit": origin["commit"]})  # after --resume it may be another one
+                report.write_json(out, summarise(plan, cells, origin))
+                _say(f"[{number}/{len(todo)}] {_line(record)}; {_minutes_left(cells, todo[number:])}")
     result = summarise(plan, cells, origin)
     report.write_json(out, result)
     return result

@@ -14,13 +14,13 @@ class StepLog:
     """Appends to a file; a line is on disk once its buffer is full or the process ends."""
 
     def __init__(self, path: Path) -> None:
-        """Opens the file, emptying it.
+        """Opens the file; what a process before this one wrote is kept.
 
         Raises:
             ConfigError: It cannot be written.
         """
         try:
-            self._file = path.open("w", encoding="utf-8")
+            self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write --step-log {path}: {error}") from None
 
