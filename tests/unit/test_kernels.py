@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -18,7 +19,9 @@ import torch
 import kernel_checks as checks
 from kernel_checks import DTYPES, GROUPED, TREE, chain, random_like
 from outpace.errors import ConfigError
-from outpace.kernels import Heads, Kernels, Rows, load_kernels, native
+from outpace.kernels import Heads, Kernels, Layer, Linear, RopeTable, Rows, load_kernels, native
+from outpace.models.config import RopeConfig
+from outpace.models.decoder import rope_table
 from outpace.sampling import SamplingParams
 from tiny import Guesser, run, submit, tiny_engine, tokens
 
@@ -204,6 +207,69 @@ def test_a_linear_row_has_the_same_bits_with_any_number_of_threads(
         results.append([linear(x) for x in batches])
     for alone, *others in zip(*results, strict=True):
         assert all(torch.equal(alone, other) for other in others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("extras", "window"), [(False, None), (True, 9)])
+def test_a_native_layer_has_the_bits_of_its_operations_one_by_one(
+    dtype: torch.dtype, extras: bool, window: int | None
+) -> None:
+    kernels, heads, width, inner = native_kernels(dtype), HEADS["grouped"], 64, 96
+    rows = checks.lay_out(MIXED, 60)
+    num_rows, changed = len(rows.positions), torch.tensor([3, 40, 1])
+
+    def weight(*shape: int, seed: int) -> torch.Tensor:
+        return random_like(*shape, dtype=dtype, seed=seed) / 8
+
+    def linear(num_out: int, num_in: int, seed: int) -> Linear:
+        plain = kernels.linear(
+            weight(num_out, num_in, seed=seed), weight(num_out, seed=seed) if extras else None
+        )
+        if not extras:
+            return plain
+        down, up = (kernels.linear(weight(*shape, seed=7)) for shape in ((6, num_in), (num_out, 6)))
+        return kernels.changed(plain, down, up, changed)
+
+    norm = weight(heads.head_dim, seed=1) if extras else None
+    layer = Layer(
+        input_norm=weight(width, seed=2),
+        qkv=linear((heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, width, seed=3),
+        q_norm=norm,
+        k_norm=norm,
+        out=linear(width, heads.num_heads * heads.head_dim, seed=4),
+        post_norm=weight(width, seed=5),
+        gate_up=linear(2 * inner, width, seed=6),
+        down=linear(width, inner, seed=8),
+        window=window,
+    )
+    rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 8192))
+    results = []
+    for decoder_layer in (kernels.decoder_layer, partial(Kernels.decoder_layer, kernels)):
+        cache = tuple(
+            weight(60, heads.num_kv_heads, *shape, seed=9)
+            for shape in ((heads.head_dim, 16), (16, heads.head_dim))
+        )
+        x, residual = weight(num_rows, width, seed=10), weight(num_rows, width, seed=11)
+        attend = kernels.attention(heads, rope, 1e-5, rows)
+        out = decoder_layer(layer, attend, (cache[0], cache[1]), x, residual, layer.input_norm, 1e-5)
+        results.append((out, residual, *cache))
+    assert all(torch.equal(at_once, one_by_one) for at_once, one_by_one in zip(*results, strict=True))
+    assert results[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_a_low_rank_change_is_of_its_rows_only(name: Name, dtype: torch.dtype) -> None:
+    kernels = backend(name, dtype)
+    linear, down, up = (
+        kernels.linear(random_like(*shape, dtype=dtype, seed=shape[0]))
+        for shape in ((64, 32), (6, 32), (64, 6))
+    )
+    x, rows = random_like(7, 32, dtype=dtype), torch.tensor([5, 2])
+    expected = linear(x)
+    expected[rows] += up(down(x[rows]))
+    assert torch.equal(kernels.changed(linear, down, up, rows)(x), expected)
+    assert torch.equal(kernels.changed(linear, down, up, rows[:0])(x), linear(x))
 
 
 def test_callers_in_several_threads_do_not_disturb_each_other() -> None:

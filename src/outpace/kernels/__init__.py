@@ -12,10 +12,20 @@ import torch
 from outpace.config import BLOCK_SIZE
 from outpace.device import CPU
 from outpace.errors import ConfigError
-from outpace.kernels.base import Heads, Kernels, LayerAttention, Linear, RopeTable, Rows
+from outpace.kernels.base import Heads, Kernels, Layer, LayerAttention, Linear, RopeTable, Rows
 from outpace.kernels.huge_pages import HugePages
 
-__all__ = ["Heads", "Kernels", "LayerAttention", "Linear", "RopeTable", "Rows", "load_kernels", "new_cache"]
+__all__ = [
+    "Heads",
+    "Kernels",
+    "Layer",
+    "LayerAttention",
+    "Linear",
+    "RopeTable",
+    "Rows",
+    "load_kernels",
+    "new_cache",
+]
 
 logger = logging.getLogger(__name__)
 

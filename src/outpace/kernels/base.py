@@ -94,6 +94,21 @@ class LayerAttention(ABC):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Weights of one decoder layer, packed."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    out: Linear
+    post_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
 class Kernels(ABC):
     """One backend.
 
@@ -126,6 +141,50 @@ class Kernels(ABC):
     @abstractmethod
     def attention(self, heads: Heads, rope: RopeTable, eps: float, rows: Rows) -> LayerAttention:
         """Prepares the attention of one forward pass; `eps` is that of the q and k norms."""
+
+    def changed(self, linear: Linear, down: Linear, up: Linear, rows: torch.Tensor) -> Linear:
+        """A linear layer with a low-rank change in some rows: x -> linear(x) + up(down(x)) there.
+
+        Args:
+            linear: Of this backend, as the next two.
+            down: [rows, in] -> [rows, rank], without bias.
+            up: [rows, rank] -> [rows, out], without bias.
+            rows: [changed] int64, each once. The others keep their bits.
+        """
+
+        def changed(x: torch.Tensor) -> torch.Tensor:
+            return linear(x).index_add_(0, rows, up(down(x[rows])))
+
+        return changed
+
+    def decoder_layer(
+        self,
+        layer: Layer,
+        attend: LayerAttention,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        next_norm: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """Runs a layer.
+
+        Args:
+            layer: Its weights.
+            attend: Of this pass.
+            cache: The layer's keys and values.
+            x: [rows, hidden], the residual stream before it, normed; may be overwritten.
+            residual: [rows, hidden], the residual stream before it, and after the call behind it.
+            next_norm: Weight of the norm that follows.
+            eps: Of the norms.
+
+        Returns:
+            [rows, hidden], the residual stream behind it, normed.
+        """
+        mixed = attend(layer.qkv(x), *cache, layer.q_norm, layer.k_norm, layer.window)
+        x = self.add_rms_norm(layer.out(mixed), residual, layer.post_norm, eps)
+        change = layer.down(self.silu_mul(layer.gate_up(x)))
+        return self.add_rms_norm(change, residual, next_norm, eps)
 
     @abstractmethod
     def filter_logits_(

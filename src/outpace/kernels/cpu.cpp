@@ -391,6 +391,15 @@ void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const 
   }
 }
 
+// Space for `size` items, at a cache line, in what a thread keeps from call to call.
+template <typename T>
+T* room(std::vector<T>& kept, int64_t size) {
+  constexpr uintptr_t kLine = 64;
+  size += kLine / sizeof(T);
+  if (int64_t(kept.size()) < size) kept.resize(size);
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept.data()) + kLine - 1) / kLine * kLine);
+}
+
 template <typename Scalar>
 void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bias, int rows, int inputs, int outputs) {
   using Tile = void (*)(Scalar*, const Laid<Scalar>*, const Scalar*, const Scalar*, const Scalar*, int, int64_t, int);
@@ -400,8 +409,7 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
       linear_tile<9, Scalar>, linear_tile<10, Scalar>, linear_tile<11, Scalar>, linear_tile<12, Scalar>};
   const int groups = inputs / kGroup<Scalar>;
   static thread_local std::vector<Laid<Scalar>> laid_out;
-  laid_out.resize(int64_t(rows) * inputs);
-  Laid<Scalar>* tiled = laid_out.data();
+  Laid<Scalar>* tiled = room(laid_out, int64_t(rows) * inputs);
   // Equal tiles: each widens the weights anew, and a last one of a single row would wait for its own sums.
   const int num_tiles = std::max((rows + kTileRows - 1) / kTileRows, 1), most = (rows + num_tiles - 1) / num_tiles;
   Team::instance().run(num_tiles, [&](int tile) {
@@ -422,6 +430,33 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
                                                next, bias ? bias + first : nullptr, groups, outputs,
                                                std::min(kPanel, outputs - first));
   });
+}
+
+// A linear layer, and the low-rank change that it has in some rows.
+struct LinearArgs {
+  const void *packed, *bias;  // as `linear` takes them
+  const void *down, *up;      // of the change, packed
+  const int64_t* changed;     // [num_changed], rows with it, each once
+  int32_t inputs, outputs, rank, num_changed;
+};
+
+template <typename Scalar>
+void linear(Scalar* out, const Scalar* x, const LinearArgs& a, int rows) {
+  linear(out, x, static_cast<const Scalar*>(a.packed), static_cast<const Scalar*>(a.bias), rows, a.inputs, a.outputs);
+  if (!a.num_changed) return;
+  static thread_local std::vector<Scalar> buffer;
+  const int64_t count = a.num_changed;
+  Scalar* picked = room(buffer, count * (a.inputs + a.rank + a.outputs));
+  Scalar* low = picked + count * a.inputs;
+  Scalar* change = low + count * a.rank;
+  for (int n = 0; n < count; n++)
+    std::memcpy(picked + int64_t(n) * a.inputs, x + a.changed[n] * a.inputs, a.inputs * sizeof(Scalar));
+  linear<Scalar>(low, picked, static_cast<const Scalar*>(a.down), nullptr, count, a.inputs, a.rank);
+  linear<Scalar>(change, low, static_cast<const Scalar*>(a.up), nullptr, count, a.rank, a.outputs);
+  for (int n = 0; n < count; n++) {
+    Scalar* to = out + a.changed[n] * a.outputs;
+    for (int i = 0; i < a.outputs; i++) put(to + i, widen(to[i]) + widen(change[int64_t(n) * a.outputs + i]));
+  }
 }
 
 // ---------------------------------------------------------------------------------------------- norms
@@ -753,6 +788,33 @@ void silu_mul(Scalar* out, const Scalar* gate_up, int rows, int width) {
   });
 }
 
+// ---------------------------------------------------------------------------------------------- layer
+
+// A decoder layer on x, the normed residual stream; x is then that behind the layer. The operations are those above.
+template <typename Scalar>
+void decoder_layer(Scalar* x, Scalar* residual, const RopeArgs& rope, const AttendArgs& attention, Scalar* k_cache,
+                   Scalar* v_cache, const Scalar* q_norm, const Scalar* k_norm, int window, const LinearArgs& qkv,
+                   const LinearArgs& out, const LinearArgs& gate_up, const LinearArgs& down, const Scalar* post_norm,
+                   const Scalar* next_norm, float eps) {
+  static thread_local std::vector<Scalar> buffer;
+  const int64_t rows = rope.rows;
+  const int width = out.outputs;
+  Scalar* heads = room(buffer, rows * (qkv.outputs + out.inputs + width + gate_up.outputs + down.inputs));
+  Scalar* mixed = heads + rows * qkv.outputs;
+  Scalar* change = mixed + rows * out.inputs;
+  Scalar* gates = change + rows * width;
+  Scalar* gated = gates + rows * gate_up.outputs;
+  linear(heads, x, qkv, rows);
+  rope_and_cache(rope, heads, k_cache, v_cache, q_norm, k_norm);
+  attend<Scalar>(attention, heads, k_cache, v_cache, mixed, window);
+  linear(change, mixed, out, rows);
+  rms_norm<Scalar>(x, residual, change, residual, post_norm, eps, rows, width);
+  linear(gates, x, gate_up, rows);
+  silu_mul(gated, gates, rows, down.inputs);
+  linear(change, gated, down, rows);
+  rms_norm<Scalar>(x, residual, change, residual, next_norm, eps, rows, width);
+}
+
 // ------------------------------------------------------------------------------------------- sampling
 
 // A token's place in its row: by logit, equal ones by id.
@@ -883,9 +945,8 @@ extern "C" void keep_freed_memory() {
 
 // Every entry point comes twice: _f32 and _bf16.
 #define EXPORT(suffix, Scalar)                                                                                          \
-  extern "C" void linear_##suffix(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bias, int rows,      \
-                                  int inputs, int outputs) {                                                             \
-    linear<Scalar>(out, x, packed, bias, rows, inputs, outputs);                                                         \
+  extern "C" void linear_##suffix(Scalar* out, const Scalar* x, const LinearArgs* args, int rows) {                     \
+    linear<Scalar>(out, x, *args, rows);                                                                                \
   }                                                                                                                     \
   extern "C" void rms_norm_##suffix(Scalar* out, const Scalar* x, const Scalar* weight, float eps, int rows,             \
                                     int width) {                                                                         \
@@ -905,6 +966,13 @@ extern "C" void keep_freed_memory() {
   }                                                                                                                     \
   extern "C" void silu_mul_##suffix(Scalar* out, const Scalar* gate_up, int rows, int width) {                           \
     silu_mul<Scalar>(out, gate_up, rows, width);                                                                         \
+  }                                                                                                                     \
+  extern "C" void decoder_layer_##suffix(                                                                               \
+      Scalar* x, Scalar* residual, const RopeArgs* rope, const AttendArgs* attention, Scalar* k_cache, Scalar* v_cache, \
+      const Scalar* q_norm, const Scalar* k_norm, int window, const LinearArgs* qkv, const LinearArgs* out,             \
+      const LinearArgs* gate_up, const LinearArgs* down, const Scalar* post_norm, const Scalar* next_norm, float eps) { \
+    decoder_layer<Scalar>(x, residual, *rope, *attention, k_cache, v_cache, q_norm, k_norm, window, *qkv, *out, *gate_up,\
+                          *down, post_norm, next_norm, eps);                                                            \
   }                                                                                                                     \
   extern "C" void noisy_argmax_##suffix(int64_t* out, const Scalar* logits, const int64_t* seeds,                        \
                                         const int64_t* positions, const uint8_t* noisy, int rows, int vocab) {           \

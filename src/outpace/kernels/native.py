@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from outpace.config import BLOCK_SIZE, cache_dir
 from outpace.errors import ConfigError
-from outpace.kernels.base import Heads, Kernels, LayerAttention, Linear, RopeTable, Rows
+from outpace.kernels.base import Heads, Kernels, Layer, LayerAttention, Linear, RopeTable, Rows
 from outpace.kernels.huge_pages import HugePages
 
 LANES = 16
@@ -35,15 +35,32 @@ FLAGS = [
 
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
-    "linear": (Pointer, Pointer, Pointer, Pointer, Int, Int, Int),
+    "linear": (Pointer, Pointer, Pointer, Int),
     "rms_norm": (Pointer, Pointer, Pointer, Float, Int, Int),
     "add_rms_norm": (Pointer, Pointer, Pointer, Pointer, Float, Int, Int),
     "silu_mul": (Pointer, Pointer, Int, Int),
     "rope_and_cache": (Pointer, Pointer, Pointer, Pointer, Pointer, Pointer),
     "attend": (Pointer, Pointer, Pointer, Pointer, Pointer, Int),
+    "decoder_layer": (*[Pointer] * 8, Int, *[Pointer] * 6, Float),
     "noisy_argmax": (Pointer, Pointer, Pointer, Pointer, Pointer, Int, Int),
 }
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+class LinearArgs(ctypes.Structure):
+    """`LinearArgs` of cpu.cpp."""
+
+    _fields_ = (
+        ("packed", Pointer),
+        ("bias", Pointer),
+        ("down", Pointer),
+        ("up", Pointer),
+        ("changed", Pointer),
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("num_changed", ctypes.c_int32),
+    )
 
 
 class RopeArgs(ctypes.Structure):
@@ -159,20 +176,55 @@ class NativeKernels(Kernels):
         self._silu_mul = getattr(self._lib, f"silu_mul_{own}")
         self._rope_and_cache = getattr(self._lib, f"rope_and_cache_{own}")
         self._attend = getattr(self._lib, f"attend_{own}")
+        self._decoder_layer = getattr(self._lib, f"decoder_layer_{own}")
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """See `Kernels`."""
         num_out, num_in = weight.shape
         packed = self._pages.copy(_panels(weight))
         padded = None if bias is None else F.pad(bias, (0, -num_out % PANEL))
+        args = LinearArgs(packed.data_ptr(), _address(padded), inputs=num_in, outputs=num_out)
+        return NativeLinear(self._linear, args, (packed, padded))
 
-        def linear(x: torch.Tensor) -> torch.Tensor:
-            out = x.new_empty((len(x), num_out))
-            addresses = (out.data_ptr(), x.data_ptr(), packed.data_ptr(), _address(padded))
-            self._linear(*addresses, len(x), num_in, num_out)
-            return out
+    def changed(self, linear: Linear, down: Linear, up: Linear, rows: torch.Tensor) -> Linear:
+        """See `Kernels`."""
+        parts = [part for part in (linear, down, up) if isinstance(part, NativeLinear)]
+        if len(parts) < 3:  # a shard's are added up
+            return super().changed(linear, down, up, rows)
+        return parts[0].changed(parts[1], parts[2], rows)
 
-        return linear
+    def decoder_layer(
+        self,
+        layer: Layer,
+        attend: LayerAttention,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        next_norm: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """See `Kernels`. One call into C++ instead of eight, each of which takes Python as long as a norm."""
+        linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+        addresses = [linear.address for linear in linears if isinstance(linear, NativeLinear)]
+        if len(addresses) < len(linears):  # a shard's are added up between
+            return super().decoder_layer(layer, attend, cache, x, residual, next_norm, eps)
+        assert isinstance(attend, NativeAttention)
+        self._decoder_layer(
+            x.data_ptr(),
+            residual.data_ptr(),
+            attend.rope_address,
+            attend.args_address,
+            cache[0].data_ptr(),
+            cache[1].data_ptr(),
+            _address(layer.q_norm),
+            _address(layer.k_norm),
+            layer.window or 0,
+            *addresses,
+            layer.post_norm.data_ptr(),
+            next_norm.data_ptr(),
+            eps,
+        )
+        return x
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Kernels`."""
@@ -226,8 +278,49 @@ class NativeKernels(Kernels):
         return out
 
 
+class NativeLinear:
+    """A linear layer: [rows, in] -> [rows, out].
+
+    Attributes:
+        address: Of its `LinearArgs`.
+    """
+
+    def __init__(
+        self,
+        run: ctypes._NamedFuncPointer,
+        args: LinearArgs,
+        keep: tuple[torch.Tensor | NativeLinear | None, ...],
+    ) -> None:
+        """Takes what C++ needs to know.
+
+        Args:
+            run: `linear` of cpu.cpp, in the model's dtype.
+            args: What it computes.
+            keep: What the arguments point into.
+        """
+        self._run, self._args, self._keep = run, args, keep
+        self.address = ctypes.addressof(args)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty((len(x), self._args.outputs))
+        self._run(out.data_ptr(), x.data_ptr(), self.address, len(x))
+        return out
+
+    def changed(self, down: NativeLinear, up: NativeLinear, rows: torch.Tensor) -> NativeLinear:
+        """See `Kernels.changed`."""
+        own, rank = self._args, down._args.outputs
+        low_rank = (down._args.packed, up._args.packed, rows.data_ptr())
+        args = LinearArgs(own.packed, own.bias, *low_rank, own.inputs, own.outputs, rank, len(rows))
+        return NativeLinear(self._run, args, (self, down, up, rows))
+
+
 class NativeAttention(LayerAttention):
-    """Attention of one pass: the arguments that all layers share are laid out once."""
+    """Attention of one pass: the arguments that all layers share are laid out once.
+
+    Attributes:
+        rope_address: Of its `RopeArgs`.
+        args_address: Of its `AttendArgs`.
+    """
 
     def __init__(
         self,
@@ -257,7 +350,7 @@ class NativeAttention(LayerAttention):
             *shape,
             heads.head_dim**-0.5,
         )
-        self._rope_address, self._args_address = ctypes.addressof(self._rope), ctypes.addressof(self._args)
+        self.rope_address, self.args_address = ctypes.addressof(self._rope), ctypes.addressof(self._args)
 
     def __call__(
         self,
@@ -272,14 +365,14 @@ class NativeAttention(LayerAttention):
         out = qkv.new_empty((len(qkv), self._width))
         q, k, v = qkv.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
         self._rope_and_cache(
-            self._rope_address,
+            self.rope_address,
             q,
             k,
             v,
             _address(q_norm),
             _address(k_norm),
         )
-        self._attend(self._args_address, q, k, v, out.data_ptr(), window or 0)
+        self._attend(self.args_address, q, k, v, out.data_ptr(), window or 0)
         return out
 
 

@@ -5,30 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from outpace.kernels import Heads, Kernels, Linear, RopeTable, Rows
+from outpace.kernels import Heads, Kernels, Layer, Linear, RopeTable, Rows
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.draft_vocab import DraftVocab
 
 Total = Callable[[torch.Tensor], torch.Tensor]  # of the summands that the ranks have, [rows, hidden] each
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """Weights of one decoder layer, packed."""
-
-    input_norm: torch.Tensor
-    qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
-    out: Linear
-    post_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
-    window: int | None
 
 
 class Decoder:
@@ -159,12 +144,9 @@ class Decoder:
         kernels, eps = self.kernels, self.config.rms_norm_eps
         attend = kernels.attention(self._heads, self._rope, eps, rows)
         x = kernels.rms_norm(residual, layers[0].input_norm, eps)
-        for i, layer in enumerate(layers):
-            mixed = attend(layer.qkv(x), *cache[i], layer.q_norm, layer.k_norm, layer.window)
-            x = kernels.add_rms_norm(layer.out(mixed), residual, layer.post_norm, eps)
-            change = layer.down(kernels.silu_mul(layer.gate_up(x)))
-            next_norm = layers[i + 1].input_norm if i + 1 < len(layers) else self._norm
-            x = kernels.add_rms_norm(change, residual, next_norm, eps)
+        norms = [*(layer.input_norm for layer in layers[1:]), self._norm]  # that follow the layers
+        for layer, norm, keys_and_values in zip(layers, norms, cache, strict=False):
+            x = kernels.decoder_layer(layer, attend, keys_and_values, x, residual, norm, eps)
         return x
 
     def head(self, vocab: DraftVocab) -> Linear:

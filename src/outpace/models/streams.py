@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from outpace.errors import ConfigError
-from outpace.kernels import Kernels, Linear
+from outpace.kernels import Kernels, Layer, Linear
 from outpace.models.config import ModelConfig
-from outpace.models.decoder import Decoder, Layer
+from outpace.models.decoder import Decoder
 
 # The linear layers of a decoder layer, as it has them fused: their parts, and what each part reads.
 FUSED = {
@@ -113,18 +113,10 @@ class StreamConfig:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """A low-rank change of a linear layer, for some rows of a pass: x -> up(down(x))."""
+    """A low-rank change of a linear layer: x -> up(down(x))."""
 
     down: Linear
     up: Linear
-
-    def beside(self, linear: Linear, rows: torch.Tensor) -> Linear:
-        """The layer with the change in the given rows, [changed] int64; other rows keep their bits."""
-
-        def adapted(x: torch.Tensor) -> torch.Tensor:
-            return linear(x).index_add_(0, rows, self.up(self.down(x[rows])))
-
-        return adapted
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +128,11 @@ class LayerAdapters:
     gate_up: LowRank | None
     down: LowRank | None
 
-    def on(self, layer: Layer, rows: torch.Tensor) -> Layer:
+    def on(self, layer: Layer, rows: torch.Tensor, kernels: Kernels) -> Layer:
         """The layer, changed for the given rows."""
 
         def changed(change: LowRank | None, linear: Linear) -> Linear:
-            return linear if change is None else change.beside(linear, rows)
+            return linear if change is None else kernels.changed(linear, change.down, change.up, rows)
 
         return replace(
             layer,
@@ -217,7 +209,7 @@ class Streams:
             decoder: The model.
         """
         self.config = config
-        self._embeddings = weights["embeddings"]
+        self._embeddings, self._kernels = weights["embeddings"], decoder.kernels
         model = decoder.config
         self._adapters = tuple(
             _adapters(weights, f"layers.{index}.", model, decoder.kernels)
@@ -236,7 +228,7 @@ class Streams:
 
     def adapt(self, layers: Sequence[Layer], rows: torch.Tensor) -> list[Layer]:
         """The layers that streams go through, with their adapters for the given rows, [streams] int64."""
-        return [own.on(layer, rows) for layer, own in zip(layers, self._adapters, strict=True)]
+        return [own.on(layer, rows, self._kernels) for layer, own in zip(layers, self._adapters, strict=True)]
 
 
 def _adapters(
