@@ -152,6 +152,15 @@ inline vf log(vf x) {
   return m + y + e * 0.693359375f;
 }
 
+// Space for `size` items, at a cache line, in what a thread keeps from call to call.
+template <typename T>
+T* room(std::vector<T>& kept, int64_t size) {
+  constexpr uintptr_t kLine = 64;
+  size += kLine / sizeof(T);
+  if (int64_t(kept.size()) < size) kept.resize(size);
+  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept.data()) + kLine - 1) / kLine * kLine);
+}
+
 // -------------------------------------------------------------------------------------------- threads
 
 // Runs loops on several threads. Chunks are claimed one by one and nobody waits for a thread that has not
@@ -174,17 +183,27 @@ class Team {
 
   int threads() const { return threads_.load(std::memory_order_relaxed); }
 
-  // body(0) to body(count - 1), each once, in any order; from the last to the first, if nobody is late.
+  // body(0) to body(count - 1), each once, in any order.
   template <typename Body>
   void run(int count, const Body& body) {
+    run(count, 1, [&](int first, int end) {
+      for (int i = first; i < end; i++) body(i);
+    });
+  }
+
+  // The same in ranges of at most `most`: body(first, end), from the last range to the first, if nobody is late.
+  template <typename Body>
+  void run(int count, int most, const Body& body) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);  // busy: another model's loop
     const auto begin = Clock::now();
     if (count < 2 || !busy || threads_.load(std::memory_order_relaxed) < 2 || begin < alone_until_) {
-      for (int i = 0; i < count; i++) body(i);
+      if (count) body(0, count);
       return;
     }
-    call_.store([](const void* b, int i) { (*static_cast<const Body*>(b))(i); }, std::memory_order_relaxed);
+    call_.store([](const void* b, int first, int end) { (*static_cast<const Body*>(b))(first, end); },
+                std::memory_order_relaxed);
     body_.store(&body, std::memory_order_relaxed);
+    most_.store(most, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
     caller_core_.store(current_core(), std::memory_order_relaxed);
     epoch_++;
@@ -234,17 +253,20 @@ class Team {
     balance_ = Clock::duration::zero();
   }
 
-  // Claims chunks of one loop while there are any; says how many. The epoch makes a late thread miss, not meddle.
+  // Claims chunks of one loop while there are any, fewer at a time towards its end; says how many. The epoch makes
+  // a late thread miss, not meddle.
   int take_part(uint32_t epoch) {
     int done = 0;
     uint64_t work = work_.load(std::memory_order_acquire);
     while (work >> 32 == epoch && uint32_t(work)) {
       auto call = call_.load(std::memory_order_relaxed);
       const void* body = body_.load(std::memory_order_relaxed);
-      if (!work_.compare_exchange_weak(work, work - 1, std::memory_order_acq_rel)) continue;
-      call(body, int(uint32_t(work) - 1));
-      finished_.fetch_add(1, std::memory_order_release);
-      done++;
+      const int left = int(uint32_t(work));
+      const int claimed = std::max(std::min(left / (2 * threads()), most_.load(std::memory_order_relaxed)), 1);
+      if (!work_.compare_exchange_weak(work, work - claimed, std::memory_order_acq_rel)) continue;
+      call(body, left - claimed, left);
+      finished_.fetch_add(claimed, std::memory_order_release);
+      done += claimed;
       work = work_.load(std::memory_order_acquire);
     }
     return done;
@@ -295,8 +317,9 @@ class Team {
   Clock::time_point alone_until_{};
   uint32_t epoch_ = 0;
   std::atomic<uint64_t> work_{0};  // the loop's epoch, and how many of its chunks nobody has claimed
-  std::atomic<void (*)(const void*, int)> call_{nullptr};
+  std::atomic<void (*)(const void*, int, int)> call_{nullptr};
   std::atomic<const void*> body_{nullptr};
+  std::atomic<int> most_{1};  // chunks claimed at once
   std::atomic<int> finished_{0};
   std::atomic<int> caller_core_{-1};
   std::atomic<int> sleeping_{0};
@@ -321,6 +344,7 @@ void for_rows(int rows, int work, const Body& body) {
 // whatever the rows of a tile: that is what makes a row's bits independent of the batch.
 constexpr int kPanel = 2 * kLanes;
 constexpr int kTileRows = 12;   // at most; times two registers of sums: 24 of AVX-512's 32
+constexpr int kClaimedRows = 32;  // panels times rows that a thread claims at once
 constexpr int kAhead = 8192;    // bytes fetched ahead, into L2: more of it can be on its way than into L1
 
 template <typename Scalar>
@@ -391,15 +415,6 @@ void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const 
   }
 }
 
-// Space for `size` items, at a cache line, in what a thread keeps from call to call.
-template <typename T>
-T* room(std::vector<T>& kept, int64_t size) {
-  constexpr uintptr_t kLine = 64;
-  size += kLine / sizeof(T);
-  if (int64_t(kept.size()) < size) kept.resize(size);
-  return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(kept.data()) + kLine - 1) / kLine * kLine);
-}
-
 template <typename Scalar>
 void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bias, int rows, int inputs, int outputs) {
   using Tile = void (*)(Scalar*, const Laid<Scalar>*, const Scalar*, const Scalar*, const Scalar*, int, int64_t, int);
@@ -420,15 +435,20 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
       for (int r = 0; r < tile_rows; r++)
         for (int i = 0; i < kGroup<Scalar>; i++) lay(to++, from[int64_t(r) * inputs + g * kGroup<Scalar> + i]);
   });
-  Team::instance().run((outputs + kPanel - 1) / kPanel, [&](int panel) {
-    const Scalar* weights = packed + int64_t(panel) * inputs * kPanel;
-    // With others at work on panels between, this one will be the thread's next.
-    const Scalar* next = packed + int64_t(std::max(panel - Team::instance().threads(), 0)) * inputs * kPanel;
-    const int first = panel * kPanel;
-    for (int r = 0; r < rows; r += most)
-      tiles[std::min(most, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs, weights,
-                                               next, bias ? bias + first : nullptr, groups, outputs,
-                                               std::min(kPanel, outputs - first));
+  // The fewer rows the less a panel takes, and the more claiming it would cost.
+  const int most_panels = std::max(kClaimedRows / std::max(rows, 1), 1);
+  Team::instance().run((outputs + kPanel - 1) / kPanel, most_panels, [&](int begin, int end) {
+    for (int panel = end - 1; panel >= begin; panel--) {
+      const Scalar* weights = packed + int64_t(panel) * inputs * kPanel;
+      // Behind the range comes, with others at work on ranges between, this thread's next one.
+      const int then = panel > begin ? panel - 1 : begin - 1 - (end - begin) * (Team::instance().threads() - 1);
+      const Scalar* next = packed + int64_t(std::max(then, 0)) * inputs * kPanel;
+      const int first = panel * kPanel;
+      for (int r = 0; r < rows; r += most)
+        tiles[std::min(most, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs, weights, next,
+                                            bias ? bias + first : nullptr, groups, outputs,
+                                            std::min(kPanel, outputs - first));
+    }
   });
 }
 
@@ -553,60 +573,53 @@ struct Unit {
   int sequence, kv_head, first_row, rows, first_head, heads;
 };
 
-// Softmax state of one query: running maximum, sum of exponentials, weighted sum of values.
-struct Partial {
-  float max, sum;
-  std::vector<float> values;
-};
-
-// Tiles of keys and values: cache blocks, the last ones gathered along the path of a tree's row.
+// Tiles of keys and values as they lie in the cache: a block each.
 template <typename Scalar>
-struct Tiles {
+struct CachedTiles {
   const AttendArgs& a;
-  const Scalar* k_cache;
-  const Scalar* v_cache;
+  const Scalar *keys, *values;
   const Unit& u;
-  int first_gathered = std::numeric_limits<int>::max();  // tiles from here on are gathered
-  std::vector<Scalar> gathered_k, gathered_v;
 
-  int64_t block_offset(int logical) const {
-    int64_t block = a.block_tables[int64_t(u.sequence) * a.max_blocks + logical / kLanes];
+  int64_t offset(int tile) const {
+    int64_t block = a.block_tables[int64_t(u.sequence) * a.max_blocks + tile];
     return (block * a.num_kv_heads + u.kv_head) * a.head_dim * kLanes;
   }
-  const Scalar* k(int tile) const {
-    if (tile >= first_gathered) return gathered_k.data() + int64_t(tile - first_gathered) * a.head_dim * kLanes;
-    return k_cache + block_offset(tile * kLanes);
-  }
-  const Scalar* v(int tile) const {
-    if (tile >= first_gathered) return gathered_v.data() + int64_t(tile - first_gathered) * a.head_dim * kLanes;
-    return v_cache + block_offset(tile * kLanes);
-  }
+  const Scalar* k(int tile) const { return keys + offset(tile); }
+  const Scalar* v(int tile) const { return values + offset(tile); }
+};
 
-  // Lays the path of a row out by position, exactly as plain decoding would have cached it.
-  void gather(int path_row) {
-    int start = a.row_starts[u.sequence], context = a.context_lens[u.sequence], dim = a.head_dim;
-    first_gathered = context / kLanes;
-    int position = a.positions[path_row], tiles = position / kLanes + 1 - first_gathered;
-    gathered_k.assign(int64_t(tiles) * dim * kLanes, Scalar(0));
-    gathered_v.assign(int64_t(tiles) * dim * kLanes, Scalar(0));
+// The end of a path through a tree, laid out by position as plain decoding would have cached it.
+template <typename Scalar>
+struct PathTiles {
+  int dim, first;  // the first tile that is laid out: the one where the context ends
+  std::vector<Scalar> keys, values;
+
+  PathTiles(const CachedTiles<Scalar>& cached, int path_row) : dim(cached.a.head_dim) {
+    const AttendArgs& a = cached.a;
+    const int start = a.row_starts[cached.u.sequence], context = a.context_lens[cached.u.sequence];
+    const int last = a.positions[path_row];
+    first = context / kLanes;
+    keys.resize(int64_t(last / kLanes + 1 - first) * dim * kLanes);
+    values.resize(keys.size());
     int row = path_row - start;
-    for (int p = position; p >= first_gathered * kLanes; p--) {
-      int logical = p < context ? p : context + row;
-      const Scalar* from_k = k_cache + block_offset(logical) + logical % kLanes;
-      const Scalar* from_v = v_cache + block_offset(logical) + (logical % kLanes) * dim;
-      int64_t tile = int64_t(p / kLanes - first_gathered) * dim * kLanes;
-      for (int d = 0; d < dim; d++) gathered_k[tile + d * kLanes + p % kLanes] = from_k[d * kLanes];
-      std::memcpy(&gathered_v[tile + (p % kLanes) * dim], from_v, dim * sizeof(Scalar));
+    for (int p = last; p >= first * kLanes; p--) {
+      const int slot = p < context ? p : context + row, lane = slot % kLanes;
+      const Scalar* from_k = cached.k(slot / kLanes) + lane;
+      const Scalar* from_v = cached.v(slot / kLanes) + lane * dim;
+      const int64_t tile = int64_t(p / kLanes - first) * dim * kLanes;
+      for (int d = 0; d < dim; d++) keys[tile + d * kLanes + p % kLanes] = from_k[d * kLanes];
+      std::memcpy(&values[tile + (p % kLanes) * dim], from_v, dim * sizeof(Scalar));
       if (p > context) row = a.parents[start + row];
     }
   }
+  const Scalar* k(int tile) const { return keys.data() + int64_t(tile - first) * dim * kLanes; }
+  const Scalar* v(int tile) const { return values.data() + int64_t(tile - first) * dim * kLanes; }
 };
 
 // scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
 // Meanwhile fetches what comes next: blocks are scattered, so the hardware does not foresee them.
 template <int N, int T, typename Scalar>
-inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* const* next, int num_next, int dim, float* scores,
-                      int stride) {
+inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* const* next, int num_next, int dim, float* scores) {
   vf acc[N][T];
   for (int n = 0; n < N; n++)
     for (int t = 0; t < T; t++) acc[n][t] = splat(0.f);
@@ -618,140 +631,165 @@ inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* cons
       for (int t = 0; t < T; t++) acc[n][t] += key[t] * q[n * dim + d];
   }
   for (int n = 0; n < N; n++)
-    for (int t = 0; t < T; t++) store(scores + n * stride + t * kLanes, acc[n][t]);
+    for (int t = 0; t < T; t++) store(scores + n * kChunk + t * kLanes, acc[n][t]);
 }
 
-// One chunk of positions [begin, end) for N queries: fresh softmax partials.
-template <int N, typename Scalar>
-void attend_chunk(const Tiles<Scalar>& tiles, const float* q, const int* lowest, const int* highest, int begin, int end,
-                  float* maxima, float* sums, float* values) {
-  const int dim = tiles.a.head_dim;
-  const int first = begin / kLanes, count = (end - begin + kLanes - 1) / kLanes;
-  float scores[N * kChunk];
+// Scores of N queries against `count` tiles from `first` on: [N, kChunk].
+template <int N, typename Source>
+void score_tiles(const Source& source, const float* q, int first, int count, int dim, float* scores) {
+  using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(source.k(0))>>;
   int t = 0;
   for (; t + 1 < count; t += 2) {
-    const Scalar* k[2] = {tiles.k(first + t), tiles.k(first + t + 1)};
-    const Scalar* next[4] = {tiles.v(first + t), tiles.v(first + t + 1)};
+    const Scalar* k[2] = {source.k(first + t), source.k(first + t + 1)};
+    const Scalar* next[4] = {source.v(first + t), source.v(first + t + 1)};
     int num_next = 2;
-    for (int ahead = t + 2; ahead < std::min(t + 4, count); ahead++) next[num_next++] = tiles.k(first + ahead);
-    dot_tiles<N, 2>(q, k, next, num_next, dim, scores + t * kLanes, kChunk);
+    for (int ahead = t + 2; ahead < std::min(t + 4, count); ahead++) next[num_next++] = source.k(first + ahead);
+    dot_tiles<N, 2>(q, k, next, num_next, dim, scores + t * kLanes);
   }
   if (t < count) {
-    const Scalar* k[1] = {tiles.k(first + t)};
-    const Scalar* next[1] = {tiles.v(first + t)};
-    dot_tiles<N, 1>(q, k, next, 1, dim, scores + t * kLanes, kChunk);
+    const Scalar* k[1] = {source.k(first + t)};
+    const Scalar* next[1] = {source.v(first + t)};
+    dot_tiles<N, 1>(q, k, next, 1, dim, scores + t * kLanes);
   }
-  const vf scale = splat(tiles.a.scale);
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int n = 0; n < N; n++) {
-    float* s = scores + n * kChunk;
-    vf top = splat(-kInf);
-    for (int i = 0; i < count; i++) {
-      vi position = lane + (begin + i * kLanes);
-      vf score = load(s + i * kLanes) * scale;
-      score = select((position >= lowest[n]) & (position <= highest[n]), score, splat(-kInf));
-      store(s + i * kLanes, score);
-      top = max(top, score);
-    }
-    maxima[n] = max(top);
-    vf total = splat(0.f);
-    vf shift = splat(maxima[n] == -kInf ? 0.f : maxima[n]);
-    for (int i = 0; i < count; i++) {
-      vf p = exp(load(s + i * kLanes) - shift);
-      store(s + i * kLanes, p);
-      total += p;
-    }
-    sums[n] = sum(total);
-  }
+}
+
+// Values weighted by [N, kChunk]: sums[n], [dim] each, which `more` goes on with.
+template <int N, typename Source>
+void weigh_tiles(const Source& source, const float* weights, int first, int count, int dim, float* sums, bool more) {
   for (int d = 0; d < dim; d += 2 * kLanes) {
-    vf acc[N][2];
-    for (int n = 0; n < N; n++) acc[n][0] = acc[n][1] = splat(0.f);
     const bool wide = d + kLanes < dim;
+    vf acc[N][2];
+    for (int n = 0; n < N; n++) {
+      acc[n][0] = more ? load(sums + n * dim + d) : splat(0.f);
+      acc[n][1] = more && wide ? load(sums + n * dim + d + kLanes) : splat(0.f);
+    }
     for (int i = 0; i < count; i++) {
-      const Scalar* v = tiles.v(first + i) + d;
+      const auto* v = source.v(first + i) + d;
       for (int j = 0; j < kLanes; j++) {
         vf left = load(v + j * dim), right = wide ? load(v + j * dim + kLanes) : splat(0.f);
         for (int n = 0; n < N; n++) {
-          float p = scores[n * kChunk + i * kLanes + j];
+          float p = weights[n * kChunk + i * kLanes + j];
           acc[n][0] += left * p;
           acc[n][1] += right * p;
         }
       }
     }
     for (int n = 0; n < N; n++) {
-      store(values + n * dim + d, acc[n][0]);
-      if (wide) store(values + n * dim + d + kLanes, acc[n][1]);
+      store(sums + n * dim + d, acc[n][0]);
+      if (wide) store(sums + n * dim + d + kLanes, acc[n][1]);
     }
   }
 }
 
-template <typename Scalar>
-using ChunkKernel = void (*)(const Tiles<Scalar>&, const float*, const int*, const int*, int, int, float*, float*, float*);
+// The two for up to kMaxQueries queries.
+template <typename Source>
+void score(int queries, const Source& source, const float* q, int first, int count, int dim, float* scores) {
+  static constexpr decltype(&score_tiles<1, Source>) kernels[kMaxQueries] = {
+      score_tiles<1, Source>, score_tiles<2, Source>, score_tiles<3, Source>, score_tiles<4, Source>,
+      score_tiles<5, Source>, score_tiles<6, Source>, score_tiles<7, Source>, score_tiles<8, Source>};
+  kernels[queries - 1](source, q, first, count, dim, scores);
+}
+template <typename Source>
+void weigh(int queries, const Source& source, const float* weights, int first, int count, int dim, float* sums, bool more) {
+  static constexpr decltype(&weigh_tiles<1, Source>) kernels[kMaxQueries] = {
+      weigh_tiles<1, Source>, weigh_tiles<2, Source>, weigh_tiles<3, Source>, weigh_tiles<4, Source>,
+      weigh_tiles<5, Source>, weigh_tiles<6, Source>, weigh_tiles<7, Source>, weigh_tiles<8, Source>};
+  kernels[queries - 1](source, weights, first, count, dim, sums, more);
+}
 
-template <typename Scalar>
-ChunkKernel<Scalar> chunk_kernel(int queries) {
-  static const ChunkKernel<Scalar> table[kMaxQueries] = {
-      attend_chunk<1, Scalar>, attend_chunk<2, Scalar>, attend_chunk<3, Scalar>, attend_chunk<4, Scalar>,
-      attend_chunk<5, Scalar>, attend_chunk<6, Scalar>, attend_chunk<7, Scalar>, attend_chunk<8, Scalar>};
-  return table[queries - 1];
+// Softmax state of a query: the largest score, and the sum of exponentials.
+struct Softmax {
+  float max = -kInf, sum = 0.f;
+};
+
+// A query's scores of `count` tiles, the first at position `begin`, become exponentials; 0 outside [lowest, highest].
+inline Softmax exponentials(float* scores, int begin, int count, int lowest, int highest, float scale) {
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  vf top = splat(-kInf);
+  for (int i = 0; i < count; i++) {
+    vi position = lane + (begin + i * kLanes);
+    vf scaled = load(scores + i * kLanes) * splat(scale);
+    scaled = select((position >= lowest) & (position <= highest), scaled, splat(-kInf));
+    store(scores + i * kLanes, scaled);
+    top = max(top, scaled);
+  }
+  Softmax result;
+  result.max = max(top);
+  vf total = splat(0.f), shift = splat(result.max == -kInf ? 0.f : result.max);
+  for (int i = 0; i < count; i++) {
+    vf p = exp(load(scores + i * kLanes) - shift);
+    store(scores + i * kLanes, p);
+    total += p;
+  }
+  result.sum = sum(total);
+  return result;
 }
 
 // Folds the next chunk into a query's running softmax; chunks come in order of position.
-inline void fold(float& max, float& sum, float* values, float chunk_max, float chunk_sum, const float* chunk, int dim) {
-  if (chunk_max == -kInf) return;
-  float top = std::max(max, chunk_max);
-  float keep = max == -kInf ? 0.f : std::exp(max - top), add = std::exp(chunk_max - top);
-  sum = sum * keep + chunk_sum * add;
-  for (int d = 0; d < dim; d += kLanes) store(values + d, load(values + d) * keep + load(chunk + d) * add);
-  max = top;
+inline void fold(Softmax& state, float* values, const Softmax& chunk, const float* chunk_values, int dim) {
+  if (chunk.max == -kInf) return;
+  float top = std::max(state.max, chunk.max);
+  float keep = state.max == -kInf ? 0.f : std::exp(state.max - top), add = std::exp(chunk.max - top);
+  state.sum = state.sum * keep + chunk.sum * add;
+  for (int d = 0; d < dim; d += kLanes) store(values + d, load(values + d) * keep + load(chunk_values + d) * add);
+  state.max = top;
 }
 
 template <typename Scalar>
 void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache,
                  Scalar* out, int window) {
+  static thread_local std::vector<float> buffer;
   const int dim = a.head_dim, queries = u.rows * u.heads;
   const int width = (a.num_heads + 2 * a.num_kv_heads) * dim;
-  std::vector<float> q(queries * dim), values(queries * dim, 0.f), chunk_values(queries * dim);
+  float* q = room(buffer, queries * (3 * dim + kChunk));
+  float* values = q + queries * dim;
+  float* chunk_values = values + queries * dim;
+  float* scores = chunk_values + queries * dim;
+  Softmax states[kMaxQueries], chunks[kMaxQueries];
   int lowest[kMaxQueries], highest[kMaxQueries];
-  float maxima[kMaxQueries], sums[kMaxQueries], chunk_maxima[kMaxQueries], chunk_sums[kMaxQueries];
+  std::fill_n(values, queries * dim, 0.f);
   for (int n = 0; n < queries; n++) {
     int row = u.first_row + n / u.heads;
     const Scalar* from = qkv + int64_t(row) * width + (u.first_head + n % u.heads) * dim;
-    for (int d = 0; d < dim; d += kLanes) store(&q[n * dim + d], load(from + d));
+    for (int d = 0; d < dim; d += kLanes) store(q + n * dim + d, load(from + d));
     highest[n] = a.positions[row];
     lowest[n] = window > 0 ? std::max(0, highest[n] - window + 1) : 0;
-    maxima[n] = -kInf;
-    sums[n] = 0.f;
   }
-  // Chunks of positions from `begin` to `end` for `count` queries from `first` on.
-  auto walk = [&](const Tiles<Scalar>& tiles, int first, int count, int begin, int end) {
-    const int least = *std::min_element(lowest + first, lowest + first + count) / kLanes * kLanes;
-    for (begin = std::max(begin, least / kChunk * kChunk); begin < end; begin += kChunk) {
-      chunk_kernel<Scalar>(count)(tiles, &q[first * dim], lowest + first, highest + first, std::max(begin, least),
-                                  std::min(begin + kChunk, end), chunk_maxima, chunk_sums, chunk_values.data());
-      for (int n = 0; n < count; n++)
-        fold(maxima[first + n], sums[first + n], &values[(first + n) * dim], chunk_maxima[n], chunk_sums[n],
-             &chunk_values[n * dim], dim);
-    }
-  };
-  Tiles<Scalar> tiles{a, k_cache, v_cache, u};
+  const CachedTiles<Scalar> cached{a, k_cache, v_cache, u};
+  // Rows of a tree share the tiles that lie wholly before it; from there on each has its own path.
+  std::vector<PathTiles<Scalar>> paths;
+  int fork = std::numeric_limits<int>::max();
+  if (a.branching[u.sequence]) {
+    fork = a.context_lens[u.sequence] / kLanes;
+    for (int row = 0; row < u.rows; row++) paths.emplace_back(cached, u.first_row + row);
+  }
+  const int least = *std::min_element(lowest, lowest + queries) / kLanes * kLanes;
   const int end = *std::max_element(highest, highest + queries) + 1;
-  if (!a.branching[u.sequence]) {
-    walk(tiles, 0, queries, 0, end);
-  } else {
-    // Rows of a tree share the chunks that lie wholly before it; behind those each walks its own path.
-    const int shared = a.context_lens[u.sequence] / kChunk * kChunk;
-    walk(tiles, 0, queries, 0, shared);
-    for (int row = 0; row < u.rows; row++) {
-      const int first = row * u.heads;
-      tiles.gather(u.first_row + row);
-      walk(tiles, first, u.heads, shared, highest[first] + 1);
-    }
+  for (int chunk = least / kChunk * kChunk; chunk < end; chunk += kChunk) {
+    const int begin = std::max(chunk, least), first = begin / kLanes;
+    const int count = (std::min(chunk + kChunk, end) - begin + kLanes - 1) / kLanes;
+    const int shared = std::min(std::max(fork - first, 0), count);
+    // How many tiles of the row's own come behind the shared ones.
+    auto own = [&](int row) { return std::max(0, std::min(count, highest[row * u.heads] / kLanes + 1 - first) - shared); };
+    if (shared) score(queries, cached, q, first, shared, dim, scores);
+    for (int row = 0; row < int(paths.size()); row++)
+      if (own(row))
+        score(u.heads, paths[row], q + row * u.heads * dim, first + shared, own(row), dim,
+              scores + row * u.heads * kChunk + shared * kLanes);
+    for (int n = 0; n < queries; n++)
+      chunks[n] = exponentials(scores + n * kChunk, begin, paths.empty() ? count : shared + own(n / u.heads), lowest[n],
+                               highest[n], a.scale);
+    if (shared) weigh(queries, cached, scores, first, shared, dim, chunk_values, false);
+    for (int row = 0; row < int(paths.size()); row++)
+      if (own(row))
+        weigh(u.heads, paths[row], scores + row * u.heads * kChunk + shared * kLanes, first + shared, own(row), dim,
+              chunk_values + row * u.heads * dim, shared > 0);
+    for (int n = 0; n < queries; n++) fold(states[n], values + n * dim, chunks[n], chunk_values + n * dim, dim);
   }
   for (int n = 0; n < queries; n++) {
     Scalar* to = out + (int64_t(u.first_row + n / u.heads) * a.num_heads + u.first_head + n % u.heads) * dim;
-    float inverse = 1.f / sums[n];
-    for (int d = 0; d < dim; d += kLanes) store(to + d, load(&values[n * dim + d]) * inverse);
+    float inverse = 1.f / states[n].sum;
+    for (int d = 0; d < dim; d += kLanes) store(to + d, load(values + n * dim + d) * inverse);
   }
 }
 
