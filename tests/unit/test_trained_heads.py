@@ -179,7 +179,7 @@ def verifier(content: dict[str, Any]) -> dict[str, Any]:
     [
         (lambda c: verifier(c).update(hidden_size=32), "with hidden_size 32, this target has 64"),
         (lambda c: verifier(c).update(vocab_size=32), "with vocab_size 32, this target has 259"),
-        (lambda c: c["speculators_config"].update(algorithm="eagle3"), "holds a draft of 'eagle3', --spec-m"),
+        (lambda c: c["speculators_config"].update(algorithm="eagle3"), "holds a draft of 'eagle3', not of"),
         (lambda c: c.pop("speculators_config"), "is no trained draft: .* outpace train medusa"),
         (
             lambda c: c["medusa"].update(num_heads=5),

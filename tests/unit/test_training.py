@@ -128,6 +128,47 @@ def test_weights_are_written_in_the_type_that_is_asked_for(
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("method", [method for method in methods.available() if method != "finetune"])
+def test_a_run_may_begin_with_the_draft_that_an_earlier_one_wrote(
+    method: str, target: Path, texts: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "settings": {"num_layers": 1} if method == "draft_model" else {"draft_vocab_size": 64},
+        "save_dtype": "float32",
+    }
+    train(tiny_run(target, texts, tmp_path / "first", method, max_steps=3, **options))
+    report = train(
+        tiny_run(
+            target,
+            texts,
+            tmp_path / "second",
+            method,
+            max_steps=1,
+            lr=1e-12,
+            init=tmp_path / "first",
+            **options,
+        )
+    )
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=1e-6, atol=1e-6)
+    assert len(report["init_sha256"]) == 64
+
+
+def test_a_draft_to_begin_with_must_be_of_the_same_kind(target: Path, texts: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(tiny_run(target, texts, first, max_steps=1, settings={"num_heads": 2, "draft_vocab_size": 64}))
+    for method, settings, reason in (
+        ("medusa", {"num_heads": 3, "draft_vocab_size": 64}, "heads.2.bias is missing there"),
+        ("medusa", {"num_heads": 2, "draft_vocab_size": 32}, "has 64 tokens, draft_vocab_size is 32"),
+        ("redrafter", {}, "holds a draft of 'medusa'"),
+        ("finetune", {}, "holds a draft of 'medusa', not of 'finetune'"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            train(tiny_run(target, texts, second, method, max_steps=1, settings=settings, init=first))
+
+
 def test_too_little_data_is_refused(target: Path, tmp_path: Path) -> None:
     one = write_rows(tmp_path / "one.jsonl", [row("a", "b")])
     with pytest.raises(ConfigError, match="1 conversations are too few: --holdout takes 0"):

@@ -137,6 +137,44 @@ def read_draft(
     Raises:
         ConfigError: There is none, it is of another method, or made for another target.
     """
+    path, settings, size = _described(name, method, target, keys)
+    expected = shapes(settings, size)
+    if size == target.vocab_size:
+        return DraftCheckpoint(settings, load_tensors(path, expected, dtype, device), DraftVocab(size))
+    weights = load_tensors(path, expected | {_D2T: (size,)}, dtype, device, integers=(_D2T,))
+    vocab = DraftVocab.from_d2t(weights.pop(_D2T), target.vocab_size)
+    return DraftCheckpoint(settings, weights, vocab)
+
+
+def read_trained(directory: Path, method: str, target: ModelConfig) -> DraftCheckpoint:
+    """Reads a checkpoint to train it further: its weights are as they were written, whatever their shapes.
+
+    Args:
+        directory: Where `write_draft` wrote it.
+        method: Which it must be of.
+        target: The target's shape.
+
+    Raises:
+        ConfigError: There is none, it is of another method, or made for another target.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path, settings, size = _described(str(directory), method, target, ())
+    try:
+        weights = load_file(path / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"cannot read {path / 'model.safetensors'}: {error}") from error
+    d2t = weights.pop(_D2T, None)
+    if d2t is None:
+        return DraftCheckpoint(settings, weights, DraftVocab(size))
+    return DraftCheckpoint(settings, weights, DraftVocab.from_d2t(d2t, target.vocab_size))
+
+
+def _described(
+    name: str | None, method: str, target: ModelConfig, keys: Collection[str]
+) -> tuple[Path, dict[str, Any], int]:
+    """Where a checkpoint is, its method's settings, and how many tokens it drafts; see `read_draft`."""
     if name is None:
         raise ConfigError(
             f"{method} needs its trained weights: name their directory with {flag('spec_model')}"
@@ -150,9 +188,7 @@ def read_draft(
             f"make one with outpace train {method}"
         )
     if section.get("algorithm") != method:
-        raise ConfigError(
-            f"{path} holds a draft of {section.get('algorithm')!r}, {flag('spec_method')} is {method!r}"
-        )
+        raise ConfigError(f"{path} holds a draft of {section.get('algorithm')!r}, not of {method!r}")
     for size in _SIZES:
         made_for, has = section["verifier"].get(size), getattr(target, size)
         if made_for != has:
@@ -171,9 +207,4 @@ def read_draft(
             f"{path}: {_VOCAB_SIZE} in config.json must be an integer in [1, {target.vocab_size}], the "
             f"target's vocabulary, got {size!r}"
         )
-    expected = shapes(settings, size)
-    if size == target.vocab_size:
-        return DraftCheckpoint(settings, load_tensors(path, expected, dtype, device), DraftVocab(size))
-    weights = load_tensors(path, expected | {_D2T: (size,)}, dtype, device, integers=(_D2T,))
-    vocab = DraftVocab.from_d2t(weights.pop(_D2T), target.vocab_size)
-    return DraftCheckpoint(settings, weights, vocab)
+    return path, settings, size

@@ -26,6 +26,7 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
         help="JSON lines (.gz) with messages, or a hub dataset",
     )
     add("--out", required=True, type=Path, metavar="DIR", help="where to write the draft; new or empty")
+    add("--init", type=Path, metavar="DIR", help="a draft that an earlier run wrote, to train it further")
     add("--mode", metavar="NAME", help="short for this setting of the method, where it has one")
     add("--settings", default="{}", metavar="JSON", help='settings of the method, such as {"num_heads": 3}')
     add("--epochs", type=_count, default=1, metavar="N", help="passes over the data (default: 1)")

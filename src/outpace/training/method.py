@@ -26,7 +26,7 @@ import torch
 
 from outpace import registry
 from outpace.errors import ConfigError
-from outpace.models.draft_checkpoint import speculators_section
+from outpace.models.draft_checkpoint import DraftCheckpoint, speculators_section
 from outpace.models.draft_vocab import DraftVocab
 from outpace.training.trunk import Trunk
 
@@ -47,6 +47,7 @@ class Run:
             not known, and all are drafted.
         special_ids: Tokens that are drafted however rare they are.
         save_dtype: What weights are written in; None is what they are computed in.
+        init: The draft that it begins with, if any.
     """
 
     method: str
@@ -57,9 +58,21 @@ class Run:
     counts: torch.Tensor | None = None
     special_ids: tuple[int, ...] = ()
     save_dtype: torch.dtype | None = None
+    init: DraftCheckpoint | None = None
 
     def draft_vocab(self, settings: VocabSettings, trunk: Trunk) -> DraftVocab:
-        """The tokens to draft."""
+        """The tokens to draft: those of the draft it begins with, or the most frequent ones.
+
+        Raises:
+            ConfigError: It begins with a draft of another size.
+        """
+        if self.init is not None:
+            vocab, wanted = self.init.vocab, settings.draft_vocab_size or trunk.config.vocab_size
+            if len(vocab) != wanted:
+                raise ConfigError(
+                    f"the draft to begin with has {len(vocab)} tokens, draft_vocab_size is {wanted}"
+                )
+            return vocab
         if self.counts is None:
             return DraftVocab(trunk.config.vocab_size)
         return DraftVocab.most_frequent(
@@ -191,6 +204,31 @@ class Trainable(torch.nn.Module, ABC):
 
 class TrainableDraft(Trainable):
     """A draft: it saves config.json with `speculators_section`, and model.safetensors."""
+
+    @abstractmethod
+    def served(self) -> dict[str, torch.Tensor]:
+        """What is trained, by the names in model.safetensors: the parameters themselves, or parts of them."""
+
+    @torch.no_grad()
+    def begin_with(self, weights: dict[str, torch.Tensor]) -> None:
+        """Takes over trained weights.
+
+        Args:
+            weights: As `served` names them.
+
+        Raises:
+            ConfigError: They are those of another shape.
+        """
+        own = {name: tuple(weight.shape) for name, weight in self.served().items()}
+        theirs = {name: tuple(weight.shape) for name, weight in weights.items()}
+        for name in sorted(own.keys() | theirs.keys()):
+            if own.get(name) != theirs.get(name):
+                raise ConfigError(
+                    f"the draft to begin with was trained with other settings: {name} is "
+                    f"{theirs.get(name, 'missing')} there, {own.get(name, 'not in this one')} here"
+                )
+        for name, weight in self.served().items():
+            weight.copy_(weights[name])
 
 
 def available() -> list[str]:

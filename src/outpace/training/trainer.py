@@ -19,13 +19,14 @@ from outpace.bench.report import provenance, read_json, write_json
 from outpace.config import EngineConfig, cache_dir, flag
 from outpace.engine.engine import DEFAULT_MODEL_NAME, choose_dtype
 from outpace.errors import ConfigError
-from outpace.models.hub import resolve_model
+from outpace.models.draft_checkpoint import read_trained
+from outpace.models.hub import resolve_draft, resolve_model
 from outpace.models.loader import load_config
 from outpace.models.tokenizer import load_tokenizer
 from outpace.training import method as methods
 from outpace.training.data import Corpus, PackedRows, Report, collate, epoch_order, load_corpus, pack
 from outpace.training.hidden import HiddenStates, cache_directory
-from outpace.training.method import Recipe, Run, Trainable, TrainBatch
+from outpace.training.method import Recipe, Run, Trainable, TrainableDraft, TrainBatch
 from outpace.training.trunk import Trunk, fingerprint, load_trunk
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class TrainConfig:
         data: File or hub id with conversations.
         out: Directory that is written.
         model: The target; None is the default model.
+        init: A draft that an earlier run wrote, to begin with; None begins anew.
         settings: The method's own.
         epochs: Passes over the data.
         max_steps: Most steps, if they are to be fewer.
@@ -68,6 +70,7 @@ class TrainConfig:
     data: str
     out: Path
     model: str | None = None
+    init: Path | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     epochs: int = 1
     max_steps: int | None = None
@@ -99,7 +102,8 @@ class TrainConfig:
         """What the losses depend on, as JSON has it."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_THE_CURVE}
         return values | {
-            "method_settings": dataclasses.asdict(methods.make_settings(self.method, self.settings))
+            "init": None if self.init is None else fingerprint(str(resolve_draft(str(self.init)))),
+            "method_settings": dataclasses.asdict(methods.make_settings(self.method, self.settings)),
         }
 
 
@@ -139,9 +143,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         counts[0] - counts[1],
         (*shape.eos_token_ids, *tokenizer.all_special_ids),
         None if config.save_dtype is None else _DTYPES[config.save_dtype],
+        None if config.init is None else read_trained(config.init, config.method, shape),
     )
     torch.manual_seed(config.seed)
     trained = methods.create(trunk, run, settings)
+    if run.init is not None:
+        if not isinstance(trained, TrainableDraft):
+            raise ConfigError(f"{config.method} trains no draft: it begins with {flag('model')}")
+        trained.begin_with(run.init.weights)
     training = _Training(config, accelerator, trunk, trained, corpus, held)
     training.run()
     report = training.report(data_report)
@@ -350,6 +359,7 @@ class _Training:
             "settings": {**json.loads(json.dumps(dataclasses.asdict(self._config), default=str))},
             "method_settings": self._config.curve()["method_settings"],
             "model_sha256": fingerprint(self._config.model),
+            "init_sha256": self._config.curve()["init"],
             "data": {
                 "sha256": data.sha256,
                 "num_lines": data.num_lines,

@@ -85,12 +85,16 @@ class DraftModel(TrainableDraft):
         accuracy = float((best == targets[valid]).sum()) / count
         return loss / count, {"accuracy_1": accuracy, "kl": kl / count}
 
+    def served(self) -> dict[str, torch.Tensor]:
+        """See TrainableDraft."""
+        weights = self._small.model.state_dict()
+        return {name: weights[name] for name in self._small.config.own_weight_shapes()}
+
     def save(self, directory: Path) -> None:
         """Writes the layers and the norm, with the shape of a whole model and whose embedding it shares."""
         trunk, small = self._trunk, self._small
-        weights = small.model.state_dict()
         dtype = self._run.save_dtype or trunk.dtype
-        own = {name: weights[name].to(dtype) for name in small.config.own_weight_shapes()}
+        own = {name: weight.to(dtype) for name, weight in self.served().items()}
         settings = {
             "num_layers": small.config.num_layers,
             "embedding_sha256": embedding_checksum(trunk.model.model.embed_tokens.weight),

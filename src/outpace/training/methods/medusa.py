@@ -102,16 +102,15 @@ class Medusa(TrainableDraft):
         self._accuracies = (right / seen.clamp(min=1)).tolist()
         return metrics
 
+    def served(self) -> dict[str, torch.Tensor]:
+        """See TrainableDraft."""
+        of = {"weight": self.weight, "bias": self.bias, "output": self.output}
+        return {f"heads.{k}.{n}": w[k] for k in range(self._settings.num_heads) for n, w in of.items()}
+
     def save(self, directory: Path) -> None:
         """The tree is saved as paths of ranks: `[0, 1]` is head 2's second guess behind head 1's first."""
-        num_heads = self._settings.num_heads
-        weights = {}
-        for k in range(num_heads):
-            weights[f"heads.{k}.weight"], weights[f"heads.{k}.bias"] = self.weight[k], self.bias[k]
-            weights[f"heads.{k}.output"] = self.output[k]
-        weights = {
-            name: weight.to(self._run.save_dtype or self._trunk.dtype) for name, weight in weights.items()
-        }
+        num_heads, dtype = self._settings.num_heads, self._run.save_dtype or self._trunk.dtype
+        weights = {name: weight.to(dtype) for name, weight in self.served().items()}
         settings = {
             "num_heads": num_heads,
             "own_heads": self._settings.own_heads,

@@ -82,11 +82,15 @@ class ReDrafter(TrainableDraft):
             taken_in = targets
         return total, metrics
 
+    def served(self) -> dict[str, torch.Tensor]:
+        """See TrainableDraft."""
+        return self.state_dict()
+
     def save(self, directory: Path) -> None:
         """See TrainableDraft."""
         settings = {"num_tokens": self._settings.num_tokens, "num_blocks": self._settings.num_blocks}
         dtype = self._run.save_dtype or self._trunk.dtype
-        weights = {name: weight.to(dtype) for name, weight in self.state_dict().items()}
+        weights = {name: weight.to(dtype) for name, weight in self.served().items()}
         of_run = section(self._trunk, self._run, self._settings.num_tokens)
         write_draft(directory, of_run, settings, weights, self.vocab)
 

@@ -166,11 +166,15 @@ class Streaming(TrainableDraft):
             loss, metrics = loss + next_loss, metrics | {"next_loss": next_loss.item()}
         return loss, metrics
 
+    def served(self) -> dict[str, torch.Tensor]:
+        """See TrainableDraft; in shared mode adapters are among them that become part of the model."""
+        return {name.replace("-", "."): weight.detach() for name, weight in self.weights.items()}
+
     def save(self, directory: Path) -> None:
         """Writes the streams; in shared mode the fine-tuned model, and the streams in `streams` there."""
         model, config, run = self._trunk.config, self.config, self._run
         dtype = run.save_dtype or self._trunk.dtype
-        weights = {name.replace("-", "."): weight.detach() for name, weight in self.weights.items()}
+        weights = self.served()
         if self._is_shared:
             write_model(directory, model, self._merged(weights, dtype), load_tokenizer(run.path))
             config, run = replace(config, lora_rank=0, lora_targets=()), replace(run, model=str(directory))
