@@ -521,8 +521,14 @@ struct RopeArgs {
 
 template <typename Scalar>
 inline void rotate(Scalar* head, const float* cos_sin, int dim) {
-  int half = dim / 2;
-  for (int i = 0; i < half; i++) {
+  const int half = dim / 2;
+  int i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    vf a = load(head + i), b = load(head + half + i), c = load(cos_sin + i), s = load(cos_sin + half + i);
+    store(head + i, a * c - b * s);
+    store(head + half + i, b * c + a * s);
+  }
+  for (; i < half; i++) {
     float a = widen(head[i]), b = widen(head[i + half]), c = cos_sin[i], s = cos_sin[i + half];
     put(head + i, a * c - b * s);
     put(head + i + half, b * c + a * s);
@@ -619,14 +625,14 @@ struct PathTiles {
 // scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
 // Meanwhile fetches what comes next: blocks are scattered, so the hardware does not foresee them.
 template <int N, int T, typename Scalar>
-inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* const* next, int num_next, int dim, float* scores) {
+inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* const* next, int dim, float* scores) {
   vf acc[N][T];
   for (int n = 0; n < N; n++)
     for (int t = 0; t < T; t++) acc[n][t] = splat(0.f);
   for (int d = 0; d < dim; d++) {
     vf key[T];
     for (int t = 0; t < T; t++) key[t] = load(k[t] + d * kLanes);
-    for (int t = 0; t < num_next; t++) __builtin_prefetch(next[t] + d * kLanes);
+    for (int t = 0; t < 2 * T; t++) __builtin_prefetch(next[t] + d * kLanes);
     for (int n = 0; n < N; n++)
       for (int t = 0; t < T; t++) acc[n][t] += key[t] * q[n * dim + d];
   }
@@ -638,18 +644,17 @@ inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* cons
 template <int N, typename Source>
 void score_tiles(const Source& source, const float* q, int first, int count, int dim, float* scores) {
   using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(source.k(0))>>;
+  auto later = [&](int t) { return source.k(first + std::min(t, count - 1)); };
   int t = 0;
   for (; t + 1 < count; t += 2) {
     const Scalar* k[2] = {source.k(first + t), source.k(first + t + 1)};
-    const Scalar* next[4] = {source.v(first + t), source.v(first + t + 1)};
-    int num_next = 2;
-    for (int ahead = t + 2; ahead < std::min(t + 4, count); ahead++) next[num_next++] = source.k(first + ahead);
-    dot_tiles<N, 2>(q, k, next, num_next, dim, scores + t * kLanes);
+    const Scalar* next[4] = {source.v(first + t), source.v(first + t + 1), later(t + 2), later(t + 3)};
+    dot_tiles<N, 2>(q, k, next, dim, scores + t * kLanes);
   }
   if (t < count) {
     const Scalar* k[1] = {source.k(first + t)};
-    const Scalar* next[1] = {source.v(first + t)};
-    dot_tiles<N, 1>(q, k, next, 1, dim, scores + t * kLanes);
+    const Scalar* next[2] = {source.v(first + t), source.k(first + t)};
+    dot_tiles<N, 1>(q, k, next, dim, scores + t * kLanes);
   }
 }
 
