@@ -215,6 +215,25 @@ def noisy_argmax_agrees(
         assert noisy.any() or fast[2] == 0
 
 
+def noisy_topk_agrees(kernels: Kernels, dtype: torch.dtype, rows: int, vocab: int) -> None:
+    """Ranked tokens and their probabilities are those of choosing one after the other by the reference."""
+    logits = random_like(rows, vocab, dtype=dtype) * 3
+    logits[2, :] = 0.0  # all equal: without noise the first tokens
+    logits[3, :] = -torch.inf
+    logits[3, [vocab - 1, 5]] = 0.0  # fewer than are asked for
+    seeds, positions = torch.arange(rows) * 7919 - 1000, torch.arange(rows)
+    for noisy in (torch.zeros(rows, dtype=torch.bool), torch.ones(rows, dtype=torch.bool)):
+        given, before = (logits, seeds, positions, noisy), logits.clone()
+        ids, probs = kernels.noisy_topk(*given, 6)
+        assert torch.equal(logits, before)
+        expected_ids, expected_probs = ReferenceKernels().noisy_topk(*given, 6)
+        assert torch.equal(ids, expected_ids)
+        assert torch.allclose(probs, expected_probs, rtol=1e-5, atol=0)
+        assert ids[:, :1].squeeze(1).equal(kernels.noisy_argmax(*given))
+        assert probs[3].tolist() == [0.5, 0.5, 0, 0, 0, 0]
+        assert noisy.any() or ids[2].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def filters_agree(kernels: Kernels, rows: int, vocab: int, device: torch.device = CPU) -> None:
     """What stays is what the reference keeps."""
     generator = torch.Generator().manual_seed(0)

@@ -308,11 +308,7 @@ class Noise(enum.StrEnum):
 
 
 class Chooser:
-    """Chooses each row's token: a function of target logits, seed and position only.
-
-    The noise's keys are on the device once they are asked for, so that one may choose from the same rows
-    several times over.
-    """
+    """Chooses each row's token: a function of target logits, seed and position only."""
 
     def __init__(
         self,
@@ -336,6 +332,10 @@ class Chooser:
     def __call__(self, target: torch.Tensor) -> torch.Tensor:
         """[rows, vocab] from `target_logits` -> [rows] int64, on the device: the host does not wait."""
         return self._kernels.noisy_argmax(target, *self._keys)
+
+    def best(self, target: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it would choose first, second and so on, and how probable that is: see `Kernels.noisy_topk`."""
+        return self._kernels.noisy_topk(target, *self._keys, number)
 
 
 def choose(

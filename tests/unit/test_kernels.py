@@ -295,6 +295,11 @@ def test_noisy_argmax_agrees_with_the_reference(
     checks.noisy_argmax_agrees(backend(name, dtype), dtype, rows, vocab)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ranked_tokens_are_those_chosen_one_after_the_other(dtype: torch.dtype) -> None:
+    checks.noisy_topk_agrees(backend("native", dtype), dtype, 64, 1003)
+
+
 @pytest.mark.parametrize(("name", "rows", "vocab"), [("native", 200, 777), ("triton", 12, 777)])
 def test_filters_agree_with_the_reference(name: Name, rows: int, vocab: int) -> None:
     checks.filters_agree(backend(name, torch.float32), rows, vocab)

@@ -219,3 +219,35 @@ class Kernels(ABC):
         Returns:
             [rows] int64 token ids.
         """
+
+    def noisy_topk(
+        self,
+        logits: torch.Tensor,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        noisy: torch.Tensor,
+        number: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens that `noisy_argmax` would choose one after the other, each without those before it.
+
+        With noise it draws without replacement (Kool et al., "Stochastic Beams and Where to Find Them", 2019).
+
+        Args:
+            logits: As the others, for `noisy_argmax`.
+            seeds: [rows] int64.
+            positions: [rows] int64.
+            noisy: [rows] bool.
+            number: How many tokens, at most the vocabulary.
+
+        Returns:
+            [rows, number] int64 token ids, and [rows, number] float32, their probabilities without noise. Where
+            fewer tokens are possible, the rest has probability 0.
+        """
+        left, total = logits.clone(), logits.float().logsumexp(dim=1, keepdim=True)
+        ids, values = [], []
+        for _ in range(number):
+            ids.append(self.noisy_argmax(left, seeds, positions, noisy).unsqueeze(1))
+            values.append(left.gather(1, ids[-1]))
+            left.scatter_(1, ids[-1], -torch.inf)
+        probs = (torch.cat(values, 1).float() - total).exp().clamp(max=1.0)
+        return torch.cat(ids, 1), probs

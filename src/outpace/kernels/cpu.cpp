@@ -110,6 +110,15 @@ inline float max(vf x) {
 }
 inline vf select(vi condition, vf a, vf b) { return bits<vf>((condition & bits<vi>(a)) | (~condition & bits<vi>(b))); }
 inline vf max(vf a, vf b) { return select(a > b, a, b); }
+inline bool any(vi condition) {
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask(bits<__m512i>(condition), bits<__m512i>(condition));
+#else
+  int32_t all = 0;
+  for (int i = 0; i < kLanes; i++) all |= condition[i];
+  return all;
+#endif
+}
 
 // e^x to about 2 ulp; exactly 0 below -87, so that masked scores vanish.
 inline vf exp(vf x) {
@@ -926,38 +935,84 @@ inline vf gumbel(vu token, uint32_t lo, uint32_t hi) {
   return -log(exponential);
 }
 
+// body(logits, first token) for a row by vectors, filled up with -inf.
+template <typename Scalar, typename Body>
+void for_vectors(const Scalar* logits, int vocab, const Body& body) {
+  int i = 0;
+  for (; i + kLanes <= vocab; i += kLanes) body(load(logits + i), i);
+  if (i == vocab) return;
+  vf rest = splat(-kInf);
+  for (int j = 0; i + j < vocab; j++) rest[j] = widen(logits[i + j]);
+  body(rest, i);
+}
+
 template <typename Scalar>
 int64_t noisy_argmax_row(const Scalar* logits, int vocab, uint64_t key, bool noisy) {
   const uint32_t lo = uint32_t(key), hi = uint32_t(key >> 32);
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vf best = splat(-kInf);
   vi where = lane;
-  auto consider = [&](vf value, int first) {
+  for_vectors(logits, vocab, [&](vf value, int first) {
     vi id = lane + first;
     if (noisy) value += gumbel(bits<vu>(id), lo, hi);
     vi better = value > best;
     best = select(better, value, best);
     where = (better & id) | (~better & where);
-  };
-  int i = 0;
-  for (; i + kLanes <= vocab; i += kLanes) consider(load(logits + i), i);
-  if (i < vocab) {
-    vf rest = splat(-kInf);
-    for (int j = 0; i + j < vocab; j++) rest[j] = widen(logits[i + j]);
-    consider(rest, i);
-  }
+  });
   int winner = 0;
   for (int j = 1; j < kLanes; j++)
     if (best[j] > best[winner] || (best[j] == best[winner] && where[j] < where[winner])) winner = j;
   return where[winner];
 }
 
+inline uint64_t noise_key(int64_t seed, int64_t position) {
+  return mix(uint64_t(seed) + 0x9E3779B97F4A7C15ull * (uint64_t(position) + 1));
+}
+
 template <typename Scalar>
 void noisy_argmax(int64_t* out, const Scalar* logits, const int64_t* seeds, const int64_t* positions, const uint8_t* noisy,
                   int rows, int vocab) {
   for_rows(rows, vocab, [&](int r) {
-    uint64_t key = mix(uint64_t(seeds[r]) + 0x9E3779B97F4A7C15ull * (uint64_t(positions[r]) + 1));
-    out[r] = noisy_argmax_row(logits + int64_t(r) * vocab, vocab, key, noisy[r]);
+    out[r] = noisy_argmax_row(logits + int64_t(r) * vocab, vocab, noise_key(seeds[r], positions[r]), noisy[r]);
+  });
+}
+
+// The `number` best tokens of a row, and their probabilities without noise. Where fewer are possible, token 0 with
+// probability 0 stands for the rest.
+template <typename Scalar>
+void noisy_topk_row(int64_t* ids, float* probs, const Scalar* logits, int vocab, uint64_t key, bool noisy, int number) {
+  const uint32_t lo = uint32_t(key), hi = uint32_t(key >> 32);
+  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  std::vector<Ranked> best(number, Ranked{-kInf, 0});
+  vf highest = splat(-kInf);
+  for_vectors(logits, vocab, [&](vf logit, int first) {
+    highest = max(highest, logit);
+    vf value = noisy ? logit + gumbel(bits<vu>(lane + first), lo, hi) : logit;
+    if (!any(value > best.back().logit)) return;
+    for (int j = 0; j < kLanes; j++) {
+      if (!(value[j] > best.back().logit)) continue;
+      const Ranked token{value[j], first + j};
+      const auto place = std::upper_bound(best.begin(), best.end(), token);
+      std::move_backward(place, best.end() - 1, best.end());
+      *place = token;
+    }
+  });
+  const float top = max(highest);
+  vf total = splat(0.f);
+  for_vectors(logits, vocab, [&](vf logit, int) { total += exp(logit - top); });
+  const float scale = 1.f / sum(total);
+  for (int n = 0; n < number; n++) {
+    ids[n] = best[n].id;
+    probs[n] = best[n].logit == -kInf ? 0.f : std::exp(widen(logits[best[n].id]) - top) * scale;
+  }
+}
+
+template <typename Scalar>
+void noisy_topk(int64_t* ids, float* probs, const Scalar* logits, const int64_t* seeds, const int64_t* positions,
+                const uint8_t* noisy, int rows, int vocab, int number) {
+  for_rows(rows, vocab, [&](int r) {
+    noisy_topk_row(ids + int64_t(r) * number, probs + int64_t(r) * number, logits + int64_t(r) * vocab, vocab,
+                   noise_key(seeds[r], positions[r]), noisy[r], number);
   });
 }
 
@@ -1020,6 +1075,11 @@ extern "C" void keep_freed_memory() {
   extern "C" void noisy_argmax_##suffix(int64_t* out, const Scalar* logits, const int64_t* seeds,                        \
                                         const int64_t* positions, const uint8_t* noisy, int rows, int vocab) {           \
     noisy_argmax<Scalar>(out, logits, seeds, positions, noisy, rows, vocab);                                             \
+  }                                                                                                                     \
+  extern "C" void noisy_topk_##suffix(int64_t* ids, float* probs, const Scalar* logits, const int64_t* seeds,           \
+                                      const int64_t* positions, const uint8_t* noisy, int rows, int vocab,              \
+                                      int number) {                                                                     \
+    noisy_topk<Scalar>(ids, probs, logits, seeds, positions, noisy, rows, vocab, number);                               \
   }
 
 EXPORT(f32, float)

@@ -19,8 +19,6 @@ from outpace.runtime.runner import ModelRunner
 from outpace.sampling import Chooser, SampleRow, target_logits
 from outpace.tree import EMPTY_TREE, DraftTree
 
-_FEW = 2  # tokens that are sooner chosen one by one than sorted out
-
 
 class _Node(NamedTuple):
     """A drafted token; `score` falls along every path and orders the tree."""
@@ -162,7 +160,7 @@ def likely_tokens(
     """For each row the tokens that would be chosen first, second and so on, with their probabilities.
 
     Args:
-        logits: [rows, vocab]; may be overwritten.
+        logits: [rows, vocab].
         rows: What each is for.
         number: Most tokens of a row.
         kernels: Who filters and chooses.
@@ -173,21 +171,9 @@ def likely_tokens(
         # Penalties and noise go by token ids. Where there are none the best of the few is the best of all.
         logits, vocab = vocab.spread(logits), DraftVocab(vocab.target_size)
     wanted = target_logits(logits, rows, kernels=kernels)
-    total = wanted.float().logsumexp(dim=1, keepdim=True)  # [rows, 1]
-    choose, is_greedy = Chooser(rows, wanted.device, kernels=kernels), all(r.params.is_greedy for r in rows)
-    found: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    left = min(number, wanted.shape[1])
-    while left:
-        # Without noise many come at once. Of equal ones any will do, behind a first that is the target's.
-        at_once = left if is_greedy and found and left > _FEW else 1
-        index = wanted.topk(at_once).indices if at_once > 1 else choose(wanted).unsqueeze(1)
-        found.append(index)
-        values.append(wanted.gather(1, index))
-        wanted.scatter_(1, index, -torch.inf)
-        left -= at_once
-    index, logits = torch.cat(found, 1), torch.cat(values, 1)  # [rows, number]
-    token_ids, probs = Download(vocab.ids(index)), Download((logits.float() - total).exp().clamp(max=1.0))
+    chooser = Chooser(rows, wanted.device, kernels=kernels)
+    index, chances = chooser.best(wanted, min(number, wanted.shape[1]))
+    token_ids, probs = Download(vocab.ids(index)), Download(chances)
     return [  # what the filters left out is chosen when nothing else remains
         [pair for rank, pair in enumerate(zip(*of_row, strict=True)) if pair[1] or not rank]
         for of_row in zip(token_ids.tolist(), probs.tolist(), strict=True)
