@@ -334,7 +334,7 @@ class Chooser:
         return self._kernels.noisy_argmax(target, *self._keys)
 
     def best(self, target: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it would choose first, second and so on, and how probable that is: see `Kernels.noisy_topk`."""
+        """What it would choose first, second and so on, and the probabilities: see `Kernels.noisy_topk`."""
         return self._kernels.noisy_topk(target, *self._keys, number)
 
 

@@ -230,7 +230,8 @@ class Kernels(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that `noisy_argmax` would choose one after the other, each without those before it.
 
-        With noise it draws without replacement (Kool et al., "Stochastic Beams and Where to Find Them", 2019).
+        With noise it draws without replacement (Kool et al., "Stochastic Beams and Where to Find Them",
+        2019).
 
         Args:
             logits: As the others, for `noisy_argmax`.
@@ -240,8 +241,8 @@ class Kernels(ABC):
             number: How many tokens, at most the vocabulary.
 
         Returns:
-            [rows, number] int64 token ids, and [rows, number] float32, their probabilities without noise. Where
-            fewer tokens are possible, the rest has probability 0.
+            [rows, number] int64 token ids, and [rows, number] float32, their probabilities without noise.
+            Where fewer tokens are possible, the rest has probability 0.
         """
         left, total = logits.clone(), logits.float().logsumexp(dim=1, keepdim=True)
         ids, values = [], []
