@@ -223,13 +223,13 @@ def noisy_topk_agrees(kernels: Kernels, dtype: torch.dtype, rows: int, vocab: in
     logits[3, [vocab - 1, 5]] = 0.0  # fewer than are asked for
     seeds, positions = torch.arange(rows) * 7919 - 1000, torch.arange(rows)
     for noisy in (torch.zeros(rows, dtype=torch.bool), torch.ones(rows, dtype=torch.bool)):
-        given, before = (logits, seeds, positions, noisy), logits.clone()
-        ids, probs = kernels.noisy_topk(*given, 6)
+        keys, before = (seeds, positions, noisy), logits.clone()
+        ids, probs = kernels.noisy_topk(logits, 6, *keys)
         assert torch.equal(logits, before)
-        expected_ids, expected_probs = ReferenceKernels().noisy_topk(*given, 6)
+        expected_ids, expected_probs = ReferenceKernels().noisy_topk(logits, 6, *keys)
         assert torch.equal(ids, expected_ids)
         assert torch.allclose(probs, expected_probs, rtol=1e-5, atol=0)
-        assert ids[:, :1].squeeze(1).equal(kernels.noisy_argmax(*given))
+        assert ids[:, :1].squeeze(1).equal(kernels.noisy_argmax(logits, *keys))
         assert probs[3].tolist() == [0.5, 0.5, 0, 0, 0, 0]
         assert noisy.any() or ids[2].tolist() == [0, 1, 2, 3, 4, 5]
 

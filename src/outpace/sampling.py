@@ -335,7 +335,7 @@ class Chooser:
 
     def best(self, target: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What it would choose first, second and so on, and the probabilities: see `Kernels.noisy_topk`."""
-        return self._kernels.noisy_topk(target, *self._keys, number)
+        return self._kernels.noisy_topk(target, number, *self._keys)
 
 
 def choose(

@@ -223,10 +223,10 @@ class Kernels(ABC):
     def noisy_topk(
         self,
         logits: torch.Tensor,
+        number: int,
         seeds: torch.Tensor,
         positions: torch.Tensor,
         noisy: torch.Tensor,
-        number: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that `noisy_argmax` would choose one after the other, each without those before it.
 
@@ -234,11 +234,11 @@ class Kernels(ABC):
         2019).
 
         Args:
-            logits: As the others, for `noisy_argmax`.
+            logits: As for `noisy_argmax`.
+            number: How many tokens, at most the vocabulary.
             seeds: [rows] int64.
             positions: [rows] int64.
             noisy: [rows] bool.
-            number: How many tokens, at most the vocabulary.
 
         Returns:
             [rows, number] int64 token ids, and [rows, number] float32, their probabilities without noise.

@@ -281,10 +281,10 @@ class NativeKernels(Kernels):
     def noisy_topk(
         self,
         logits: torch.Tensor,
+        number: int,
         seeds: torch.Tensor,
         positions: torch.Tensor,
         noisy: torch.Tensor,
-        number: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Kernels`. One pass over each row instead of one for each rank."""
         shape = len(logits), number
