@@ -235,7 +235,7 @@ class Kernels(ABC):
 
         Args:
             logits: As for `noisy_argmax`.
-            number: How many tokens, at most the vocabulary.
+            number: How many tokens, from 1 to the whole vocabulary.
             seeds: [rows] int64.
             positions: [rows] int64.
             noisy: [rows] bool.

@@ -286,7 +286,7 @@ class NativeKernels(Kernels):
         positions: torch.Tensor,
         noisy: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Kernels`. One pass over each row instead of one for each rank."""
+        """See `Kernels`. Two passes over each row instead of some for each rank."""
         shape = len(logits), number
         ids, probs = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.float32)
         run = getattr(self._lib, f"noisy_topk_{SUFFIXES[logits.dtype]}")
