@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,13 @@ def test_a_padded_engine_measures_its_buckets(monkeypatch: pytest.MonkeyPatch) -
     assert float(cost.target_s(9, 0, 0, 0)) == float(cost.target_s(16, 0, 0, 0))
     assert json.loads(cost.to_json())["buckets"] == [1, 2, 4, 8, 16]
     check_idle(engine)
+
+
+def test_both_edges_of_a_kernels_tile_are_measured() -> None:
+    for max_num_seqs in (64, 4):
+        points = list(profile.grid(max_num_seqs, 512, 10**6, 4096, tile_rows=12))
+        rows = {point.shape.rows for point in points if point.samples}
+        for filled in range(12, min(4 * max_num_seqs, profile.LAST_STAIR) + 1, 12):
+            assert filled in rows
+            above = min(r for r in (*rows, math.inf) if r > filled)
+            assert above == filled + 1 or (filled >= max_num_seqs and above <= filled + 4)

@@ -30,10 +30,11 @@ from outpace.tree import EMPTY_TREE, DraftTree
 
 logger = logging.getLogger(__name__)
 
-# Each of the first: kernels work in tiles of a few rows, and a stair is known where both edges were timed.
+# Each of the first: a row more in a small step can cost anything.
 DECODE_ROWS = (*range(1, 17), 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 DRAFT_ROWS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of sequences with drafts
 CHUNK_ROWS = (8, 32, 128, 512)  # of a prompt
+LAST_STAIR = 96  # rows; a kernel's tile more costs little beyond
 CONTEXT, LONG_CONTEXT = 128, 1024  # cached tokens per sequence
 _GREEDY = SamplingParams(temperature=0)
 _TREE_ROWS = 4  # of the sequences that stand for drafting ones
@@ -122,7 +123,7 @@ def measure(
     positions = config.max_model_len or runner.decoder.config.max_position_embeddings
     longest = min(cache.blocks.capacity, positions)
     limits = (config.max_num_seqs, config.max_num_batched_tokens, cache.blocks.capacity, longest)
-    points = list(grid(*limits, runner.buckets))
+    points = list(grid(*limits, runner.buckets, runner.decoder.kernels.tile_rows))
     console = Console(stderr=True)
     seconds = [math.inf] * len(points)
     begin = time.perf_counter()
@@ -140,7 +141,12 @@ def measure(
 
 
 def grid(
-    max_num_seqs: int, max_rows: int, capacity: int, longest: int, buckets: tuple[int, ...] = ()
+    max_num_seqs: int,
+    max_rows: int,
+    capacity: int,
+    longest: int,
+    buckets: tuple[int, ...] = (),
+    tile_rows: int = 1,
 ) -> Iterator[Point]:
     """Shapes that tell rows, context and sampling apart, within what the engine can run.
 
@@ -151,6 +157,7 @@ def grid(
         longest: Most tokens of a sequence.
         buckets: Row counts that passes are padded to: each is measured full, and of others none below the
             largest, since they cost the same.
+        tile_rows: Rows of a kernel's tile: a step that fills its tiles is measured, and one that opens another.
     """
     if buckets:
         yield from _fitting(_full(buckets, max_num_seqs, max_rows), capacity, longest)
@@ -166,9 +173,13 @@ def grid(
         yield from _fitting((Point(rows, 1, 0, LONG_CONTEXT) for rows in long), capacity, longest)
         yield from _fitting((Point(1, 1, rows - 1, LONG_CONTEXT) for rows in some), capacity, longest)
         return
-    decode = [rows for rows in DECODE_ROWS if rows <= max_num_seqs]
+    filled = range(tile_rows, LAST_STAIR + 1, tile_rows) if tile_rows > 1 else ()
+    edges = {edge for rows in filled for edge in (rows, rows + 1)}
+    decode = [rows for rows in sorted({*DECODE_ROWS, *edges}) if rows <= max_num_seqs]
     yield from _fitting((Point(rows, 1, 0, CONTEXT) for rows in decode), capacity, longest)
-    trees = [rows // _TREE_ROWS for rows in DRAFT_ROWS if rows <= min(_TREE_ROWS * max_num_seqs, max_rows)]
+    most = min(_TREE_ROWS * max_num_seqs, max_rows)
+    stairs = {math.ceil(edge / _TREE_ROWS) * _TREE_ROWS for edge in edges if edge > max_num_seqs}
+    trees = [rows // _TREE_ROWS for rows in sorted({*DRAFT_ROWS, *stairs}) if rows <= most]
     yield from _fitting((Point(num, 1, _TREE_ROWS - 1, CONTEXT) for num in trees), capacity, longest)
     alone = range(max_num_seqs + 1, min(_MOST_ALONE, max_rows) + 1)
     yield from _fitting((Point(1, 1, rows - 1, CONTEXT) for rows in alone), capacity, longest)
@@ -248,7 +259,7 @@ def _identity(config: EngineConfig, runner: ModelRunner, cache: KVCache) -> dict
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.max_num_batched_tokens,
         "cache_tokens": cache.blocks.capacity,
-        "grid": [DECODE_ROWS, DRAFT_ROWS, CHUNK_ROWS],
+        "grid": [DECODE_ROWS, DRAFT_ROWS, CHUNK_ROWS, LAST_STAIR],
         "buckets": runner.buckets,
     }
 

@@ -115,10 +115,13 @@ class Kernels(ABC):
     Attributes:
         name: As `--kernels` has it.
         build: What it was built from, for whom its speed matters.
+        tile_rows: How many rows share a tile of its linear layers at most: one more row makes one more tile, and
+            takes longer than the next ones. 1 where nothing is known of tiles.
     """
 
     name: str
     build: str
+    tile_rows: int = 1
 
     @abstractmethod
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:

@@ -1031,6 +1031,8 @@ extern "C" void filter_logits(float* logits, const int64_t* top_k, const float* 
 
 extern "C" void set_num_threads(int threads) { Team::instance().resize(threads); }
 
+extern "C" int tile_rows() { return kTileRows; }
+
 // Has malloc keep what is freed. The tensors of a pass take megabytes, and other sizes whenever the number of rows
 // changes: given back each time, their pages would be zeroed anew in every step.
 extern "C" void keep_freed_memory() {

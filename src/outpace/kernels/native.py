@@ -170,6 +170,7 @@ class NativeKernels(Kernels):
         self._lib.filter_logits.restype = None
         self._lib.set_num_threads(num_threads)
         self._lib.keep_freed_memory()
+        self.tile_rows = self._lib.tile_rows()
         own = SUFFIXES[dtype]
         self._linear = getattr(self._lib, f"linear_{own}")
         self._rms_norm = getattr(self._lib, f"rms_norm_{own}")
