@@ -1,13 +1,14 @@
-"""A served workload whose prompts change: drafts that are mostly right, then mostly wrong, then right again.
+r"""A served workload whose prompts change: drafts that are mostly right, then mostly wrong, then right again.
 
     python benchmarks/code_edits.py humaneval.jsonl.gz edits.jsonl
-    python benchmarks/changing.py MODEL --spec-method prompt_lookup --prompts edits.jsonl alpaca_eval.jsonl.gz edits.jsonl
+    python benchmarks/changing.py MODEL --spec-method prompt_lookup \
+        --prompts edits.jsonl alpaca_eval.jsonl.gz edits.jsonl
 
 A closed loop of `--clients` for each of the `--prompts` in turn, `--seconds` each, on one server per policy,
-and all of it anew in each repetition. Printed are tokens per second of each phase, and how a policy fares from
-the change on: tokens per second over those of the best other policy of the phase, by windows of `WINDOW` steps
-that had all clients in them and no prompts. A policy is settled with the first window whose median over the
-repetitions is within 5 % of the best other. The last line is JSON.
+and all of it anew in each repetition. Printed are tokens per second of each phase, and how a policy fares
+from the change on: tokens per second over those of the best other policy of the phase, by windows of `WINDOW`
+steps that had all clients in them and no prompts. A policy is settled with the first window whose median over
+the repetitions is within 5 % of the best other. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from outpace.bench.servers import Server
 from outpace.errors import OutpaceError
 
 WINDOW, ENOUGH = 20, 0.95
+SHOWN = 12  # windows of a phase that are printed
 
 Run = Sequence[Mapping[str, Any]]  # the phases of a server's life
 
@@ -120,9 +122,10 @@ def main() -> None:
         print(path.name)
         for policy, found in phase.items():
             late = "never" if found["settled"] is None else f"after {found['settled']} steps"
+            first = " ".join(f"{ratio:.2f}" for ratio in found["windows"][:SHOWN])
             print(
-                f"  {policy:10} {found['throughput']:6.0f} tokens/s, {found['ratio']:.2f} of {found['best_other']}"
-                f" (within 5 % {late}; windows {' '.join(f'{ratio:.2f}' for ratio in found['windows'][:12])})"
+                f"  {policy:10} {found['throughput']:6.0f} tokens/s, {found['ratio']:.2f} of "
+                f"{found['best_other']} (within 5 % {late}; windows {first})"
             )
     print(json.dumps({"runs": runs, "phases": phases}))
 

@@ -157,7 +157,7 @@ def grid(
         longest: Most tokens of a sequence.
         buckets: Row counts that passes are padded to: each is measured full, and of others none below the
             largest, since they cost the same.
-        tile_rows: Rows of a kernel's tile: a step that fills its tiles is measured, and one that opens another.
+        tile_rows: Rows of a kernel's tile: measured are steps that fill their tiles, and that open another.
     """
     if buckets:
         yield from _fitting(_full(buckets, max_num_seqs, max_rows), capacity, longest)

@@ -115,8 +115,8 @@ class Kernels(ABC):
     Attributes:
         name: As `--kernels` has it.
         build: What it was built from, for whom its speed matters.
-        tile_rows: How many rows share a tile of its linear layers at most: one more row makes one more tile, and
-            takes longer than the next ones. 1 where nothing is known of tiles.
+        tile_rows: How many rows share a tile of its linear layers at most: one more row makes one more tile,
+            and takes longer than the rows after it. 1 where nothing is known of tiles.
     """
 
     name: str
