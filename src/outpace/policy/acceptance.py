@@ -447,8 +447,9 @@ class AcceptanceEstimator:
         self._rates = np.array(rates[1:])
         factors = self._factors()[:, np.minimum(np.arange(self._max_nodes), 1)]  # [requests, depth]
         self._table = np.minimum(np.maximum(self._rates * factors[:, :, None], LEAST), MOST)
-        self._of_chains: list[list[float]] = np.cumprod(self._table[:, :, 0], axis=1).tolist()
-        self._odds: list[list[list[float]]] = self._calibration.odds(self._table).tolist()
+        self._all_odds = self._calibration.odds(self._table)
+        self._odds: dict[int, list[list[float]]] = {}  # [depth, rank] in plain numbers, of those who draft
+        self._of_chains: dict[int, list[float]] = {}  # likewise
 
     def _usual(self) -> tuple[Floats, Floats]:
         """[nodes] each: present and survived, over all requests."""
@@ -468,7 +469,12 @@ class AcceptanceEstimator:
         """Survival of a draft's nodes. Plain numbers: a draft has a handful of nodes."""
         parents, confidence = draft.parents, draft.confidence
         if confidence is None and _is_chain(draft):
+            if place not in self._of_chains:
+                self._of_chains[place] = np.cumprod(self._table[place, :, 0]).tolist()
             return self._of_chains[place][: len(parents)]
+        if place not in self._odds:
+            self._odds[place] = self._all_odds[place].tolist()
+        odds = self._odds[place]
         survival, depths = list[float](), list[int]()
         ranks: dict[int, int] = {}  # by parent, of its next child
         for node, parent in enumerate(parents):
@@ -479,7 +485,7 @@ class AcceptanceEstimator:
             if confidence is None:
                 chance = self._table.item(place, depth, cell)
             else:
-                chance = self._calibration.chance(self._odds[place][depth][cell], confidence[node])
+                chance = self._calibration.chance(odds[depth][cell], confidence[node])
             depths.append(depth)
             survival.append(chance * survival[parent] if parent >= 0 else chance)
         return survival

@@ -33,8 +33,8 @@ PROBE_NODES = 2  # enough to see whether a draft comes and whether it fits
 FREE = 0.01  # of a step: drafts that cost no more are made for everyone, and cut once they are seen
 AHEAD = 2  # nodes beyond those lately worth verifying that drafts may have: more would be made to be cut
 COSTS_EVERY = 8  # steps whose costs are learnt together
-HOLD = 16  # steps for which a choice made before drafting stands while the sequences are the same
-NEARLY = 0.1  # by which the rows of prompts in the step may differ meanwhile
+HOLD = 16  # steps for which a choice made before drafting stands while the batch is nearly the same
+NEARLY = 0.1  # share of its sequences that may be new meanwhile, and by which its rows may differ
 _CHEAP = 0.01  # of a step: for so little those who draft ask for all the nodes they may
 
 
@@ -92,9 +92,10 @@ class GoodputPolicy(SpeculationPolicy):
         self._usual_s = self._drafting_s = 0.0  # of making its drafts: what is behind spread, and all at once
         self._drafts: Sequence[Draft] = ()
         self._probe: int | None = None  # index of the sequence that verifies only to learn
-        self._choice: list[int] = []  # made before drafting, without probes
-        self._held_for: tuple[list[str], int] = ([], 0)  # the sequences and the rows that it was made for
-        self._num_held = 0  # steps since then
+        self._choice: dict[str, int] = {}  # made before drafting, without probes
+        self._held_rows = self._num_held = (
+            0  # the rows of the step that it was made for, and steps since then
+        )
         self._records: list[tuple[StepRecord, int]] = []  # to learn costs from, with what was caught up with
         self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
         self._reach: dict[str, int] = {}  # nodes that each sequence is asked for at most
@@ -231,13 +232,17 @@ class GoodputPolicy(SpeculationPolicy):
 
         That changes slowly, so a choice is held for a few steps; probes need not wait for the next one.
         """
-        ids, num_rows = self._held_for
-        self._num_held += 1
-        if self._num_held >= HOLD or self._ids != ids or abs(view.num_rows - num_rows) > NEARLY * num_rows:
-            self._choice, self._num_held = self._choose(view, most), 0
-            self._held_for = self._ids, view.num_rows
+        num_new = sum(name not in self._choice for name in self._ids)
+        num_rows, self._num_held = self._held_rows, self._num_held + 1
+        if (
+            self._num_held >= HOLD
+            or num_new > NEARLY * len(self._ids)
+            or abs(view.num_rows - num_rows) > NEARLY * num_rows
+        ):
+            self._choice = dict(zip(self._ids, self._choose(view, most), strict=True))
+            self._held_rows, self._num_held = view.num_rows, 0
             self._probe_s = 0.0
-        limits = [min(pair) for pair in zip(self._choice, most, strict=True)]
+        limits = [min(self._choice.get(name, 0), m) for name, m in zip(self._ids, most, strict=True)]
         for i in [i for i, name in enumerate(self._ids) if name in self._late and not limits[i]]:
             limits[i] = min(PROBE_NODES, most[i])
             self._credit_s -= float(self.cost.draft_s(1, PROBE_NODES, PROBE_NODES))
