@@ -15,7 +15,7 @@ from outpace.policy.base import BatchView, PolicyContext, SequenceView, StepReco
 from outpace.policy.batch_table import profiled_table
 from outpace.policy.cost import CostModel
 from outpace.policy.fair import ProportionalFairness
-from outpace.policy.goodput import GoodputPolicy
+from outpace.policy.goodput import HOLD, GoodputPolicy
 from outpace.policy.nightjar import NightjarPolicy
 from outpace.policy.slo import LEAST, Targets
 from outpace.policy.smartspec import accepted_length, latency_regression
@@ -396,6 +396,21 @@ def test_what_a_drafter_has_to_catch_up_with_is_part_of_its_price() -> None:
         sequences = (SequenceView("0", context_len, 100),)
         limits = policy.limits(BatchView(sequences, 1, context_len, 1000, context_len, 1))
         assert (limits[0] > 0) == drafts
+
+
+def test_whom_to_ask_is_chosen_anew_when_a_tenth_of_the_sequences_are_new_or_after_a_while() -> None:
+    policy = load_policy("goodput", context(CostModel([1, 1000], [0.020, 0.021], draft=(1e-5, 0, 0, 0))))
+
+    def asked(first: int) -> int:
+        """How many of 40 sequences, of which `first` have left and as many come."""
+        sequences = view(40 + first).sequences[first:]
+        return sum(map(bool, policy.limits(BatchView(sequences, 40, 2000, 1000, 2000, 40))))
+
+    assert asked(0) == 40
+    assert asked(3) == 37, "the three who came wait"
+    assert asked(5) == 40
+    assert asked(6) == 39
+    assert max(asked(6) for _ in range(HOLD)) == 40
 
 
 # --- Buckets --------------------------------------------------------------------------------------------
