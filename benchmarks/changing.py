@@ -111,12 +111,17 @@ def main() -> None:
     args, extra = parser.parse_known_args()
     policies = args.policies.split(",")
     runs: dict[str, list[Run]] = {policy: [] for policy in policies}
-    with tempfile.TemporaryDirectory() as folder:
-        for repetition in range(args.repetitions):
-            for policy in reversed(policies) if repetition % 2 else policies:
-                runs[policy].append(serve(policy, args, extra, repetition, Path(folder)))
-                shown = ", ".join(f"{phase['throughput']:.0f}" for phase in runs[policy][-1])
-                print(f"repetition {repetition + 1}, {policy}: {shown} tokens/s", flush=True)
+    try:
+        for path in args.prompts:
+            workload.read_dataset(path)  # before a server starts
+        with tempfile.TemporaryDirectory() as folder:
+            for repetition in range(args.repetitions):
+                for policy in reversed(policies) if repetition % 2 else policies:
+                    runs[policy].append(serve(policy, args, extra, repetition, Path(folder)))
+                    shown = ", ".join(f"{phase['throughput']:.0f}" for phase in runs[policy][-1])
+                    print(f"repetition {repetition + 1}, {policy}: {shown} tokens/s", flush=True)
+    except OutpaceError as error:
+        sys.exit(str(error))
     phases = [phase_of(runs, phase) for phase in range(len(args.prompts))]
     for path, phase in zip(args.prompts, phases, strict=True):
         print(path.name)
