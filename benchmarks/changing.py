@@ -126,7 +126,7 @@ def main() -> None:
     for path, phase in zip(args.prompts, phases, strict=True):
         print(path.name)
         for policy, found in phase.items():
-            late = "never" if found["settled"] is None else f"after {found['settled']} steps"
+            late = "not seen" if found["settled"] is None else f"after {found['settled']} steps"
             first = " ".join(f"{ratio:.2f}" for ratio in found["windows"][:SHOWN])
             print(
                 f"  {policy:10} {found['throughput']:6.0f} tokens/s, {found['ratio']:.2f} of "

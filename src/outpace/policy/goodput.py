@@ -93,9 +93,8 @@ class GoodputPolicy(SpeculationPolicy):
         self._drafts: Sequence[Draft] = ()
         self._probe: int | None = None  # index of the sequence that verifies only to learn
         self._choice: dict[str, int] = {}  # made before drafting, without probes
-        self._held_rows = self._num_held = (
-            0  # the rows of the step that it was made for, and steps since then
-        )
+        self._held_rows = 0  # of the step that it was made for
+        self._num_held = 0  # steps since then
         self._records: list[tuple[StepRecord, int]] = []  # to learn costs from, with what was caught up with
         self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
         self._reach: dict[str, int] = {}  # nodes that each sequence is asked for at most
