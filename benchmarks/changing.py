@@ -109,6 +109,9 @@ def main() -> None:
     parser.add_argument("--max-prompt-chars", type=int, default=2100)
     parser.add_argument("--repetitions", type=int, default=5)
     args, extra = parser.parse_known_args()
+    for name in ("clients", "repetitions", "seconds"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name} must be above 0, got {getattr(args, name)}")
     policies = args.policies.split(",")
     runs: dict[str, list[Run]] = {policy: [] for policy in policies}
     try:
