@@ -322,8 +322,15 @@ class EngineConfig:
                 raise ConfigError(f"{flag(name)} must be at least {limit}, got {value}")
         for name in ("slo_ttft_ms", "slo_tpot_ms"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is None:
+                continue
+            if not 0 < value < math.inf:
                 raise ConfigError(f"{flag(name)} must be above 0, got {value}")
+            # a policy from outside may use what it likes
+            if self.policy != "slo" and "." not in self.policy:
+                raise ConfigError(
+                    f"{flag(name)} is for {flag('spec_policy')} slo, the policy is {self.policy}"
+                )
         self._check_gpu()
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(

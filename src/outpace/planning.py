@@ -199,11 +199,12 @@ def _maker(name: str, args: argparse.Namespace, number: _Number) -> Callable[[Co
     policy, _, length = name.partition(":")
     most = parse_value(int, length, f"--policy {name}") if length else number("spec_tokens", int, 1)
     speculative = SpeculativeConfig(method=args.spec_method, num_speculative_tokens=most)
+    targets = {name: number(name, float, 0) for name in ("slo_ttft_ms", "slo_tpot_ms")}
     engine = EngineConfig(
         max_num_seqs=number("max_num_seqs", int, 1),
         max_num_batched_tokens=max(number("max_num_batched_tokens", int, 1), number("max_num_seqs", int, 1)),
-        slo_ttft_ms=number("slo_ttft_ms", float, 0),
-        slo_tpot_ms=number("slo_tpot_ms", float, 0),
+        spec_policy=policy,
+        **(targets if policy == "slo" else {}),
     )
     return lambda cost: load_policy(policy, PolicyContext(speculative, engine, lambda: cost))
 

@@ -28,7 +28,9 @@ from tiny import GREEDY, SAMPLED, Guesser, answers, cost_model, tiny_engine
 
 POLICIES = policies.available()
 PHASES = ("between", "plan", "policy", "propose", "forward", "verify", "advance")
-CONTEXT = PolicyContext(engine=EngineConfig(slo_ttft_ms=500, slo_tpot_ms=50), cost_model=cost_model)
+CONTEXT = PolicyContext(
+    engine=EngineConfig(spec_policy="slo", slo_ttft_ms=500, slo_tpot_ms=50), cost_model=cost_model
+)
 METHODS = ("suffix", "prompt_lookup", "self_draft")
 OF_SEVERAL = replace(CONTEXT, speculative=SpeculativeConfig(method=",".join(METHODS)))
 
@@ -186,7 +188,7 @@ def test_no_torch_is_needed(name: str) -> None:
         "import sys; from outpace.config import EngineConfig\n"
         "from outpace.policy.base import PolicyContext, load_policy\n"
         "from outpace.policy.cost import CostModel\n"
-        "engine, cost = EngineConfig(slo_tpot_ms=50), lambda: CostModel([1, 2], [1.0, 2.0])\n"
+        "engine, cost = EngineConfig(), lambda: CostModel([1, 2], [1.0, 2.0])\n"
         f"load_policy({name!r}, PolicyContext(engine=engine, cost_model=cost))"
     )
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)
@@ -196,7 +198,8 @@ def test_no_torch_is_needed(name: str) -> None:
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_answers_are_those_without_speculation(name: str, sampling: SamplingParams) -> None:
     plain = answers(tiny_engine(), sampling)
-    engine = tiny_engine(spec_policy=name, slo_tpot_ms=50.0)
+    targets: dict[str, Any] = {"slo_tpot_ms": 50.0} if name == "slo" else {}
+    engine = tiny_engine(spec_policy=name, **targets)
     engine.proposer = Guesser({f"{number}-0": known for number, known in enumerate(plain)})
     assert answers(engine, sampling) == plain
 

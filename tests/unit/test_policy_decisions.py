@@ -26,7 +26,7 @@ DEAR = CostModel([1, 1000], [0.001, 1.0], draft=(1e-9, 0, 0, 0))  # a step costs
 COSTLY_DRAFTS = CostModel([1, 1000], [0.001, 1.0], draft=(1e-4, 0, 0, 0))
 
 
-def context(cost: CostModel, method: str = "prompt_lookup", **engine: float) -> PolicyContext:
+def context(cost: CostModel, method: str = "prompt_lookup", **engine: float | str) -> PolicyContext:
     speculative = SpeculativeConfig(method=method, num_speculative_tokens=4)
     return PolicyContext(speculative, EngineConfig(**engine), lambda: copy.deepcopy(cost))  # type: ignore[arg-type]
 
@@ -347,7 +347,7 @@ def test_waiting_prompts_make_steps_shorter() -> None:
     cost = CostModel([1, 4, 1000], [0.010, 0.0115, 5.0])
     lengths = []
     for num_waiting in (0, 50):
-        policy = load_policy("slo", context(cost, slo_ttft_ms=500.0))
+        policy = load_policy("slo", context(cost, spec_policy="slo", slo_ttft_ms=500.0))
         seen = view(1)
         crowded = BatchView(seen.sequences, 1, 50, 100, 50, 1, num_waiting, 0.1)
         policy.limits(crowded)
@@ -382,6 +382,12 @@ def test_slo_needs_no_target_of_the_server_and_such_must_be_positive() -> None:
     assert isinstance(load_policy("slo", context(FREE)), GoodputPolicy)
     with pytest.raises(ConfigError, match="--slo-tpot-ms must be above 0, got 0"):
         EngineConfig(slo_tpot_ms=0.0)
+
+
+def test_targets_of_the_server_are_refused_where_no_policy_aims_at_them() -> None:
+    with pytest.raises(ConfigError, match="--slo-ttft-ms is for --spec-policy slo, the policy is goodput"):
+        EngineConfig(slo_ttft_ms=300.0)
+    assert EngineConfig(spec_policy="a_module.of_mine", slo_ttft_ms=300.0).slo_ttft_ms == 300.0
 
 
 def test_a_policy_that_needs_a_cost_model_says_so_where_there_is_none() -> None:

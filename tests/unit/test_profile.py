@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 def load(engine: Engine, **settings: Any) -> CostModel:
     settings = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 64, **settings}
-    config = tiny_engine(**settings).config
+    config = replace(engine.config, **settings)
     return profile.load_or_measure(config, engine.kv, engine.runner, engine.verifier)
 
 
@@ -84,6 +85,17 @@ def test_a_given_profile_is_used_as_it_is(tmp_path: Path, engine: Engine) -> Non
     assert load(engine, spec_profile=str(path)).to_json() == cost_model().to_json()
     with pytest.raises(ConfigError, match="cannot read the profile"):
         load(engine, spec_profile=str(tmp_path / "none.json"))
+
+
+def test_a_given_profile_is_refused_where_it_is_none_or_no_policy_would_read_it(
+    tmp_path: Path, engine: Engine
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"format": 1}')
+    with pytest.raises(ConfigError, match=r"mine\.json"):
+        load(engine, spec_profile=str(path))
+    with pytest.raises(ConfigError, match="--spec-profile is for policies that ask what steps cost: off"):
+        tiny_engine(spec_profile=str(path))
 
 
 def test_the_engine_learns_what_its_steps_cost_and_forgets_what_ended() -> None:

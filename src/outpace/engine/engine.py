@@ -105,9 +105,15 @@ class Engine:
         self._several = self.proposer if isinstance(self.proposer, Several) else None
         self.grammars = GrammarStates(tokenizer, model.vocab_size)
         self.runner, self.verifier = runner, verifier
-        cost_model = cost_model or functools.partial(load_or_measure, config, kv, runner, verifier)
+        costs = functools.cache(
+            cost_model or functools.partial(load_or_measure, config, kv, runner, verifier)
+        )
         speculative = config.speculative
-        self.policy = load_policy(config.policy, PolicyContext(speculative, config, cost_model))
+        self.policy = load_policy(config.policy, PolicyContext(speculative, config, costs))
+        if config.spec_profile is not None and not costs.cache_info().misses:
+            raise ConfigError(
+                f"{flag('spec_profile')} is for policies that ask what steps cost: {config.policy} does not"
+            )
         max_depth = speculative.num_speculative_tokens if speculative.methods else 0
         self.metrics = Metrics(self.model_name, self.scheduler, max_depth, speculative.methods)
         self.step_log = None if config.step_log is None else StepLog(Path(config.step_log))
