@@ -17,7 +17,7 @@ from outpace.models.draft_vocab import DraftVocab
 from outpace.request import Sequence
 from outpace.sampling import SampleRow, SamplingParams
 from outpace.spec.drafter import likely_tokens
-from outpace.training.losses import draft_cross_entropy
+from outpace.training.losses import draft_loss
 from outpace.training.method import make_settings
 from outpace.training.trainer import train
 from outpace.tree import DraftTree
@@ -102,13 +102,13 @@ def test_targets_that_cannot_be_drafted_are_no_loss_and_no_success() -> None:
     hidden, head = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
     best = SOME.ids((hidden @ head.T).argmax(dim=1))
     targets = torch.tensor([int(best[0]), 0, int(best[2]), 3])
-    loss, right = draft_cross_entropy(hidden, head, SOME, targets)
+    loss, right = draft_loss(hidden, head, SOME, targets)
     known = [0, 2]
     logits = hidden[known] @ head.T
     expected = torch.nn.functional.cross_entropy(logits, SOME.places(targets[known]), reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert right.tolist() == [True, False, True, False]
-    halved, _ = draft_cross_entropy(hidden, head, SOME, targets, torch.full((4,), 0.5))
+    halved, _ = draft_loss(hidden, head, SOME, targets, torch.full((4,), 0.5))
     assert halved.item() == pytest.approx(loss.item() / 2)
 
 

@@ -16,11 +16,10 @@ from outpace.cli import main
 from outpace.engine.engine import Engine
 from outpace.errors import ConfigError
 from outpace.llm import LLM
+from outpace.spec.last_hidden import unit_rms
 from outpace.training import trainer
-from outpace.training.data import (
-    Corpus,
-    Report,
-)
+from outpace.training.data import Corpus, Report, collate
+from outpace.training.method import make_settings
 from outpace.training.methods.medusa import static_tree
 from outpace.training.trainer import train
 from outpace.training.trunk import Trunk
@@ -28,6 +27,8 @@ from tiny import GREEDY, MODEL, answers, tiny_engine, write_model
 from training_runs import engine_of, losses_of, row, tiny_run, write_rows
 
 ANSWER_LEN, NUM_PROMPTS = 40, 40
+# a tiny random model is hardly sure of anything: its distribution would teach that
+CHAIN = {"num_ranks": 1, "kl_weight": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def trained_on(corpus: Corpus, simple: Path, out: Path, **more: Any) -> dict[str
 def chain(own_answers: Corpus, simple: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Trained heads with a tree that is a chain."""
     out = tmp_path_factory.mktemp("chain") / "medusa"
-    trained_on(own_answers, simple, out, epochs=25, settings={"num_ranks": 1})
+    trained_on(own_answers, simple, out, epochs=25, settings=CHAIN)
     return out
 
 
@@ -83,7 +84,7 @@ def acceptance_length(engine: Engine) -> float:
 def test_training_lowers_the_loss_and_lengthens_what_is_accepted_when_served(
     own_answers: Corpus, simple: Path, chain: Path, tmp_path: Path
 ) -> None:
-    trained_on(own_answers, simple, tmp_path / "new", max_steps=1, settings={"num_ranks": 1})
+    trained_on(own_answers, simple, tmp_path / "new", max_steps=1, settings=CHAIN)
     (first, *_, last) = losses_of(chain)
     assert last < 0.2 * first
     documents = range(4, NUM_PROMPTS)
@@ -102,7 +103,7 @@ def test_acceptance_that_is_worked_out_offline_is_what_is_served(
     for document in range(NUM_PROMPTS):
         tokens = own_answers.token_ids[slice(*own_answers.offsets[document : document + 2])]
         ids, zeros = torch.from_numpy(tokens)[None], torch.zeros(1, len(tokens), dtype=torch.int64)
-        hidden = trunk.hidden_states(ids, torch.arange(len(tokens))[None], zeros, (2,))[2][0]
+        hidden = unit_rms(trunk.hidden_states(ids, torch.arange(len(tokens))[None], zeros, (2,))[2][0])
         guesses = []
         for k in range(4):
             w, b, p = (weights[f"heads.{k}.{name}"] for name in ("weight", "bias", "output"))
@@ -123,7 +124,7 @@ def test_acceptance_that_is_worked_out_offline_is_what_is_served(
 def test_a_tree_beside_the_chain_accepts_more(own_answers: Corpus, simple: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 2}
     trained_on(own_answers, simple, tmp_path / "tree", **options)
-    trained_on(own_answers, simple, tmp_path / "chain", settings={"num_ranks": 1}, **options)
+    trained_on(own_answers, simple, tmp_path / "chain", settings=CHAIN, **options)
     lengths = [
         acceptance_length(served(simple, tmp_path / name, own_answers, range(NUM_PROMPTS), 12))
         for name in ("chain", "tree")
@@ -140,6 +141,21 @@ def test_heads_of_their_own_are_trained_saved_and_served(
     weights = load_file(out / "model.safetensors")
     assert weights["heads.1.output"].shape == (MODEL.vocab_size, MODEL.hidden_size)
     assert acceptance_length(served(simple, out, own_answers, range(4, NUM_PROMPTS))) > 1.5
+
+
+@pytest.mark.parametrize("method", ["medusa", "redrafter"])
+def test_few_positions_of_each_row_are_learnt_from_where_asked_and_all_are_measured(
+    method: str, own_answers: Corpus
+) -> None:
+    batch = collate(own_answers, [[0, 1], [2]])
+    _, valid = batch.future(1)
+    few, every = (make_settings(method, {"num_anchors": num}) for num in (5, 0))
+    drawn = few.rows(batch, 0)
+    assert int(drawn.sum()) == 10
+    assert bool(valid[drawn].all())
+    assert torch.equal(every.rows(batch, 0), valid)
+    with torch.no_grad():
+        assert torch.equal(few.rows(batch, 0), valid)
 
 
 def test_the_static_tree_takes_the_likeliest_paths_first() -> None:
@@ -244,11 +260,12 @@ def test_what_a_recurrent_drafter_expects_of_a_node_follows_from_the_equations(
     assert not all(tree.is_chain() for _, tree in drafted)
     for known, tree in drafted:
         ids = torch.tensor(known[:-1])[None]
-        h = trunk.hidden_states(ids, torch.arange(ids.shape[1])[None], torch.zeros_like(ids), (2,))[2][0, -1]
+        states = trunk.hidden_states(ids, torch.arange(ids.shape[1])[None], torch.zeros_like(ids), (2,))[2]
+        h = unit_rms(states[0, -1])
         for path, confidence in zip(tree.paths(), tree.confidence, strict=True):
             state = torch.zeros_like(h)
             for token in (known[-1], *path[:-1]):
-                taken_in = w["token.weight"] @ trunk.embed(torch.tensor(token))
+                taken_in = w["token.weight"] @ unit_rms(trunk.embed(torch.tensor(token)))
                 state = F.silu(taken_in + w["state.weight"] @ state + w["state.bias"])
             x = torch.cat((h, state))
             x = x + F.silu(w["blocks.0.weight"] @ x + w["blocks.0.bias"])

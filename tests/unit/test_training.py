@@ -19,7 +19,7 @@ from outpace.llm import LLM
 from outpace.request import Sequence
 from outpace.sampling import SamplingParams
 from outpace.training import distill as distill_module
-from outpace.training import divergence, trainer
+from outpace.training import losses, trainer
 from outpace.training import method as methods
 from outpace.training.data import (
     load_corpus,
@@ -206,7 +206,11 @@ def test_the_command_ends_with_its_report_as_json(
     ("method", "settings", "message"),
     [
         ("nothing", {}, "METHOD must be one of .*medusa"),
-        ("medusa", {"heads": 2}, "medusa has no setting 'heads'; there are: draft_vocab_size, num"),
+        (
+            "medusa",
+            {"heads": 2},
+            "medusa has no setting 'heads'; there are: draft_vocab_size, kl_weight, num",
+        ),
         ("medusa", {"num_heads": "2"}, "num_heads of medusa must be int, got '2'"),
         ("medusa", {"num_heads": 0}, "num_heads of medusa must be at least 1, got 0"),
         ("medusa", {"mode": "shared"}, "medusa has no setting 'mode'"),
@@ -280,20 +284,21 @@ def test_a_draft_model_is_refused_by_a_target_with_another_embedding(small: Path
 
 
 def test_the_divergence_has_the_value_and_gradient_of_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "_CHUNK_LOGITS", 1000)
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 1000)
     generator = torch.Generator().manual_seed(0)
     hidden, teacher = (torch.randn(40, 16, generator=generator) for _ in range(2))
     hidden.requires_grad_(True)
     head = torch.randn(300, 16, generator=generator)
     targets = torch.randint(0, 300, (40,), generator=generator)
+    weights = torch.rand(40, generator=generator)
     log_q, log_p = (hidden @ head.T).log_softmax(1), (teacher @ head.T).log_softmax(1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
-    expected = 0.7 * F.nll_loss(log_q, targets, reduction="sum") + 0.3 * kl
-    loss, best, found_kl = divergence.head_divergence(hidden, head, targets, teacher, 0.3)
-    torch.testing.assert_close(loss, expected)
-    assert found_kl == pytest.approx(float(kl.detach()), rel=1e-4)
-    assert torch.equal(best, log_q.argmax(1))
-    of_plain, of_chunked = (torch.autograd.grad(2 * of, hidden) for of in (expected, loss))
+    kl = (weights * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)).sum()
+    expected = 0.7 * (weights * F.nll_loss(log_q, targets, reduction="none")).sum() + 0.3 * kl
+    found = losses.head_loss(hidden, head, targets, weights, losses.Teacher(teacher, head, 0.3))
+    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(found.kl, kl)
+    assert torch.equal(found.best, log_q.argmax(1))
+    of_plain, of_chunked = (torch.autograd.grad(2 * of, hidden) for of in (expected, found.loss))
     torch.testing.assert_close(of_chunked, of_plain, atol=1e-4, rtol=1e-4)
 
 

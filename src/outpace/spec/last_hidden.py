@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import final
 
 import torch
+import torch.nn.functional as F
 
 from outpace.batch import Batch, TargetOutput, Verdict
 from outpace.device import indices
 from outpace.request import Sequence
+
+_EPS = 1e-6  # added to the mean square
+
+
+def unit_rms(x: torch.Tensor) -> torch.Tensor:
+    """Each row divided by the root of its mean square: [rows, hidden] -> the same."""
+    return F.rms_norm(x, x.shape[-1:], eps=_EPS)
 
 
 @final
@@ -42,5 +50,5 @@ class LastHidden:
         return [(sequence, limit) for sequence, limit in pairs if limit and sequence.id in self._states]
 
     def stack(self, sequences: list[Sequence]) -> torch.Tensor:
-        """[sequences, hidden]."""
-        return torch.stack([self._states[sequence.id] for sequence in sequences])
+        """[sequences, hidden], each of unit rms, as heads are trained on them."""
+        return unit_rms(torch.stack([self._states[sequence.id] for sequence in sequences]))

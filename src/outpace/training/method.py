@@ -15,6 +15,7 @@ a model, served by its directory.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -31,6 +32,12 @@ from outpace.models.draft_vocab import DraftVocab
 from outpace.training.trunk import Trunk
 
 _PACKAGE = "outpace.training.methods"
+
+
+def kl_setting(default: float) -> Any:
+    """The setting of a `Teacher`'s weight."""
+    text = "Share in the loss of KL(target || draft) at each token, the rest being cross entropy"
+    return field(default=default, metadata={"help": text, "within": (0, 1)})
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Run:
     save_dtype: torch.dtype | None = None
     init: DraftCheckpoint | None = None
 
-    def draft_vocab(self, settings: VocabSettings, trunk: Trunk) -> DraftVocab:
+    def draft_vocab(self, settings: HeadSettings, trunk: Trunk) -> DraftVocab:
         """The tokens to draft: those of the draft it begins with, or the most frequent ones.
 
         Raises:
@@ -81,8 +88,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class VocabSettings:
-    """What can be chosen where a draft's output head is over some of the target's tokens."""
+class HeadSettings:
+    """What can be chosen where a draft has the target's output head, over some of its tokens."""
 
     draft_vocab_size: int = field(
         default=8192,
@@ -91,6 +98,28 @@ class VocabSettings:
             "least": 0,
         },
     )
+    kl_weight: float = kl_setting(0.5)
+
+
+@dataclass(frozen=True)
+class SampledSettings(HeadSettings):
+    """The same for what learns each row by itself."""
+
+    num_anchors: int = field(
+        default=0,
+        metadata={
+            "help": "Positions of each row of a batch that are learnt from, drawn anew each time; 0: all. "
+            "Few of a large batch teach more than all of a small one, whose neighbours are alike",
+            "least": 0,
+        },
+    )
+
+    def rows(self, batch: TrainBatch, seed: int) -> torch.Tensor:
+        """[batch, rows] bool: the rows to learn from; to measure on, all that are of interest."""
+        _, valid = batch.future(1)
+        if not self.num_anchors or not torch.is_grad_enabled():
+            return valid
+        return draw(valid, self.num_anchors * len(valid), batch, seed)
 
 
 @dataclass(frozen=True)
@@ -157,6 +186,14 @@ class TrainBatch:
             for step in range(1, shift + 1):
                 valid[:, :-shift] &= self.answer[:, step : self.answer.shape[1] - shift + step]
         return tokens, valid
+
+    def ahead(self, layer: int, depth: int) -> torch.Tensor:
+        """The state of the row that says what `future(depth)` is, of use where that is valid.
+
+        Returns:
+            [batch, rows, hidden].
+        """
+        return self.hidden[layer].roll(-depth, dims=1)
 
 
 class Trainable(torch.nn.Module, ABC):
@@ -231,6 +268,26 @@ class TrainableDraft(Trainable):
             weight.copy_(weights[name])
 
 
+def draw(valid: torch.Tensor, num: int, batch: TrainBatch, seed: int) -> torch.Tensor:
+    """Some of the rows that have something to learn, at random.
+
+    What is drawn depends on batch and seed alone, so that a resumed run draws the same.
+
+    Args:
+        valid: bool of any shape, where there is something to learn.
+        num: How many; at least one, and no more than there are.
+        batch: What they are of.
+        seed: The run's.
+
+    Returns:
+        bool of the same shape.
+    """
+    generator = torch.Generator().manual_seed(seed + int(batch.token_ids.sum()))
+    order = torch.rand(valid.shape, generator=generator).to(valid.device).masked_fill_(~valid, -1.0)
+    best = order.flatten().topk(max(1, min(num, int(valid.sum())))).indices
+    return torch.zeros_like(valid).view(-1).index_fill_(0, best, True).view_as(valid)
+
+
 def available() -> list[str]:
     """Names of the methods that can be trained: the files in `training/methods`."""
     return registry.available(_PACKAGE)
@@ -248,7 +305,7 @@ def make_settings(method: str, given: dict[str, Any]) -> Any:
     """
     kind = registry.find(_PACKAGE, method, "METHOD").Settings
     hints = typing.get_type_hints(kind)
-    least = {f.name: f.metadata.get("least", 1) for f in dataclasses.fields(kind)}
+    metadata = {f.name: f.metadata for f in dataclasses.fields(kind)}
     for name, value in given.items():
         if name not in hints:
             raise ConfigError(f"{method} has no setting {name!r}; there are: {', '.join(hints)}")
@@ -257,8 +314,12 @@ def make_settings(method: str, given: dict[str, Any]) -> Any:
         if not fits:
             accepted = f"one of {', '.join(map(str, choices))}" if choices else hints[name].__name__
             raise ConfigError(f"{name} of {method} must be {accepted}, got {value!r}")
-        if hints[name] is int and value < least[name]:
-            raise ConfigError(f"{name} of {method} must be at least {least[name]}, got {value}")
+        least = metadata[name].get("least", 1)
+        if hints[name] is int and value < least:
+            raise ConfigError(f"{name} of {method} must be at least {least}, got {value}")
+        low, high = metadata[name].get("within", (-math.inf, math.inf))
+        if hints[name] is float and not low <= value <= high:
+            raise ConfigError(f"{name} of {method} must be in [{low:g}, {high:g}], got {value}")
     return kind(**given)
 
 

@@ -24,7 +24,7 @@ from outpace.models.draft_vocab import DraftVocab
 from outpace.request import Sequence
 from outpace.sampling import SampleRow
 from outpace.spec.drafter import likely_tokens
-from outpace.spec.last_hidden import LastHidden
+from outpace.spec.last_hidden import LastHidden, unit_rms
 from outpace.spec.proposer import DraftContext, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree
 
@@ -158,7 +158,7 @@ class ReDrafter(Proposer):
         layers, beams = self._layers, [(s.sequence, beam) for s in searches for beam in s.beams]
         last = [beam.tokens[-1] if beam.tokens else sequence.token_ids[-1] for sequence, beam in beams]
         before = states[indices([beam.row for _, beam in beams], states.device)]
-        taken_in = self._target.embed(indices(last, states.device))
+        taken_in = unit_rms(self._target.embed(indices(last, states.device)))
         states = F.silu(layers.token(taken_in) + layers.state(before))  # [beams, hidden]
         x = torch.cat((hidden, states), dim=1)
         for block in layers.blocks:

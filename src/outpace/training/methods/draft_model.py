@@ -22,8 +22,8 @@ from outpace.config import setting
 from outpace.errors import ConfigError
 from outpace.models.convert import hugging_face_config
 from outpace.models.draft_checkpoint import embedding_checksum, write_draft
-from outpace.training.divergence import head_divergence
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, section
+from outpace.training.losses import Teacher, head_loss
+from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, kl_setting, section
 from outpace.training.trunk import Trunk, document_mask
 
 
@@ -32,7 +32,7 @@ class Settings:
     """What can be chosen."""
 
     num_layers: int = setting(2, "Layers of the small model")
-    kl_weight: float = setting(0.5, "Share of KL(target || draft) in the loss, the rest being cross entropy")
+    kl_weight: float = kl_setting(0.5)
 
 
 class DraftModel(TrainableDraft):
@@ -49,7 +49,7 @@ class DraftModel(TrainableDraft):
         """The target's first layers.
 
         Raises:
-            ConfigError: The target has no more layers than that, or the share is none.
+            ConfigError: The target has no more layers than that.
         """
         super().__init__()
         config, num_layers = trunk.config, settings.num_layers
@@ -57,8 +57,6 @@ class DraftModel(TrainableDraft):
             raise ConfigError(
                 f"num_layers of draft_model must be below the target's {config.num_layers}, got {num_layers}"
             )
-        if not 0 <= settings.kl_weight <= 1:
-            raise ConfigError(f"kl_weight of draft_model must be in [0, 1], got {settings.kl_weight}")
         small = replace(config, num_layers=num_layers, sliding_windows=config.sliding_windows[:num_layers])
         self._trunk, self._run, self._settings = trunk, run, settings
         self.hidden_layers = (config.num_layers,)
@@ -78,12 +76,11 @@ class DraftModel(TrainableDraft):
             hidden = small.layers(hidden, batch.positions, mask, 0, small.config.num_layers)
         targets, valid = batch.future(0)
         said, wanted = self.norm(hidden[valid]), batch.hidden[trunk.config.num_layers][valid]
-        loss, best, kl = head_divergence(
-            said, trunk.head_weight, targets[valid], wanted, self._settings.kl_weight
-        )
+        teacher = Teacher(wanted, trunk.head_weight, self._settings.kl_weight)
+        found = head_loss(said, trunk.head_weight, targets[valid], teacher=teacher)
         count = max(1, int(valid.sum()))
-        accuracy = float((best == targets[valid]).sum()) / count
-        return loss / count, {"accuracy_1": accuracy, "kl": kl / count}
+        accuracy = float((found.best == targets[valid]).sum()) / count
+        return found.loss / count, {"accuracy_1": accuracy, "kl": float(found.kl) / count}
 
     def served(self) -> dict[str, torch.Tensor]:
         """See TrainableDraft."""

@@ -14,7 +14,7 @@ import torch
 from outpace.config import setting
 from outpace.models.convert import write_model
 from outpace.models.tokenizer import load_tokenizer
-from outpace.training.losses import head_cross_entropy
+from outpace.training.losses import head_loss
 from outpace.training.method import Recipe, Run, Trainable, TrainBatch
 from outpace.training.trunk import Trunk, document_mask
 
@@ -65,9 +65,9 @@ class Finetune(Trainable):
             hidden = tuned.layers(hidden, batch.positions, mask, 0, tuned.config.num_layers)
         targets, valid = batch.future(0)
         head = self._ends()[-1].to(dtype)
-        loss, best = head_cross_entropy(self.norm(hidden[valid]), head, targets[valid])
+        found = head_loss(self.norm(hidden[valid]), head, targets[valid])
         count = max(1, int(valid.sum()))
-        return loss / count, {"accuracy_1": float((best == targets[valid]).sum()) / count}
+        return found.loss / count, {"accuracy_1": float((found.best == targets[valid]).sum()) / count}
 
     def save(self, directory: Path) -> None:
         """Writes a model directory: weights, configuration and tokenizer."""

@@ -1,10 +1,11 @@
 """Medusa-1 heads (Cai et al., "Medusa", 2024): head k guesses the token k after the next one.
 
-Head k of the last hidden state h is `H_k (h + SiLU(W_k h + b_k))`, W_k zero at first. In the paper H_k is
-[vocab, h], begun as a copy of the target's output head H (`own_heads` here). By default it is `H P_k` with H
-shared and frozen and P_k [h, h] begun as the identity: 2h² + h parameters instead of h² + h + h·vocab, some
-forty times fewer for a small model. Either way a head begins as the target's own guess. P_k is there since
-SiLU adds next to nothing below zero: without it a head could hardly take that guess back.
+Head k of the last hidden state h is `H_k (n + SiLU(W_k n + b_k))` with n = h / rms(h), W_k zero at first. In
+the paper H_k is [vocab, h], begun as a copy of the target's output head H (`own_heads` here). By default it
+is `H P_k` with H shared and frozen and P_k [h, h] begun as the identity: 2h² + h parameters instead of
+h² + h + h·vocab, some forty times fewer for a small model. Either way a head begins as the target's own
+guess. P_k is there since SiLU adds next to nothing below zero: without it a head could hardly take that guess
+back.
 
 The tree is the paper's: how often rank r of head k is right is measured on conversations that were not
 trained on, and the nodes with the largest products along their path are taken, the best first.
@@ -23,8 +24,9 @@ import torch.nn.functional as F
 from outpace.config import setting
 from outpace.models.draft_checkpoint import write_draft
 from outpace.models.draft_vocab import DraftVocab
-from outpace.training.losses import draft_cross_entropy
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, VocabSettings, section
+from outpace.spec.last_hidden import unit_rms
+from outpace.training.losses import Teacher, draft_loss
+from outpace.training.method import Recipe, Run, SampledSettings, TrainableDraft, TrainBatch, section
 from outpace.training.trunk import Trunk
 from outpace.tree import grow
 
@@ -32,7 +34,7 @@ _DECAY = 0.8  # weight of each head's loss against that of the head before
 
 
 @dataclass(frozen=True)
-class Settings(VocabSettings):
+class Settings(SampledSettings):
     """What can be chosen."""
 
     num_heads: int = setting(4, "Heads, and so the greatest depth of a draft")
@@ -50,7 +52,7 @@ class Medusa(TrainableDraft):
         output: [heads, tokens, hidden], H of their own, or [heads, hidden, hidden], P.
     """
 
-    recipe = Recipe(lr=1e-3)
+    recipe = Recipe(lr=3e-3)
 
     def __init__(self, trunk: Trunk, run: Run, settings: Settings) -> None:
         """Heads that guess what the target guesses for the next token."""
@@ -67,12 +69,15 @@ class Medusa(TrainableDraft):
         self._accuracies: list[list[float]] = []
 
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
-        """Cross entropy of each head, the k-th weighted by 0.8^k."""
+        """Cross entropy and divergence from the target of each head, the k-th weighted by 0.8^k."""
         total = torch.zeros((), device=self._trunk.device)
         metrics: dict[str, float] = {}
+        rows = self._settings.rows(batch, self._run.seed)
         for k in range(self._settings.num_heads):
-            hidden, targets = self._examples(batch, k)
-            loss, right = draft_cross_entropy(self._transform(hidden, k), self._head(k), self.vocab, targets)
+            hidden, targets, ahead = self._examples(batch, k, rows)
+            teacher = Teacher(ahead, self._shared, self._settings.kl_weight)
+            said = self._transform(hidden, k)
+            loss, right = draft_loss(said, self._head(k), self.vocab, targets, teacher=teacher)
             count = max(1, len(targets))
             total = total + _DECAY ** (k + 1) * loss / count
             metrics[f"accuracy_{k + 1}"] = float(right.sum()) / count
@@ -87,7 +92,7 @@ class Medusa(TrainableDraft):
         def counted() -> Iterable[TrainBatch]:
             for batch in batches:
                 for k in range(num_heads):
-                    hidden, targets = self._examples(batch, k)
+                    hidden, targets, _ = self._examples(batch, k, batch.future(1)[1])
                     wanted_places = self.vocab.places(targets)
                     # some rows at a time: they are as wide as the vocabulary
                     for rows, wanted in zip(hidden.split(256), wanted_places.split(256), strict=True):
@@ -119,13 +124,17 @@ class Medusa(TrainableDraft):
         }
         write_draft(directory, section(self._trunk, self._run, num_heads), settings, weights, self.vocab)
 
-    def _examples(self, batch: TrainBatch, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states, and the token that head k should guess from each."""
+    def _examples(
+        self, batch: TrainBatch, k: int, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of some rows the hidden states, the token that head k should guess, and the state that says it."""
+        last = self._trunk.config.num_layers
         targets, valid = batch.future(k + 1)
-        return batch.hidden[self._trunk.config.num_layers][valid], targets[valid]
+        valid = valid & rows
+        return unit_rms(batch.hidden[last][valid]), targets[valid], batch.ahead(last, k + 1)[valid]
 
     def _transform(self, hidden: torch.Tensor, k: int) -> torch.Tensor:
-        """What head k hands to its output head: [rows, hidden] -> the same."""
+        """What head k hands to its output head: [rows, hidden] of unit rms -> the same."""
         hidden = hidden.to(self.weight.dtype)
         hidden = hidden + F.silu(F.linear(hidden, self.weight[k], self.bias[k]))
         return hidden if self._settings.own_heads else F.linear(hidden, self.output[k])

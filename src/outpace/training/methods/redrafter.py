@@ -2,14 +2,17 @@
 
 From the last hidden state h, which stays the same over a draft, and a state s that takes in drafted tokens:
 
-    s_i = SiLU(W e(g_{i-1}) + U s_{i-1} + b),   s_0 = 0,   g_0 the target's own next token
-    logits_i = head(P R([h; s_i])),             R(x) = x + SiLU(A x + a), as often as `num_blocks`
+    s_i = SiLU(W n(e(g_{i-1})) + U s_{i-1} + b),   s_0 = 0,   g_0 the target's own next token
+    logits_i = head(P R([n(h); s_i])),             R(x) = x + SiLU(A x + a), as often as `num_blocks`
 
-with the target's embedding e and its output head, both frozen. The paper's output head of its own, 2h·vocab,
-is here P (2h to h, which at first passes h on) before the target's: some hundred times less for a small one.
+with the target's embedding e and its output head, both frozen, and n(x) = x / rms(x): an embedding may be ten
+times smaller than a hidden state, and would be learnt from as much more slowly. The paper's output head of
+its own, 2h·vocab, is here P (2h to h, which at first passes h on) before the target's: some hundred times
+less for a small one.
 
-Trained as there on what follows, the true tokens taken in (teacher forcing). On answers of the target's own
-(`outpace distill`) that is the paper's distillation, whose targets are the target's greedy continuations.
+Trained as there on what follows, the true tokens taken in (teacher forcing): on answers of the target's own
+(`outpace distill`) that is the paper's distillation, whose targets are the target's greedy continuations. A
+share `kl_weight` of the loss is the divergence from the target's whole distribution at each of them.
 """
 
 from __future__ import annotations
@@ -23,23 +26,24 @@ import torch.nn.functional as F
 from outpace.config import setting
 from outpace.models.draft_checkpoint import write_draft
 from outpace.models.draft_vocab import DraftVocab
-from outpace.training.losses import draft_cross_entropy
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, VocabSettings, section
+from outpace.spec.last_hidden import unit_rms
+from outpace.training.losses import Teacher, draft_loss
+from outpace.training.method import Recipe, Run, SampledSettings, TrainableDraft, TrainBatch, section
 from outpace.training.trunk import Trunk
 
 
 @dataclass(frozen=True)
-class Settings(VocabSettings):
+class Settings(SampledSettings):
     """What can be chosen."""
 
     num_tokens: int = setting(5, "Tokens that are looked ahead, and so the greatest depth of a draft")
-    num_blocks: int = setting(2, "Residual blocks R before the output head")
+    num_blocks: int = setting(1, "Residual blocks R before the output head")
 
 
 class ReDrafter(TrainableDraft):
     """The recurrence and what reads it."""
 
-    recipe = Recipe(lr=1e-3)
+    recipe = Recipe(lr=2e-3)
 
     def __init__(self, trunk: Trunk, run: Run, settings: Settings) -> None:
         """A drafter that guesses at each depth what the target guesses for the next token."""
@@ -62,20 +66,23 @@ class ReDrafter(TrainableDraft):
                 self.output.weight.copy_(torch.eye(width, 2 * width))
 
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
-        """Cross entropy at each depth, added up."""
+        """Cross entropy and divergence from the target at each depth, added up."""
         total = torch.zeros((), device=self._trunk.device)
         metrics: dict[str, float] = {}
-        _, begins = batch.future(1)
-        hidden = batch.hidden[self._trunk.config.num_layers][begins].float()  # [rows, hidden]
+        begins = self._settings.rows(batch, self._run.seed)
+        last = self._trunk.config.num_layers
+        hidden = unit_rms(batch.hidden[last][begins].float())  # [rows, hidden]
         state = torch.zeros_like(hidden)
         taken_in = batch.future(0)[0][begins]
         for depth in range(1, self._settings.num_tokens + 1):
-            state = F.silu(self.token(self._trunk.embed(taken_in).float()) + self.state(state))
+            embedded = unit_rms(self._trunk.embed(taken_in).float())
+            state = F.silu(self.token(embedded) + self.state(state))
             targets, valid = (of_batch[begins] for of_batch in batch.future(depth))
             x = torch.cat((hidden[valid], state[valid]), dim=1)
             for block in self.blocks:
                 x = x + F.silu(block(x))
-            loss, right = draft_cross_entropy(self.output(x), self._head, self.vocab, targets[valid])
+            teacher = Teacher(batch.ahead(last, depth)[begins][valid], self._head, self._settings.kl_weight)
+            loss, right = draft_loss(self.output(x), self._head, self.vocab, targets[valid], teacher=teacher)
             count = max(1, int(valid.sum()))
             total = total + loss / count
             metrics[f"accuracy_{depth}"] = float(right.sum()) / count

@@ -3,6 +3,8 @@
     lossless    0.1 · Σ_j -log p(y_{t+1+j} | stream j of t)    adapters change stream rows, the model nothing
     shared      the same - log p(y_{t+1})                      adapters of all rows become part of the model
 
+A share `kl_weight` of a stream's loss is the divergence from what the model itself says at y_{t+1+j}.
+
 Streams are trained at anchors, positions that are drawn anew in each batch, as many in every row. Those of
 an anchor attend to the tokens up to it and to each other, as when they are served, and to no other streams.
 
@@ -32,8 +34,8 @@ from outpace.models.draft_checkpoint import write_draft
 from outpace.models.draft_vocab import DraftVocab
 from outpace.models.streams import TARGETS, StreamConfig, exit_logits
 from outpace.models.tokenizer import load_tokenizer
-from outpace.training.losses import draft_cross_entropy, head_cross_entropy
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, VocabSettings, section
+from outpace.training.losses import Teacher, draft_loss, head_loss
+from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, draw, section
 from outpace.training.trunk import Trunk
 
 _STREAM_WEIGHT = 0.1  # α_j of the paper: each stream's loss against that of the next token
@@ -48,7 +50,7 @@ _FIRST_EXIT = (1.0, 0.1, 0.0)  # a, s and c at first: mostly what the stream say
 
 
 @dataclass(frozen=True)
-class Settings(VocabSettings):
+class Settings(HeadSettings):
     """What can be chosen."""
 
     mode: Literal["lossless", "shared"] = setting(
@@ -150,7 +152,8 @@ class Streaming(TrainableDraft):
         with torch.set_grad_enabled(self._is_shared and torch.is_grad_enabled()):
             main = self._lower(batch)
         begun = main.hidden.detach()
-        anchors = self._anchors(batch, futures[1][1])
+        num = self._settings.num_anchors * len(batch.token_ids)
+        anchors = draw(futures[1][1], num, batch, self._run.seed).nonzero().squeeze(1)  # rising
         streams = self._start(main, anchors)
         for layer in range(self._first, self._trunk.config.num_layers):
             self._step(layer, main, streams)
@@ -158,7 +161,7 @@ class Streaming(TrainableDraft):
         targets, valid = (
             torch.stack([of[anchors] for of in each], 1) for each in zip(*futures[1:], strict=True)
         )
-        loss, metrics = self._stream_loss(said, targets, valid)
+        loss, metrics = self._stream_loss(said, targets, valid, self._teacher(main, anchors))
         few = slice(None, None, _EXIT_EVERY)
         loss = loss + self._exit_loss(begun, anchors[few], said[few], targets[few], valid[few])
         if self._is_shared:
@@ -208,20 +211,6 @@ class Streaming(TrainableDraft):
         for layer in range(self._first if self._is_shared else 0):
             self._step(layer, main)
         return main
-
-    def _anchors(self, batch: TrainBatch, valid: torch.Tensor) -> torch.Tensor:
-        """[anchors] int64, rising: rows where streams have something to learn, drawn at random.
-
-        What is drawn depends on the batch and the seed alone, so that a resumed run draws the same.
-
-        Args:
-            batch: From it comes chance, and how many there are.
-            valid: [rows] bool, where there is something to learn.
-        """
-        num = max(1, min(self._settings.num_anchors * len(batch.token_ids), int(valid.sum())))
-        generator = torch.Generator().manual_seed(self._run.seed + int(batch.token_ids.sum()))
-        order = torch.rand(valid.shape, generator=generator).to(valid.device)
-        return order.masked_fill(~valid, -1.0).topk(num).indices.sort().values
 
     def _start(self, main: _Rows, anchors: torch.Tensor) -> _Rows:
         """The streams of anchors: S_j = M + P_j, at the j-th position behind M."""
@@ -345,14 +334,21 @@ class Streaming(TrainableDraft):
         down, up = (self.weights[f"{name}{side}-weight"].to(x.dtype) for side in "AB")
         return y + F.linear(F.linear(x, down), up)
 
+    def _teacher(self, main: _Rows, anchors: torch.Tensor) -> Teacher:
+        """What the model says where streams guess; in shared mode it is not taught by them."""
+        ahead = torch.arange(1, self.config.num_streams + 1, device=anchors.device)
+        rows = (anchors.unsqueeze(1) + ahead).clamp(max=len(main.hidden) - 1)  # [anchors, γ]
+        hidden = self._trunk.norm(main.hidden.detach()[rows.flatten()])
+        return Teacher(hidden, self._head, self._settings.kl_weight)
+
     def _stream_loss(
-        self, said: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor
+        self, said: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, teacher: Teacher
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """0.1 · Σ_j of the mean cross entropy of stream j, and how often each is right."""
+        """0.1 · Σ_j of the mean loss of stream j, and how often each is right."""
         counts = valid.sum(dim=0).clamp(min=1)  # [γ]
         weights = _STREAM_WEIGHT * valid / counts
-        loss, right = draft_cross_entropy(
-            said.flatten(0, 1), self._head, self.vocab, targets.flatten(), weights.flatten()
+        loss, right = draft_loss(
+            said.flatten(0, 1), self._head, self.vocab, targets.flatten(), weights.flatten(), teacher
         )
         right = right.view_as(valid) & valid
         accuracies = (right.sum(dim=0) / counts).tolist()
@@ -391,8 +387,7 @@ class Streaming(TrainableDraft):
     def _next_loss(self, main: _Rows, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of the next token."""
         hidden = self._trunk.norm(main.hidden[valid])
-        loss, _ = head_cross_entropy(hidden, self._trunk.head_weight, targets[valid])
-        return loss / max(1, len(hidden))
+        return head_loss(hidden, self._trunk.head_weight, targets[valid]).loss / max(1, len(hidden))
 
 
 def _added(may_see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
