@@ -20,6 +20,7 @@ from outpace.models.draft_checkpoint import read_draft, speculators_section, wri
 from outpace.models.streams import StreamConfig
 from outpace.request import Sequence
 from outpace.runtime.streams import StreamPass, reserve
+from outpace.spec.proposer import Price
 from outpace.spec.proposers.streaming import KEYS, Streaming, stream_config
 from outpace.training.method import Run, TrainBatch, draw
 from outpace.training.methods import streaming as training
@@ -350,14 +351,18 @@ def test_dear_rows_leave_streams_only_where_they_pay(checkpoint: Path) -> None:
     batch = engine.kv.place([Scheduled(sequence, 1, True)], [TREE])
     normed = torch.zeros(6, MODEL.hidden_size)
 
-    def kept(price: float) -> int:
+    def kept(price: Price) -> int:
         proposer.propose([sequence], [6])
-        beside = proposer.streams(batch, lambda rows, more: price * more)
+        beside = proposer.streams(batch, price)
         assert beside is not None
         return len(beside.choose(normed)[0])
 
-    counts = [kept(price) for price in (0.0, 0.05, 0.2, 10.0)]
+    counts = [kept(lambda rows, more, each=each: each * more) for each in (0.0, 0.05, 0.2, 10.0)]  # type: ignore[misc]
     assert counts[0] == 6
+    fitting = (15 - batch.num_rows) // proposer._streams.config.num_streams
+    assert kept(lambda rows, more: 10.0 * (rows + more > 15)) == fitting > 1, (
+        "no more than a stair has room for"
+    )
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 1
     assert proposer.streams(batch, lambda rows, more: 0.0) is None, "it was not asked for drafts in this step"

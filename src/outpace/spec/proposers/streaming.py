@@ -14,6 +14,9 @@ one row, in the next step, and only if that step may draft.
 
 from __future__ import annotations
 
+import itertools
+import operator
+from bisect import bisect_right
 from dataclasses import fields
 from functools import partial
 from typing import Any
@@ -38,6 +41,7 @@ from outpace.tree import EMPTY_TREE, DraftTree, grow
 KEYS = tuple(field.name for field in fields(StreamConfig))  # settings of a checkpoint
 _KEPT = 0.98  # weight of what was seen before in what a draft wins: about the last fifty drafts count
 _LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
+_MOST_PRICES = 64  # that are asked for in a step
 _UNKNOWN = 0.5  # acceptance of a draft about which its method says nothing
 
 
@@ -72,8 +76,6 @@ class Streaming(Proposer):
         self._streams, self._decoder, self._blocks = streams, decoder, kv.blocks
         self._vocab, self._head = vocab, decoder.head(vocab)
         self._branching, self._min_prob = branching, min_prob
-        share = streams.config.num_stream_layers / decoder.config.num_layers
-        self._anchor_rows = streams.config.num_streams * share  # what the streams of a row cost
         self._wanted: set[str] = set()  # sequences that may draft in the present step
         self._said: dict[str, torch.Tensor] = {}  # [streams, hidden] of each sequence's last row
 
@@ -148,20 +150,42 @@ class Streaming(Proposer):
             price: What rows cost.
             normed: [rows, hidden], states where streams begin, after the final norm.
         """
-        config, model = self._streams.config, self._decoder.config
-        least = self._min_prob
-        if least is None:
-            num_rows = (
-                sum(map(len, anchors)) * config.num_streams * config.num_stream_layers / model.num_layers
-            )
-            cost = price(batch.num_rows, num_rows) / sum(map(len, anchors))
-            least = min(1.0, cost / max(self.value, _LEAST_VALUE))
-        chosen: Anchors = []
-        for entry, nodes in zip(batch.entries, anchors, strict=True):
+        kept: Anchors = [[] for _ in anchors]
+        others: list[tuple[float, int, int]] = []  # chance of ending the path, entry, node
+        for index, (entry, nodes) in enumerate(zip(batch.entries, anchors, strict=True)):
             ends = _ends(entry.tree, self._acceptance(entry, normed)) if len(nodes) > 1 else [1.0]
             best = max(nodes, key=lambda node: ends[node + 1], default=None)
-            chosen.append([node for node in nodes if node == best or ends[node + 1] >= least])
-        return chosen
+            kept[index] += [node for node in nodes if node == best]
+            others += [(ends[node + 1], index, node) for node in nodes if node != best]
+        others.sort(reverse=True)
+        num_first = sum(map(len, kept))
+        for _, index, node in others[: self._num_worthwhile([o[0] for o in others], num_first, batch, price)]:
+            kept[index].append(node)
+        return [sorted(nodes) for nodes in kept]
+
+    def _num_worthwhile(self, chances: list[float], num_first: int, batch: Batch, price: Price) -> int:
+        """How many more rows should have streams.
+
+        Args:
+            chances: That paths end at them, falling.
+            num_first: Rows that have streams anyway.
+            batch: The step.
+            price: What rows cost.
+        """
+        if self._min_prob is not None:
+            return bisect_right(chances, -self._min_prob, key=operator.neg)
+        config = self._streams.config
+        share = config.num_stream_layers / self._decoder.config.num_layers
+
+        def cost(num_anchors: int) -> float:
+            # The last layers have these rows more: where kernels have stairs, that is not what as many
+            # rows cost that are spread over all layers.
+            return share * price(batch.num_rows, num_anchors * config.num_streams)
+
+        value = max(self.value, _LEAST_VALUE)
+        won = list(itertools.accumulate((value * chance for chance in chances), initial=0.0))
+        places = range(0, len(won), 1 + len(won) // _MOST_PRICES)
+        return max(places, key=lambda num: (won[num] - cost(num_first + num), num))
 
     def _acceptance(self, entry: BatchEntry, normed: torch.Tensor) -> list[float]:
         """For each node of a tree the probability that it is accepted if its parent is."""
