@@ -311,6 +311,7 @@ def test_evaluation_reports_what_the_engine_accepted(
         assert result["num_answers"] == result["num_same_answers"] == 6
         assert 1 <= result["tokens_per_step"] <= 4
         assert result["speed_up"] > 0
+        assert result["tpot_speed_up"] == pytest.approx(result["tpot_ms_plain"] / result["tpot_ms"])
         by_depth = result["acceptance_by_depth"]
         assert result["acceptance_length"] == pytest.approx(1 + sum(by_depth))
         assert by_depth == sorted(by_depth, reverse=True)

@@ -70,6 +70,8 @@ class _Pass:
         seconds: How long that took.
         num_steps: Steps of sequences that gave a token.
         num_cut: Answers that were longer than allowed.
+        first_s: When the first tokens of each answer came, and
+        last_s: when its last ones did.
         answers: Tokens of each.
         texts: Text of each, in the order of the prompts.
     """
@@ -79,9 +81,14 @@ class _Pass:
     num_cut: int = 0
     answers: dict[str, list[int]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    first_s: dict[str, float] = field(default_factory=dict)
+    last_s: dict[str, float] = field(default_factory=dict)
 
     def add(self, output: Output) -> None:
         """Takes in what a step gave."""
+        now = time.perf_counter()
+        self.first_s.setdefault(output.request_id, now)
+        self.last_s[output.request_id] = now
         self.num_steps += 1
         self.num_cut += output.finish_reason is FinishReason.LENGTH
         self.answers.setdefault(output.request_id, []).extend(output.token_ids)
@@ -95,14 +102,21 @@ class _Pass:
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.seconds
 
+    @property
+    def tpot_s(self) -> float:
+        """Seconds per token after the first of an answer: what is left of the prompts' time."""
+        seconds = sum(self.last_s[key] - first for key, first in self.first_s.items())
+        return seconds / max(1, self.num_tokens - len(self.answers))
+
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures a draft at each concurrency.
 
     Returns:
-        The report: for each concurrency the speed-up over no speculation, tokens per step of a sequence,
-        acceptance length and rate, in all and by depth, and how many answers are the same; with a base its
-        speed, too. Then the quality of the answers.
+        The report: for each concurrency the speed-up over no speculation, of whole answers (`speed_up`) and
+        of their tokens after the first (`tpot_speed_up`, without the prompts' time), tokens per step of a
+        sequence, acceptance length and rate, in all and by depth, and how many answers are the same; with a
+        base its speed, too. Then the quality of the answers.
 
     Raises:
         ConfigError: The draft, a model, the data or a metric cannot be had.
@@ -243,6 +257,9 @@ def _compared(rounds: list[list[_Pass]], drafts: dict[str, Any]) -> dict[str, An
     last = drafting[-1]
     result = {
         "speed_up": statistics.median(p.seconds / d.seconds for p, d in pairs),
+        "tpot_speed_up": statistics.median(p.tpot_s / d.tpot_s if d.tpot_s else 1.0 for p, d in pairs),
+        "tpot_ms": 1e3 * statistics.median(d.tpot_s for d in drafting),
+        "tpot_ms_plain": 1e3 * statistics.median(p.tpot_s for p in plain),
         "tokens_per_s": statistics.median(d.tokens_per_s for d in drafting),
         "tokens_per_s_plain": statistics.median(p.tokens_per_s for p in plain),
         "tokens_per_step": last.num_tokens / last.num_steps,
