@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 
 from outpace.bench.report import read_json, write_json
 
+_TRAINED = ("baseline", "medusa", "redrafter", "lossless", "shared")
 _TITLES = {"lossless": "streaming, lossless", "shared": "streaming, shared"}
 
 
@@ -87,8 +88,17 @@ def train(stages: Stages, args: argparse.Namespace, name: str, words: list[str])
     """A stage that trains; its directory."""
     out = stages.out / name
     words = ["train", *words, "--out", str(out), *shlex.split(args.train_args)]
+    words += shlex.split(args.args_of.get(name, ""))
     stages.run(name, words, out, out / "checkpoint" / "run.json")
     return out
+
+
+def of_stage(text: str) -> tuple[str, str]:
+    """STAGE=FLAGS."""
+    name, _, words = text.partition("=")
+    if name not in _TRAINED:
+        raise argparse.ArgumentTypeError(f"{text!r} must begin with one of {', '.join(_TRAINED)} and =")
+    return name, words
 
 
 def draft_of(out: Path, name: str) -> Path:
@@ -182,8 +192,17 @@ def main(words: list[str] | None = None) -> None:
     add("--num-prompts", type=int, default=500, help="of --valid")
     add("--max-tokens", type=int, default=128, help="of an answer")
     add("--train-args", default="", help="more flags of every outpace train, as one word")
+    add(
+        "--args-of",
+        type=of_stage,
+        action="append",
+        default=[],
+        metavar="STAGE=FLAGS",
+        help="more of one of them",
+    )
     add("--evaluate-args", default="", help="more flags of every outpace evaluate, as one word")
     args = parser.parse_args(words)
+    args.args_of = dict(args.args_of)
     stages = Stages(args.out, json.loads(json.dumps(vars(args) | {"out": None}, default=str)))
     reports = run_task(stages, args)
     text = table(args.out, reports)

@@ -38,6 +38,7 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
     words = ["--train", data, "--valid", data, "--quality", "exact_match", "--out", str(out), "--rows", "30"]
     words += ["--model", str(write_model(tmp_path / "model")), "--train-args", TRAIN, "--max-tokens", "8"]
     words += ["--evaluate-args", "--spec-policy fixed --num-threads 1", "--num-prompts", "3"]
+    words += ["--args-of", "lossless=--settings '{\"num_streams\": 2}'"]
     with pytest.raises(SystemExit, match="redrafter failed"):
         tasks.main(words)
     with pytest.raises(SystemExit, match="was begun with"):
@@ -47,6 +48,8 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
     tasks.main(words)
     stages = json.loads((out / "stages.json").read_text())["stages"]
     assert list(stages) == ["baseline", "own", *(s for name in DRAFTS for s in (name, f"evaluate-{name}"))]
+    assert "num_streams" in stages["lossless"]["command"]
+    assert "num_streams" not in stages["shared"]["command"]
     assert [command[0] for command in done] == ["train", *(["train", "evaluate"] * 3)]
     assert len((out / "train.jsonl").read_text().splitlines()) == 30
     title, _, *lines = (out / "table.md").read_text().splitlines()
