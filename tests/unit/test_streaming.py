@@ -139,8 +139,7 @@ def said_in_training(module: training.Streaming, tokens: list[int]) -> torch.Ten
     main = module._lower(batch)
     streams = module._start(main, torch.tensor([len(tokens) - 1]))
     with torch.no_grad():
-        for layer in range(module._first, module._trunk.config.num_layers):
-            module._step(layer, main, streams)
+        module._upper(batch, main, streams)
     return module._trunk.norm(streams.hidden)
 
 
@@ -492,6 +491,18 @@ def test_what_an_anchor_learns_depends_neither_on_other_anchors_nor_on_other_doc
     one_row = replace(packed, documents=torch.where(packed.documents == 1, -1, 0))
     # padding is left out
     assert [piece.rows for piece in module._lower(one_row).pieces] == [slice(0, len(one))]
+
+
+@pytest.mark.parametrize("mode", ["lossless", "shared"])
+def test_streams_are_taught_by_what_the_model_says_at_the_tokens_that_they_guess(mode: str) -> None:
+    module = trainable(mode=mode)
+    batch = batch_of(module, [list(range(40, 70))])
+    last = module._trunk.config.num_layers
+    said = module._trunk.hidden_states(batch.token_ids, batch.positions, batch.documents, (last,))[last][0]
+    main, anchors = module._lower(batch), torch.tensor([4, 20])
+    module._upper(batch, main, module._start(main, anchors))
+    taught = module._teacher(main, anchors).hidden.view(2, 3, -1)
+    torch.testing.assert_close(taught, torch.stack([said[5:8], said[21:24]]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_early_exit_learns_which_drafted_tokens_come_true(

@@ -54,7 +54,7 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
     assert len((out / "train.jsonl").read_text().splitlines()) == 30
     title, _, *lines = (out / "table.md").read_text().splitlines()
     assert title.startswith(
-        "|  | exact_match | tokens per pass | speed-up at 1 | speed-up at 8 | of TPOT at 1 | of TPOT at 8 | ex"
+        "|  | exact_match | tokens per pass | speed-up at 1 | speed-up at 8 | of TPOT at 1 | of TPOT at 8 |"
     )
     names = [line.split(" | ")[0] for line in lines[:5]]
     assert names == ["| baseline", "| medusa", "| redrafter", "| streaming, lossless", "| streaming, shared"]

@@ -14,13 +14,16 @@ from outpace.training.data import Corpus, PackedRows
 from outpace.training.method import TrainBatch
 from outpace.training.trunk import Trunk
 
+_KEPT = torch.bfloat16
+
 
 class HiddenStates:
     """Puts hidden states into batches, from files if they are there.
 
-    A frozen trunk gives a document the same states in every epoch and in every run. Kept in its dtype, as
-    memory-mapped files of [tokens, hidden] per layer; a byte per document says whether it is there. Several
-    processes may fill the same files: they write the same values.
+    A frozen trunk gives a document the same states in every epoch and in every run. They are rounded to
+    bfloat16, which is what they are when served, and kept as memory-mapped files of [tokens, hidden] per
+    layer; a byte per document says whether it is there. Several processes may fill the same files: they write
+    the same values.
     """
 
     def __init__(self, trunk: Trunk, corpus: Corpus, layers: tuple[int, ...], directory: Path | None) -> None:
@@ -45,7 +48,7 @@ class HiddenStates:
         width = self._trunk.config.hidden_size
         num_values = int(self._corpus.offsets[-1]) * width
         new = [layer for layer in self._layers if not (directory / f"{layer}.states").exists()]
-        needed = len(new) * num_values * self._trunk.dtype.itemsize
+        needed = len(new) * num_values * _KEPT.itemsize
         try:
             directory.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(directory).free
@@ -57,7 +60,7 @@ class HiddenStates:
             name = "-".join(map(str, self._layers)) + ".done"
             self._done = _mapped(directory / name, len(self._corpus), torch.uint8)
             for layer in self._layers:
-                flat = _mapped(directory / f"{layer}.states", num_values, self._trunk.dtype)
+                flat = _mapped(directory / f"{layer}.states", num_values, _KEPT)
                 self._states[layer] = flat.view(-1, width)
         except OSError as error:
             raise ConfigError(f"cannot keep hidden states in {directory}: {error}") from None
@@ -78,7 +81,7 @@ class HiddenStates:
                 batch.token_ids, batch.positions, batch.documents, self._layers
             )
             if self._done is None:
-                batch.hidden = states
+                batch.hidden = {layer: of.to(_KEPT).to(of.dtype) for layer, of in states.items()}
                 return batch
             self._write(rows, states)
             self._done[documents] = 1
@@ -92,10 +95,10 @@ class HiddenStates:
 
     def _read(self, rows: PackedRows, layer: int, batch: TrainBatch) -> torch.Tensor:
         width = self._trunk.config.hidden_size
-        states = torch.zeros(*batch.token_ids.shape, width, dtype=self._trunk.dtype)
+        states = torch.zeros(*batch.token_ids.shape, width, dtype=_KEPT)
         for row, begin, end, first in self._places(rows):
             states[row, begin:end] = self._states[layer][first : first + end - begin]
-        return states.to(self._trunk.device)
+        return states.to(self._trunk.device).to(self._trunk.dtype)
 
     def _places(self, rows: PackedRows) -> list[tuple[int, int, int, int]]:
         """For each document: its batch row, where it begins and ends there, its first token in the corpus."""
@@ -111,7 +114,7 @@ class HiddenStates:
 
 def cache_directory(root: Path, model_sum: str, corpus: Corpus, dtype: torch.dtype) -> Path:
     """Where hidden states of a model on a corpus are kept: the name is a checksum of both."""
-    key = json.dumps([model_sum, corpus.checksum(), str(dtype)])
+    key = json.dumps([model_sum, corpus.checksum(), str(dtype), str(_KEPT)])
     return root / hashlib.sha256(key.encode()).hexdigest()[:32]
 
 

@@ -130,7 +130,8 @@ class Streaming(TrainableDraft):
         self._head = self.vocab.rows(trunk.head_weight)  # [tokens, hidden]
         self._is_shared = settings.mode == "shared"
         self._first = model.num_layers - self.config.num_stream_layers
-        self.hidden_layers = () if self._is_shared else (self._first,)
+        # a frozen model's own rows are the same in every epoch, in all layers that streams go through
+        self.hidden_layers = () if self._is_shared else tuple(range(self._first, model.num_layers + 1))
         shapes = self.config.weight_shapes(model)
         if self._is_shared:
             shapes |= self.config.adapter_shapes(model, 0)
@@ -155,8 +156,7 @@ class Streaming(TrainableDraft):
         num = self._settings.num_anchors * len(batch.token_ids)
         anchors = draw(futures[1][1], num, batch, self._run.seed).nonzero().squeeze(1)  # rising
         streams = self._start(main, anchors)
-        for layer in range(self._first, self._trunk.config.num_layers):
-            self._step(layer, main, streams)
+        self._upper(batch, main, streams)
         said = self._trunk.norm(streams.hidden).unflatten(0, (len(anchors), -1))  # [anchors, γ, hidden]
         targets, valid = (
             torch.stack([of[anchors] for of in each], 1) for each in zip(*futures[1:], strict=True)
@@ -199,7 +199,7 @@ class Streaming(TrainableDraft):
         return merged
 
     def _lower(self, batch: TrainBatch) -> _Rows:
-        """The rows where streams begin: computed before, or in shared mode with the adapters."""
+        """The model's own rows where streams begin: known, or in shared mode computed with the adapters."""
         kept = batch.documents >= 0
         states = self._trunk.embed(batch.token_ids) if self._is_shared else batch.hidden[self._first]
         of_rows = torch.arange(len(kept), device=kept.device).unsqueeze(1) * kept.shape[1] + batch.documents
@@ -236,21 +236,30 @@ class Streaming(TrainableDraft):
                 streams.pieces.append(_Piece(rows, tokens, seen, _added(may_see, hidden.dtype)))
         return streams
 
+    def _upper(self, batch: TrainBatch, main: _Rows, streams: _Rows) -> None:
+        """Takes streams through the layers that they go through, beside the model's own rows."""
+        kept = batch.documents >= 0
+        for layer in range(self._first, self._trunk.config.num_layers):
+            self._step(layer, main, streams)
+            if not self._is_shared:
+                main.hidden = batch.hidden[layer + 1][kept]
+
     def _step(self, index: int, main: _Rows, streams: _Rows | None = None) -> None:
-        """Takes rows through a layer."""
+        """Takes rows through a layer; in lossless mode streams alone, past the model's own."""
         layer = self._trunk.model.model.layers[index]
-        with torch.set_grad_enabled(self._is_shared and torch.is_grad_enabled()):
-            q, k, v = self._heads(index, layer.input_layernorm(main.hidden), main.positions, self._is_shared)
-            is_last = index + 1 == self._trunk.config.num_layers
-            if self._is_shared or not is_last:  # a frozen model's own logits train nothing
-                mixed = [
-                    self._attend(index, main, piece, q, k[:, piece.tokens], v[:, piece.tokens])
-                    for piece in main.pieces
-                ]
-                main.hidden = self._finish(index, main, torch.cat(mixed), self._is_shared)
+        x = layer.input_layernorm(main.hidden)
+        if self._is_shared:
+            q, k, v = self._heads("qkv", index, x, main.positions, True)
+            mixed = [
+                self._attend(index, main, piece, q, k[:, piece.tokens], v[:, piece.tokens])
+                for piece in main.pieces
+            ]
+            main.hidden = self._finish(index, main, torch.cat(mixed), True)
+        else:  # what else a frozen model computes is known
+            k, v = self._heads("kv", index, x, main.positions, False)
         if streams is not None:
             x = layer.input_layernorm(streams.hidden)
-            q, *own = self._heads(index, x, streams.positions, True)
+            q, *own = self._heads("qkv", index, x, streams.positions, True)
             mixed = []
             for piece in streams.pieces:
                 seen = [
@@ -261,20 +270,24 @@ class Streaming(TrainableDraft):
             streams.hidden = self._finish(index, streams, torch.cat(mixed), True)
 
     def _heads(
-        self, index: int, x: torch.Tensor, positions: torch.Tensor, adapted: bool
-    ) -> tuple[torch.Tensor, ...]:
-        """Queries, keys and values of rows, [heads, rows, head_dim] each, rotated."""
-        attention = self._trunk.model.model.layers[index].self_attn
-        q, k, v = (
-            self._linear(index, f"self_attn.{name}_proj", x, adapted).unflatten(
-                1, (-1, self._trunk.config.head_dim)
-            )
-            for name in "qkv"
-        )
-        if self._trunk.config.qk_norm:
-            q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = self._rotate(q, positions), self._rotate(k, positions)
-        return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        self, names: str, index: int, x: torch.Tensor, positions: torch.Tensor, adapted: bool
+    ) -> list[torch.Tensor]:
+        """Of rows the queries, keys or values that `names` has letters of.
+
+        Returns:
+            [heads, rows, head_dim] each, rotated.
+        """
+        attention, config = self._trunk.model.model.layers[index].self_attn, self._trunk.config
+        found = []
+        for name in names:
+            of_name = self._linear(index, f"self_attn.{name}_proj", x, adapted)
+            of_name = of_name.unflatten(1, (-1, config.head_dim))
+            if name != "v":
+                if config.qk_norm:
+                    of_name = attention.get_submodule(f"{name}_norm")(of_name)
+                of_name = self._rotate(of_name, positions)
+            found.append(of_name.transpose(0, 1))
+        return found
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         cos, sin = self._rope[positions].unsqueeze(1).chunk(2, dim=-1)
@@ -335,10 +348,16 @@ class Streaming(TrainableDraft):
         return y + F.linear(F.linear(x, down), up)
 
     def _teacher(self, main: _Rows, anchors: torch.Tensor) -> Teacher:
-        """What the model says where streams guess; in shared mode it is not taught by them."""
+        """What the model says where streams guess; in shared mode it is not taught by them.
+
+        Args:
+            main: The model's own rows behind the last layer, in lossless mode behind the final norm, too.
+            anchors: [anchors] int64.
+        """
         ahead = torch.arange(1, self.config.num_streams + 1, device=anchors.device)
         rows = (anchors.unsqueeze(1) + ahead).clamp(max=len(main.hidden) - 1)  # [anchors, γ]
-        hidden = self._trunk.norm(main.hidden.detach()[rows.flatten()])
+        hidden = main.hidden.detach()[rows.flatten()]
+        hidden = self._trunk.norm(hidden) if self._is_shared else hidden
         return Teacher(hidden, self._head, self._settings.kl_weight)
 
     def _stream_loss(
