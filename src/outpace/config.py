@@ -18,7 +18,7 @@ METHOD_ALIASES = {"ngram": "prompt_lookup"}  # vLLM's names of draft methods
 MODEL_METHODS = ("draft_model", "medusa", "redrafter", "streaming")  # need weights: `model`
 DEFAULT_METHOD = "prompt_lookup"  # of the default model: it needs no weights, and costs next to nothing
 DEFAULT_DRAFT = "default"  # the trained draft for the default model that comes with this package,
-DEFAULT_DRAFT_METHOD = "streaming"  # and its method
+DEFAULT_DRAFT_METHODS = ("redrafter", "streaming")  # for each of these methods one
 BLOCK_SIZE = 16  # tokens in a cache block; also the tile of the CPU attention kernel
 
 
@@ -49,7 +49,7 @@ class SpeculativeConfig:
     model: str | None = setting(
         None,
         "draft_model: Hugging Face directory or hub id, or a GGUF file; "
-        "medusa, redrafter, streaming: what outpace train wrote, or default, the streams that come with the "
+        "medusa, redrafter, streaming: what outpace train wrote, or default, the draft that comes with the "
         "default model",
     )
     num_speculative_tokens_per_batch_size: tuple[tuple[int, int, int], ...] = setting(
@@ -154,6 +154,11 @@ class SpeculativeConfig:
     def methods(self) -> tuple[str, ...]:
         """The draft methods that run, of which a request may choose one; empty without speculation."""
         return tuple(name for name in self.method.split(",") if name != "none")
+
+    @property
+    def model_method(self) -> str | None:
+        """The one of its methods that `model` is for; None where none of those that come with Outpace is."""
+        return next((name for name in self.methods if name in MODEL_METHODS), None)
 
     def _check_methods(self) -> None:
         names = [METHOD_ALIASES.get(name, name) for name in map(str.strip, self.method.split(","))]
@@ -419,7 +424,8 @@ class EngineConfig:
                 )
         if self.model is None:
             method = settings.setdefault("method", DEFAULT_METHOD)
-            if isinstance(method, str) and DEFAULT_DRAFT_METHOD in map(str.strip, method.split(",")):
+            names = map(str.strip, method.split(",")) if isinstance(method, str) else ()
+            if set(names) & set(DEFAULT_DRAFT_METHODS):
                 settings.setdefault("model", DEFAULT_DRAFT)
         return SpeculativeConfig(**settings)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import lossless
+import pytest
 import torch
 from lossless import Loaded
 
 from outpace.bench.workload import PROMPTS
+from outpace.config import DEFAULT_DRAFT_METHODS
 from outpace.models.convert import convert
 from outpace.sampling import SamplingParams
 
@@ -16,7 +18,7 @@ from outpace.sampling import SamplingParams
 def test_answers_do_not_depend_on_batch_cache_preemption_chunks_or_drafts(loaded: Loaded) -> None:
     prompts = [lossless.chat_ids(loaded.engine, text) for text in PROMPTS]
     cases = lossless.mixed([*prompts[:6], *prompts[:4]], [0.0, 0.8], max_tokens=40)
-    methods = ["prompt_lookup", "streaming", "suffix,draft_model"]
+    methods = ["prompt_lookup", "streaming", "prompt_lookup,redrafter", "suffix,draft_model"]
     result = lossless.compare(loaded, cases, ["batch", "drafts"], methods)
     assert result["different"] == 0
     assert result["preemptions"] > 0
@@ -25,13 +27,14 @@ def test_answers_do_not_depend_on_batch_cache_preemption_chunks_or_drafts(loaded
     assert result["tokens"] > 1000
 
 
-def test_the_streams_that_come_with_the_model_are_right_at_times_and_change_nothing(
-    loaded: Loaded,
+@pytest.mark.parametrize("method", DEFAULT_DRAFT_METHODS)
+def test_drafts_that_come_with_the_model_are_right_at_times_and_change_nothing(
+    method: str, loaded: Loaded
 ) -> None:
     prompts = [lossless.chat_ids(loaded.engine, text) for text in PROMPTS[:4]]
     cases = lossless.mixed(prompts, [0.0, 0.8], max_tokens=32)
     expected = lossless.one_by_one(loaded.build(), cases)
-    engine = loaded.build(spec_method="streaming", spec_policy="fixed", spec_tokens=4)
+    engine = loaded.build(spec_method=method, spec_policy="fixed", spec_tokens=4)
     assert lossless.run(engine, cases, lambda i: i) == expected
     assert engine.metrics.drafts.num_accepted_tokens > 0
 

@@ -79,7 +79,7 @@ def draft_bytes(config: EngineConfig, dtype: torch.dtype) -> int:
     speculative = config.speculative
     if speculative.model is None:
         return 0
-    path = resolve_draft(speculative.model)
+    path = resolve_draft(speculative.model, speculative.model_method)
     if "draft_model" in speculative.methods:
         shapes = load_config(path).weight_shapes().values()
         return sum(dtype.itemsize * torch.Size(shape).numel() for shape in shapes)

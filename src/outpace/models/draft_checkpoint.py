@@ -179,7 +179,7 @@ def _described(
         raise ConfigError(
             f"{method} needs its trained weights: name their directory with {flag('spec_model')}"
         )
-    path = resolve_draft(name)
+    path = resolve_draft(name, method)
     config = read_json(path / "config.json")
     section = config.get(_SECTION)
     if not isinstance(section, dict) or not isinstance(section.get("verifier"), dict):

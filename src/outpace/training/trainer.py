@@ -101,8 +101,9 @@ class TrainConfig:
     def curve(self) -> dict[str, Any]:
         """What the losses depend on, as JSON has it."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_THE_CURVE}
+        init = None if self.init is None else str(resolve_draft(str(self.init), self.method))
         return values | {
-            "init": None if self.init is None else fingerprint(str(resolve_draft(str(self.init)))),
+            "init": None if init is None else fingerprint(init),
             "method_settings": dataclasses.asdict(methods.make_settings(self.method, self.settings)),
         }
 
