@@ -114,6 +114,7 @@ def test_targets_that_cannot_be_drafted_are_no_loss_and_no_success() -> None:
 
 def test_settings_take_0_tokens_for_all_but_no_negative_number() -> None:
     assert make_settings("medusa", {"draft_vocab_size": 0}).draft_vocab_size == 0
+    assert make_settings("medusa", {"kl_weight": 0}).kl_weight == 0.0, "JSON may write it so"
     with pytest.raises(ConfigError, match="draft_vocab_size of streaming must be at least 0, got -1"):
         make_settings("streaming", {"draft_vocab_size": -1})
 

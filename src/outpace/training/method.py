@@ -305,6 +305,8 @@ def make_settings(method: str, given: dict[str, Any]) -> Any:
     """
     kind = registry.find(_PACKAGE, method, "METHOD").Settings
     hints = typing.get_type_hints(kind)
+    # JSON writes 0 for 0.0
+    given = {k: float(v) if type(v) is int and hints.get(k) is float else v for k, v in given.items()}
     metadata = {f.name: f.metadata for f in dataclasses.fields(kind)}
     for name, value in given.items():
         if name not in hints:
