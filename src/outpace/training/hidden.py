@@ -14,7 +14,7 @@ from outpace.training.data import Corpus, PackedRows
 from outpace.training.method import TrainBatch
 from outpace.training.trunk import Trunk
 
-_KEPT = torch.bfloat16
+_KEPT = torch.bfloat16  # on disk
 
 
 class HiddenStates:

@@ -41,7 +41,7 @@ from outpace.tree import EMPTY_TREE, DraftTree, grow
 KEYS = tuple(field.name for field in fields(StreamConfig))  # settings of a checkpoint
 _KEPT = 0.98  # weight of what was seen before in what a draft wins: about the last fifty drafts count
 _LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
-_MOST_PRICES = 64  # that are asked for in a step
+_MOST_PRICES = 16  # about so many are asked for in a step, each some microseconds
 _UNKNOWN = 0.5  # acceptance of a draft about which its method says nothing
 
 
