@@ -198,7 +198,7 @@ def main(words: list[str] | None = None) -> None:
         action="append",
         default=[],
         metavar="STAGE=FLAGS",
-        help="more of one of them",
+        help="more flags of one stage",
     )
     add("--evaluate-args", default="", help="more flags of every outpace evaluate, as one word")
     args = parser.parse_args(words)

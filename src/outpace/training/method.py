@@ -34,10 +34,10 @@ from outpace.training.trunk import Trunk
 _PACKAGE = "outpace.training.methods"
 
 
-def kl_setting(default: float) -> Any:
+def kl_setting() -> Any:
     """The setting of a `Teacher`'s weight."""
     text = "Share in the loss of KL(target || draft) at each token, the rest being cross entropy"
-    return field(default=default, metadata={"help": text, "within": (0, 1)})
+    return field(default=0.5, metadata={"help": text, "within": (0, 1)})
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class HeadSettings:
             "least": 0,
         },
     )
-    kl_weight: float = kl_setting(0.5)
+    kl_weight: float = kl_setting()
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Settings:
     """What can be chosen."""
 
     num_layers: int = setting(2, "Layers of the small model")
-    kl_weight: float = kl_setting(0.5)
+    kl_weight: float = kl_setting()
 
 
 class DraftModel(TrainableDraft):
