@@ -254,6 +254,10 @@ class CostModel:
         """Whether drafting was seen often enough to tell its usual cost from that of catching up."""
         return self._num_drafts_to_see <= 0
 
+    def to_see(self, limits: list[int]) -> list[int]:
+        """The limits as long as the cost of drafting is not known: they vary, so that its parts show."""
+        return varied(limits, self._num_drafts_to_see)
+
     def host_s(self, sequences: int) -> float:
         """Seconds of a step's other phases."""
         fixed, each = self._host.coefficients
@@ -548,6 +552,15 @@ def nonnegative_least_squares(design: Floats, target: Floats) -> Floats:
             x[~free] = 0.0
         x = wanted
     return x
+
+
+def varied(limits: list[int], number: int) -> list[int]:
+    """Limits up to these, another share of them for each number.
+
+    What is always asked for as much looks like a cost of asking at all: short drafts would seem as dear as
+    long ones, and where long ones do not pay none would be made any more.
+    """
+    return [1 + number % limit if limit else 0 for limit in limits]
 
 
 def _asked(limits: Sequence[int]) -> tuple[int, int, int]:

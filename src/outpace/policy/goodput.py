@@ -122,9 +122,11 @@ class GoodputPolicy(SpeculationPolicy):
         plain_s = self._plain_s(view)
         if self._methods is not None:
             self._limits = self._ask_several(self._methods, view, most, plain_s)
-        else:
-            self._chooses = self.cost.knows_draft and self._draft_s(most, HORIZON) > FREE * plain_s
+        elif self.cost.knows_draft:
+            self._chooses = self._draft_s(most, HORIZON) > FREE * plain_s
             self._limits = self._worthwhile(view, most) if self._chooses else most
+        else:
+            self._limits = self.cost.to_see(most)
         self._usual_s = self._draft_s(self._limits, HORIZON)
         self._drafting_s = self._draft_s(self._limits)
         self.predicted_s = plain_s + self._drafting_s

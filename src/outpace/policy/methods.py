@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from outpace.policy.acceptance import AcceptanceEstimator
 from outpace.policy.allocation import Choice, Extra, Slots
 from outpace.policy.base import BatchView, Draft, MethodRecord, StepRecord
-from outpace.policy.cost import LinearCost
+from outpace.policy.cost import LinearCost, varied
 from outpace.policy.goodput import FREE, HOLD, HORIZON, NEARLY, PROBE_NODES
 
 Floats = NDArray[np.float64]
@@ -75,7 +75,7 @@ class Method:
 
     def to_see(self, limits: list[int]) -> list[int]:
         """Limits for a method that is free. Until its cost is known they vary, to tell its parts apart."""
-        return limits if self.knows_cost else [1 + self._num_to_see % k if k else 0 for k in limits]
+        return limits if self.knows_cost else varied(limits, self._num_to_see)
 
     def behind(self, view: BatchView) -> list[int]:
         """Tokens of each sequence that it has not seen yet."""
