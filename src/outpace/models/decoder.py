@@ -63,18 +63,23 @@ class Decoder:
         part._layers = self._layers[:num_layers]
         return part
 
-    def with_layers(self, config: ModelConfig, weights: dict[str, torch.Tensor]) -> Decoder:
+    def with_layers(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], vocab: DraftVocab
+    ) -> Decoder:
         """Other layers and another final norm, as a decoder that shares embedding and head with this.
 
         Args:
             config: Their shape, of a whole model also where this one is a shard.
             weights: As `config.own_weight_shapes()` names them; emptied.
+            vocab: The tokens that its head is over.
         """
         other = copy.copy(self)
         other.config = config
         other._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
         other._layers = tuple(_layer(config, weights, i, self.kernels) for i in range(config.num_layers))
         other._norm = weights.pop("model.norm.weight")
+        if vocab.token_ids is not None:
+            other._head = self.head(vocab)
         return other
 
     @property

@@ -86,7 +86,14 @@ class Drafter:
         kv: The cache that is written.
     """
 
-    def __init__(self, runner: ModelRunner, kv: KVCache, branching: int, max_rows: int) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        kv: KVCache,
+        branching: int,
+        max_rows: int,
+        vocab: DraftVocab | None = None,
+    ) -> None:
         """Joins the parts.
 
         Args:
@@ -94,12 +101,13 @@ class Drafter:
             kv: Its cache.
             branching: Nodes at each depth: the chain's, and leaves beside it.
             max_rows: Most rows of a pass.
+            vocab: The tokens that its logits are of; None where they are of all.
         """
         self.kv = kv
         self._runner = runner
         self._kernels = runner.decoder.kernels
         self._max_positions = runner.decoder.config.max_position_embeddings
-        self._branching, self._max_rows = branching, max_rows
+        self._branching, self._max_rows, self._vocab = branching, max_rows, vocab
 
     def draft(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
         """Computes what is known and not computed, then drafts a token of all sequences per pass.
@@ -145,7 +153,7 @@ class Drafter:
         self.kv.commit(batch, Verdict((None,) * len(scheduled)))
         if drafts:
             rows = [SampleRow(draft.sequence) for draft in drafts]
-            found = likely_tokens(logits, rows, self._branching, self._kernels)
+            found = likely_tokens(logits, rows, self._branching, self._kernels, self._vocab)
             for draft, candidates in zip(drafts, found, strict=True):
                 draft.add(candidates)
 

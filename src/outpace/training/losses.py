@@ -31,12 +31,10 @@ class HeadLoss(NamedTuple):
     Attributes:
         loss: float32, the weighted sum over rows.
         best: [rows] int64, the most probable token of each.
-        kl: The weighted sum of KL(teacher || learner), float32; 0 without a teacher.
     """
 
     loss: torch.Tensor
     best: torch.Tensor
-    kl: torch.Tensor
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -55,8 +53,8 @@ class _HeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         weights: torch.Tensor,
         teacher: Teacher | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss, total_kl = (torch.zeros((), dtype=torch.float32, device=hidden.device) for _ in range(2))
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         best = torch.empty_like(targets)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -74,9 +72,7 @@ class _HeadLoss(torch.autograd.Function):
                 log_p = (teacher.hidden[rows].to(teacher.head.dtype) @ teacher.head.T).float()
                 log_p = log_p.log_softmax(dim=1)
                 p = log_p.exp()
-                kl = (weight * (p * (log_p - log_q)).sum(dim=1)).sum()
-                loss += share * kl
-                total_kl += kl
+                loss += share * (weight * (p * (log_p - log_q)).sum(dim=1)).sum()
             if of_hidden is None and of_head is None:
                 continue
             change = log_q.exp_()  # [rows, vocab]
@@ -90,8 +86,8 @@ class _HeadLoss(torch.autograd.Function):
             if of_head is not None:
                 of_head += change.T @ part
         ctx.save_for_backward(of_hidden, None if of_head is None else of_head.to(head.dtype))
-        ctx.mark_non_differentiable(best, total_kl)
-        return loss, best, total_kl
+        ctx.mark_non_differentiable(best)
+        return loss, best
 
     @staticmethod
     def backward(ctx: Any, *of_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

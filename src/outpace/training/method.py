@@ -34,12 +34,6 @@ from outpace.training.trunk import Trunk
 _PACKAGE = "outpace.training.methods"
 
 
-def kl_setting() -> Any:
-    """The setting of a `Teacher`'s weight."""
-    text = "Share in the loss of KL(target || draft) at each token, the rest being cross entropy"
-    return field(default=0.5, metadata={"help": text, "within": (0, 1)})
-
-
 @dataclass(frozen=True)
 class Run:
     """What a method may want to know of the run it is trained in.
@@ -74,7 +68,8 @@ class Run:
             ConfigError: It begins with a draft of another size.
         """
         if self.init is not None:
-            vocab, wanted = self.init.vocab, settings.draft_vocab_size or trunk.config.vocab_size
+            vocab, most = self.init.vocab, trunk.config.vocab_size
+            wanted = min(settings.draft_vocab_size or most, most)
             if len(vocab) != wanted:
                 raise ConfigError(
                     f"the draft to begin with has {len(vocab)} tokens, draft_vocab_size is {wanted}"
@@ -98,7 +93,13 @@ class HeadSettings:
             "least": 0,
         },
     )
-    kl_weight: float = kl_setting()
+    kl_weight: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share in the loss of KL(target || draft) at each token, the rest being cross entropy",
+            "within": (0, 1),
+        },
+    )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from outpace.kernels import load_kernels
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, embedding_checksum, read_draft
+from outpace.models.draft_vocab import DraftVocab
 from outpace.models.hub import resolve_model
 from outpace.models.loader import is_gguf, load_config, load_weights, read_json
 from outpace.models.tokenizer import load_tokenizer
@@ -152,15 +153,13 @@ def create(context: DraftContext) -> DraftModel:
     """
     settings, target = context.speculative, context.decoder
     path = resolve_model(settings.model)
-    decoder = _trained(path, context) if _is_trained(path) else _whole(path, context)
+    decoder, vocab = _trained(path, context) if _is_trained(path) else (_whole(path, context), None)
     # As many tokens as the target's: `choose_num_blocks` has planned both.
     num_blocks, has_prefixes = context.kv.blocks.num_blocks, context.config.enable_prefix_caching
     kv = KVCache(decoder.config, num_blocks, target.dtype, has_prefixes, target.device)
     logger.info("draft model %s of %d layers", settings.model, decoder.config.num_layers)
-    runner = context.runner.beside(decoder, kv)
-    return DraftModel(
-        Drafter(runner, kv, settings.draft_branching or 1, context.config.max_num_batched_tokens)
-    )
+    runner, max_rows = context.runner.beside(decoder, kv), context.config.max_num_batched_tokens
+    return DraftModel(Drafter(runner, kv, settings.draft_branching or 1, max_rows, vocab))
 
 
 def _is_trained(path: Path) -> bool:
@@ -169,7 +168,7 @@ def _is_trained(path: Path) -> bool:
     return isinstance(settings, dict) and _EMBEDDING in settings
 
 
-def _trained(path: Path, context: DraftContext) -> Decoder:
+def _trained(path: Path, context: DraftContext) -> tuple[Decoder, DraftVocab]:
     target = context.decoder
 
     def own(settings: dict[str, Any]) -> ModelConfig:
@@ -186,7 +185,7 @@ def _trained(path: Path, context: DraftContext) -> Decoder:
             f"{path} shares the embedding of the target it was trained for, and this target has another: "
             "train one for it with outpace train draft_model"
         )
-    return target.with_layers(own(draft.settings), draft.weights)
+    return target.with_layers(own(draft.settings), draft.weights, draft.vocab), draft.vocab
 
 
 def _whole(path: Path, context: DraftContext) -> Decoder:

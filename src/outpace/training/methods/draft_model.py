@@ -1,8 +1,8 @@
 """A small model that continues as the target does: the draft of the classical method, by distillation.
 
 It has the target's shape but for the number of layers, begins as the target's first layers with its final
-norm, and shares its embedding and output head, which stay as they are: only what lies between is trained and
-saved, and a large vocabulary costs no training. The loss is
+norm, and shares its embedding and some tokens' rows of its output head, which stay as they are: only what
+lies between is trained and saved. The loss is
 
     (1 - w) · cross entropy of the answers + w · KL(target || draft), at temperature 1, w = `kl_weight`
 
@@ -22,17 +22,17 @@ from outpace.config import setting
 from outpace.errors import ConfigError
 from outpace.models.convert import hugging_face_config
 from outpace.models.draft_checkpoint import embedding_checksum, write_draft
-from outpace.training.losses import Teacher, head_loss
-from outpace.training.method import Recipe, Run, TrainableDraft, TrainBatch, kl_setting, section
+from outpace.models.draft_vocab import DraftVocab
+from outpace.training.losses import Teacher, draft_loss
+from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, section
 from outpace.training.trunk import Trunk, document_mask
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(HeadSettings):
     """What can be chosen."""
 
     num_layers: int = setting(2, "Layers of the small model")
-    kl_weight: float = kl_setting()
 
 
 class DraftModel(TrainableDraft):
@@ -59,6 +59,8 @@ class DraftModel(TrainableDraft):
             )
         small = replace(config, num_layers=num_layers, sliding_windows=config.sliding_windows[:num_layers])
         self._trunk, self._run, self._settings = trunk, run, settings
+        self.vocab: DraftVocab = run.draft_vocab(settings, trunk)
+        self._head = self.vocab.rows(trunk.head_weight)  # [tokens, hidden]
         self.hidden_layers = (config.num_layers,)
         # copies: in float32 they would be the frozen target's own weights
         weights = {name: trunk.model.state_dict()[name].clone() for name in small.weight_shapes()}
@@ -76,11 +78,10 @@ class DraftModel(TrainableDraft):
             hidden = small.layers(hidden, batch.positions, mask, 0, small.config.num_layers)
         targets, valid = batch.future(0)
         said, wanted = self.norm(hidden[valid]), batch.hidden[trunk.config.num_layers][valid]
-        teacher = Teacher(wanted, trunk.head_weight, self._settings.kl_weight)
-        found = head_loss(said, trunk.head_weight, targets[valid], teacher=teacher)
+        teacher = Teacher(wanted, self._head, self._settings.kl_weight)
+        loss, right = draft_loss(said, self._head, self.vocab, targets[valid], teacher=teacher)
         count = max(1, int(valid.sum()))
-        accuracy = float((found.best == targets[valid]).sum()) / count
-        return found.loss / count, {"accuracy_1": accuracy, "kl": float(found.kl) / count}
+        return loss / count, {"accuracy_1": float(right.sum()) / count}
 
     def served(self) -> dict[str, torch.Tensor]:
         """See TrainableDraft."""
@@ -97,7 +98,7 @@ class DraftModel(TrainableDraft):
             "embedding_sha256": embedding_checksum(trunk.model.model.embed_tokens.weight),
         }
         shape = hugging_face_config(small.config) | {"dtype": str(dtype).removeprefix("torch.")}
-        write_draft(directory, section(trunk, self._run, 1) | shape, settings, own)
+        write_draft(directory, section(trunk, self._run, 1) | shape, settings, own, self.vocab)
 
 
 def create(trunk: Trunk, run: Run, settings: Settings) -> DraftModel:
