@@ -290,7 +290,8 @@ def test_a_draft_model_of_some_tokens_has_a_head_of_these_alone(
     assert len(drafter._vocab) == 64
     (request,) = engine.admission.requests("1", list(range(40, 60)), GREEDY)
     (tree,) = engine.proposer.propose([Sequence.start(request)], [3])
-    assert len(tree) and set(tree.token_ids) <= set(drafter._vocab.token_ids.tolist())
+    assert len(tree)
+    assert set(tree.token_ids) <= set(drafter._vocab.token_ids.tolist())
 
 
 def test_a_draft_model_is_refused_by_a_target_with_another_embedding(small: Path, tmp_path: Path) -> None:
