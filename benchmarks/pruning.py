@@ -151,9 +151,7 @@ def main() -> None:
     add("--warm-up", type=int, default=32, help="prompts before those that count")
     add("--max-tokens", type=int, default=64)
     args = parser.parse_args()
-    loaded = lossless.Loaded.default(
-        model=args.model, max_num_seqs=max(args.concurrency), enable_prefix_caching=False
-    )
+    loaded = lossless.Loaded.default(model=args.model, max_num_seqs=max(args.concurrency))
     lines = []
     for concurrency in args.concurrency:
         found = measure(loaded, args, concurrency)

@@ -153,6 +153,19 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
     blocks.check()
 
 
+def test_a_reset_forgets_prefixes_and_leaves_sequences_their_blocks() -> None:
+    blocks = BlockManager(8)
+    ended, running = admit(blocks, list(range(40))), admit(blocks, list(range(100, 140)))
+    blocks.free(ended)
+    blocks.reset_prefix_cache()
+    blocks.check([running])
+    assert blocks.num_free_blocks == 5
+    assert admit(blocks, list(range(40))).num_cached == 0
+    blocks.register(running)
+    assert admit(blocks, list(range(100, 140))).num_cached == 32
+    blocks.free(running)
+
+
 def test_a_preempted_sequence_keeps_its_first_count_of_cached_tokens() -> None:
     blocks = BlockManager(8)
     sequence = start(words(1, 3, 1))

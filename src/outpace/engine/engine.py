@@ -186,6 +186,11 @@ class Engine:
             self.metrics.abort(request_id)
         return output
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets the prompts that it has answered, its draft methods' caches included."""
+        self.kv.blocks.reset_prefix_cache()
+        self.proposer.reset_prefix_cache()
+
     def step(self) -> list[Output]:
         """Runs one forward pass, if there is work; returns what it added to each answer that sampled."""
         if not self.has_work:

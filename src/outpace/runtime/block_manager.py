@@ -133,6 +133,13 @@ class BlockManager:
         sequence.block_ids.clear()
         sequence.num_computed = 0
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets what blocks hold; sequences keep theirs, and may share what they compute from now on."""
+        self._block_of.clear()
+        self._key_of = [None] * self.num_blocks
+        self._free.extend(self._cached)
+        self._cached.clear()
+
     def check(self, sequences: Iterable[Sequence] = ()) -> None:
         """Verifies the invariants: free + used + cached = total, and who uses what.
 

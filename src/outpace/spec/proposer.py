@@ -85,6 +85,9 @@ class Proposer(ABC):
     def release(self, sequence_id: str) -> None:
         """Forgets a sequence that ended."""
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets the prompts in a cache of its own; most methods have none."""
+
 
 def available() -> list[str]:
     """Names of the built-in draft methods: the files in `spec/proposers`."""

@@ -213,6 +213,11 @@ class Several(Proposer):
         for proposer in self._proposers.values():
             proposer.release(sequence_id)
 
+    def reset_prefix_cache(self) -> None:
+        """See Proposer."""
+        for proposer in self._proposers.values():
+            proposer.reset_prefix_cache()
+
     def _record(self, name: str, asked: _Asked, came: Mapping[str, TokenIds[int]]) -> MethodRecord:
         outcomes = [outcome(tree, came[key]) for key, tree in zip(self._ids, asked.trees, strict=True)]
         return MethodRecord(

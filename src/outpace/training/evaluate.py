@@ -161,7 +161,6 @@ def engine_configs(config: EvaluateConfig) -> list[EngineConfig]:
         max_num_seqs=max(config.concurrency),
         max_num_batched_tokens=max(512, *config.concurrency),
         num_threads=config.num_threads,
-        enable_prefix_caching=False,  # a prompt is answered several times, and served perhaps once
     )
     drafting = dataclasses.replace(
         plain,
@@ -204,8 +203,12 @@ class _Answerer:
         self._prompts = [encode_chat(engine.tokenizer, messages) for messages in conversations]
 
     def run(self, concurrency: int, num_prompts: int | None = None) -> _Pass:
-        """Answers the prompts in a closed loop: as soon as one is answered, the next one comes."""
+        """Answers the prompts in a closed loop: as soon as one is answered, the next one comes.
+
+        No prompt is known from an earlier pass; what prompts have in common is in the cache as when served.
+        """
         engine, config = self.engine, self._config
+        engine.reset_prefix_cache()
         groups = [
             engine.admission.requests(
                 str(number),

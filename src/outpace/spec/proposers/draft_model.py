@@ -97,6 +97,10 @@ class DraftModel(Proposer):
             self._follow(shadow)
             self._blocks.free(shadow.draft)
 
+    def reset_prefix_cache(self) -> None:
+        """See Proposer."""
+        self._blocks.reset_prefix_cache()
+
     def _release_preempted(self) -> None:
         """What the target has no room for waits without blocks here too."""
         for sequence_id in [s.target.id for s in self._shadows.values() if not s.target.block_ids]:
