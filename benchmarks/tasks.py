@@ -10,8 +10,8 @@ Stages, each one command of outpace, its output in OUT/NAME.log and its time in 
 
     baseline            the model fine-tuned on the task
     own                 the baseline's own answers to the training prompts
-    medusa, redrafter,  trained for the baseline on these
-    lossless            and streams as well
+    lossless,           streams trained for the baseline on these
+    medusa, redrafter   and heads as well, whose hidden states are there by then
     shared              streams fine-tuned along with the model, on the task's answers
     evaluate-NAME       each of these on the validation file; shared beside the baseline
 
@@ -119,9 +119,9 @@ def run_task(stages: Stages, args: argparse.Namespace) -> dict[str, dict[str, An
     stages.run("own", words, own, own.with_name(own.name + ".json"))
     for_baseline = ["--model", str(baseline), "--data", str(own), "--epochs", str(args.draft_epochs)]
     methods = {
+        "lossless": ["streaming", "--mode", "lossless", *for_baseline],
         "medusa": ["medusa", *for_baseline],
         "redrafter": ["redrafter", *for_baseline],
-        "lossless": ["streaming", "--mode", "lossless", *for_baseline],
         "shared": ["streaming", "--mode", "shared", *tuned],
     }
     reports = {}

@@ -211,6 +211,8 @@ def test_hidden_states_are_computed_once_and_come_back_the_same(
         assert torch.equal(plain.hidden[layer][0, :5], first.hidden[layer][0, :5])
         assert torch.equal(again.hidden[layer][0, :7], first.hidden[layer][1, :7])
         assert torch.equal(again.hidden[layer][1, :2], first.hidden[layer][0, 3:5])
+    alone = HiddenStates(trunk, corpus, (2,), tmp_path).attach(collate(corpus, rows), rows)
+    assert torch.equal(alone.hidden[2], again.hidden[2]), "who needs fewer layers finds them"
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing() -> None:

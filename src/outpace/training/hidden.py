@@ -22,7 +22,7 @@ class HiddenStates:
 
     A frozen trunk gives a document the same states in every epoch and in every run. They are rounded to
     bfloat16, which is what they are when served, and kept as memory-mapped files of [tokens, hidden] per
-    layer; a byte per document says whether it is there. Several processes may fill the same files: they write
+    layer; beside it a byte per document says whether it is there. Several processes may fill the same files: they write
     the same values.
     """
 
@@ -39,8 +39,8 @@ class HiddenStates:
             ConfigError: There is no room for them.
         """
         self._trunk, self._corpus, self._layers = trunk, corpus, layers
-        self._done: torch.Tensor | None = None
-        self._states: dict[int, torch.Tensor] = {}
+        self._states: dict[int, torch.Tensor] = {}  # by layer, as is the next; none where they are not kept
+        self._done: dict[int, torch.Tensor] = {}
         if directory is not None and layers:
             self._open(directory)
 
@@ -57,9 +57,8 @@ class HiddenStates:
                     f"hidden states take {needed} bytes in {directory}, which has {free} free: choose "
                     "another --hidden-cache, or compute them anew each time with --hidden-cache none"
                 )
-            name = "-".join(map(str, self._layers)) + ".done"
-            self._done = _mapped(directory / name, len(self._corpus), torch.uint8)
             for layer in self._layers:
+                self._done[layer] = _mapped(directory / f"{layer}.done", len(self._corpus), torch.uint8)
                 flat = _mapped(directory / f"{layer}.states", num_values, _KEPT)
                 self._states[layer] = flat.view(-1, width)
         except OSError as error:
@@ -76,15 +75,16 @@ class HiddenStates:
         batch = batch.to(self._trunk.device)
         if not self._layers:
             return batch
-        if self._done is None or not bool(self._done[documents].all()):
+        if not (self._done and all(bool(of[documents].all()) for of in self._done.values())):
             states = self._trunk.hidden_states(
                 batch.token_ids, batch.positions, batch.documents, self._layers
             )
-            if self._done is None:
+            if not self._done:
                 batch.hidden = {layer: of.to(_KEPT).to(of.dtype) for layer, of in states.items()}
                 return batch
             self._write(rows, states)
-            self._done[documents] = 1
+            for of in self._done.values():
+                of[documents] = 1
         batch.hidden = {layer: self._read(rows, layer, batch) for layer in self._layers}
         return batch
 
