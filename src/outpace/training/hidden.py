@@ -22,8 +22,8 @@ class HiddenStates:
 
     A frozen trunk gives a document the same states in every epoch and in every run. They are rounded to
     bfloat16, which is what they are when served, and kept as memory-mapped files of [tokens, hidden] per
-    layer; beside it a byte per document says whether it is there. Several processes may fill the same files: they write
-    the same values.
+    layer; beside each a byte per document says whether it is there. Several processes may fill the same
+    files: they write the same values.
     """
 
     def __init__(self, trunk: Trunk, corpus: Corpus, layers: tuple[int, ...], directory: Path | None) -> None:
