@@ -211,6 +211,14 @@ class Trainable(torch.nn.Module, ABC):
     vocab: DraftVocab | None = None
     hidden_layers: tuple[int, ...] = ()
 
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """The parameters as torch's optimizers take them; all learn alike unless a method says otherwise.
+
+        Args:
+            lr: The run's peak learning rate.
+        """
+        return [{"params": list(self.parameters()), "lr": lr}]
+
     @abstractmethod
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """The loss of a batch, and what is of interest beside it: `accuracy_1`, … by depth of draft.

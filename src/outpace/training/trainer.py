@@ -220,7 +220,7 @@ class _Training:
         self._batches = self._plan()
         recipe = trained.recipe
         optimizer = torch.optim.AdamW(
-            trained.parameters(), lr=config.lr or recipe.lr, weight_decay=recipe.weight_decay
+            trained.groups(config.lr or recipe.lr), weight_decay=recipe.weight_decay
         )
         # stepped by the loop and not by accelerate, whose own would count processes
         self._schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -21,7 +21,7 @@ import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ _EXIT_EVERY = (
 _PIECE = (
     32  # anchors whose attention is worked out together: more hide more from each other, fewer are more calls
 )
-_FIRST_EMBEDDING = 0.02  # size of the embeddings at first
+_FIRST_EMBEDDING = 0.02  # size of the embeddings at first, against the states that they are added to
+_SAMPLE = 64  # tokens whose states say how large such states are
 _FIRST_EXIT = (1.0, 0.1, 0.0)  # a, s and c at first: mostly what the stream says
 
 
@@ -136,15 +137,22 @@ class Streaming(TrainableDraft):
         if self._is_shared:
             shapes |= self.config.adapter_shapes(model, 0)
         generator = torch.Generator().manual_seed(run.seed)
+        self._scale = _usual_size(trunk, self._first, generator)
         self.weights = torch.nn.ParameterDict(
             {
                 name.replace(".", "-"): torch.nn.Parameter(
-                    _first_weight(name, shape, generator).to(trunk.device)
+                    _first_weight(name, shape, generator, self._scale).to(trunk.device)
                 )
                 for name, shape in shapes.items()
             }
         )
         self._rope = rope_table(model.rope, model.head_dim, model.max_position_embeddings).to(trunk.device)
+
+    def groups(self, lr: float) -> list[dict[str, Any]]:
+        """See Trainable. Embeddings move by as much, against the states that they are added to."""
+        embeddings = self.weights["embeddings"]
+        others = [weight for weight in self.parameters() if weight is not embeddings]
+        return [{"params": others, "lr": lr}, {"params": [embeddings], "lr": lr * self._scale}]
 
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross entropy of the streams, in shared mode of the next token, too; and the early exit's."""
@@ -414,12 +422,23 @@ def _added(may_see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(may_see.shape, dtype=dtype, device=may_see.device).masked_fill_(~may_see, -torch.inf)
 
 
-def _first_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+@torch.no_grad()
+def _usual_size(trunk: Trunk, layer: int, generator: torch.Generator) -> float:
+    """The median rms of states behind so many layers, of random tokens: the first one's are huge."""
+    token_ids = torch.randint(trunk.config.vocab_size, (1, _SAMPLE), generator=generator).to(trunk.device)
+    positions = torch.arange(_SAMPLE, device=trunk.device).unsqueeze(0)
+    states = trunk.hidden_states(token_ids, positions, torch.zeros_like(token_ids), (layer,))[layer]
+    return float(states.float().square().mean(-1).sqrt().median())
+
+
+def _first_weight(
+    name: str, shape: tuple[int, ...], generator: torch.Generator, scale: float
+) -> torch.Tensor:
     """Noise where it is needed, else zeros, with which adapters and early exit change nothing."""
     if name == "exit.scalars":
         return torch.tensor(_FIRST_EXIT)
     if name == "embeddings":
-        return _FIRST_EMBEDDING * torch.randn(shape, generator=generator)
+        return _FIRST_EMBEDDING * scale * torch.randn(shape, generator=generator)
     if name.endswith(("lora_A.weight", "down.weight")):
         return torch.randn(shape, generator=generator) / math.sqrt(shape[1])
     return torch.zeros(shape)
