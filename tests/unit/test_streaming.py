@@ -453,6 +453,19 @@ def test_streams_learn_what_the_model_says_and_are_served_as_they_were_trained(
     served_as_trained(streaming(trained[1]), trained[0])
 
 
+def test_embeddings_learn_at_the_size_of_the_states_that_they_are_added_to() -> None:
+    module = trainable()
+    others, embeddings = module.groups(0.5)
+    assert others["lr"] == 0.5
+    assert embeddings["params"] == [module.weights["embeddings"]]
+    assert len(others["params"]) + 1 == len(list(module.parameters()))
+    states = batch_of(module, [list(range(40, 90))]).hidden[module._first]
+    usual = states.square().mean(-1).sqrt().median().item()
+    assert embeddings["lr"] == pytest.approx(0.5 * usual, rel=0.3)
+    size = module.weights["embeddings"].square().mean().sqrt().item()
+    assert size == pytest.approx(0.02 * usual, rel=0.5), "at first they hardly change a state"
+
+
 def test_in_lossless_training_the_model_stays_as_it_is(plain: Any) -> None:
     module = trainable(adapters="all")
     before = {name: weight.clone() for name, weight in module._trunk.model.state_dict().items()}
