@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -207,7 +207,7 @@ class Trainable(torch.nn.Module, ABC):
             they are computed once and kept on disk.
     """
 
-    recipe: ClassVar[Recipe]
+    recipe: Recipe
     vocab: DraftVocab | None = None
     hidden_layers: tuple[int, ...] = ()
 

@@ -106,7 +106,7 @@ class Streaming(TrainableDraft):
         weights: By the names of `StreamConfig.weight_shapes`, with dashes for dots.
     """
 
-    recipe = Recipe(lr=5e-4, schedule="linear")
+    recipe = Recipe(lr=5e-4, schedule="linear")  # the paper's
 
     def __init__(self, trunk: Trunk, run: Run, settings: Settings) -> None:
         """Streams whose adapters change nothing yet.
@@ -130,6 +130,8 @@ class Streaming(TrainableDraft):
         self.vocab: DraftVocab = run.draft_vocab(settings, trunk)
         self._head = self.vocab.rows(trunk.head_weight)  # [tokens, hidden]
         self._is_shared = settings.mode == "shared"
+        if not self._is_shared:  # there is no model to spoil
+            self.recipe = Recipe(lr=3e-3, schedule="linear")
         self._first = model.num_layers - self.config.num_stream_layers
         # a frozen model's own rows are the same in every epoch, in all layers that streams go through
         self.hidden_layers = () if self._is_shared else tuple(range(self._first, model.num_layers + 1))
