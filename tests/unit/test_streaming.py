@@ -466,6 +466,18 @@ def test_embeddings_learn_at_the_size_of_the_states_that_they_are_added_to() -> 
     assert size == pytest.approx(0.02 * usual, rel=0.5), "at first they hardly change a state"
 
 
+def test_the_loss_of_streams_counts_as_much_as_the_run_says() -> None:
+    once, twice = (trainable(stream_weight=weight, num_anchors=256) for weight in (0.1, 0.2))
+    losses = [module.loss(batch_of(module, [list(range(40, 90))]))[0].item() for module in (once, twice)]
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("layer_share", 1.0), ("stream_weight", 0.0)])
+def test_training_that_makes_no_sense_is_refused(setting: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{setting} of streaming must be .*, got {value}"):
+        trainable(**{setting: value})
+
+
 def test_in_lossless_training_the_model_stays_as_it_is(plain: Any) -> None:
     module = trainable(adapters="all")
     before = {name: weight.clone() for name, weight in module._trunk.model.state_dict().items()}

@@ -1,7 +1,9 @@
 """Speculative Streaming (Bhendawade et al., 2024): streams learn the tokens behind the next one.
 
-    lossless    0.1 · Σ_j -log p(y_{t+1+j} | stream j of t)    adapters change stream rows, the model nothing
-    shared      the same - log p(y_{t+1})                      adapters of all rows become part of the model
+    lossless    α · Σ_j -log p(y_{t+1+j} | stream j of t)    adapters change stream rows, the model nothing
+    shared      the same - log p(y_{t+1})                    adapters of all rows become part of the model
+
+In shared mode α (`stream_weight`) says how much of what the adapters learn is drafting.
 
 A share `kl_weight` of a stream's loss is the divergence from what the model itself says at y_{t+1+j}.
 
@@ -38,7 +40,6 @@ from outpace.training.losses import Teacher, draft_loss, head_loss
 from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, draw, section
 from outpace.training.trunk import Trunk
 
-_STREAM_WEIGHT = 0.1  # α_j of the paper: each stream's loss against that of the next token
 _EXIT_EVERY = (
     4  # of the anchors the early exit learns from one: it is small, and their drafts cost a head each
 )
@@ -64,6 +65,7 @@ class Settings(HeadSettings):
     branching: int = setting(4, "Most tokens of a stream in a draft")
     exit_rank: int = setting(8, "Rank of the early exit; even")
     num_anchors: int = setting(128, "Positions of each row of a batch at which streams are trained")
+    stream_weight: float = setting(0.1, "Weight of each stream's loss; that of the next token has 1")
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Streaming(TrainableDraft):
         model = trunk.config
         if not 0 < settings.layer_share < 1:
             raise ConfigError(f"layer_share of streaming must be in (0, 1), got {settings.layer_share}")
+        if settings.stream_weight <= 0:
+            raise ConfigError(f"stream_weight of streaming must be above 0, got {settings.stream_weight}")
         self.config = StreamConfig(
             num_streams=settings.num_streams,
             num_stream_layers=max(1, round(settings.layer_share * model.num_layers)),
@@ -373,9 +377,9 @@ class Streaming(TrainableDraft):
     def _stream_loss(
         self, said: torch.Tensor, targets: torch.Tensor, valid: torch.Tensor, teacher: Teacher
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """0.1 · Σ_j of the mean loss of stream j, and how often each is right."""
+        """α · Σ_j of the mean loss of stream j, and how often each is right."""
         counts = valid.sum(dim=0).clamp(min=1)  # [γ]
-        weights = _STREAM_WEIGHT * valid / counts
+        weights = self._settings.stream_weight * valid / counts
         loss, right = draft_loss(
             said.flatten(0, 1), self._head, self.vocab, targets.flatten(), weights.flatten(), teacher
         )
@@ -411,7 +415,7 @@ class Streaming(TrainableDraft):
         logits = exit_logits(weights, x, self._head[places], q)
         losses = F.binary_cross_entropy_with_logits(logits, came, reduction="none").mean(-1)
         loss: torch.Tensor = (losses * valid).sum() / valid.sum().clamp(min=1)
-        return _STREAM_WEIGHT * loss
+        return self._settings.stream_weight * loss
 
     def _next_loss(self, main: _Rows, targets: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """Mean cross entropy of the next token."""
