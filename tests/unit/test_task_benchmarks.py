@@ -39,6 +39,11 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
     words += ["--model", str(write_model(tmp_path / "model")), "--train-args", TRAIN, "--max-tokens", "8"]
     words += ["--evaluate-args", "--spec-policy fixed --num-threads 1", "--num-prompts", "3"]
     words += ["--args-of", "lossless=--settings '{\"num_streams\": 2}'"]
+    tasks.main([*words, "--drafts", "lossless"])
+    base, alone = (line.split(" | ") for line in (out / "table.md").read_text().splitlines()[2:4])
+    assert (base[0], alone[0]) == ("| baseline", "| streaming, lossless")
+    assert base[1] == alone[1], "lossless answers are the baseline's"
+    del done[:]
     with pytest.raises(SystemExit, match="redrafter failed"):
         tasks.main(words)
     with pytest.raises(SystemExit, match="was begun with"):
@@ -62,8 +67,8 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
         name: int(line.split(" | ")[7].replace(",", "")) for name, line in zip(names, lines, strict=False)
     }
     assert 0 == extra["| baseline"] < extra["| streaming, shared"] < extra["| streaming, lossless"]
-    assert lines[-3].startswith("Shared less baseline")
-    assert lines[-1].startswith("Four heads of Medusa as in its paper would have")
+    assert lines[-3].startswith("Four heads of Medusa as in its paper would have")
+    assert lines[-1].startswith("Shared less baseline")
 
 
 def test_what_is_accepted_offline_is_accepted_over_http(
