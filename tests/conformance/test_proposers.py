@@ -90,7 +90,7 @@ def draft_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own: dict[str, dict[str, Any]] = {"draft_model": {"num_layers": 1}}
     for method in training.available():
         kind = importlib.import_module(f"outpace.training.methods.{method}").Settings
-        settings = few if issubclass(kind, training.HeadSettings) else own.get(method, {})
+        settings = (few if issubclass(kind, training.HeadSettings) else {}) | own.get(method, {})
         train(
             TrainConfig(
                 method,

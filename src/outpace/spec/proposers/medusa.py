@@ -64,7 +64,6 @@ class Medusa(Proposer):
         self._places = _places(tree, len(blocks))
         self._hidden = LastHidden()
 
-    @torch.inference_mode()
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
         """See Proposer."""
         wanted = self._hidden.known(sequences, limits)
@@ -85,6 +84,7 @@ class Medusa(Proposer):
         """See Proposer."""
         self._hidden.release(sequence_id)
 
+    @torch.inference_mode()  # not for a step without drafts: entering it takes 0.1 ms behind a pass
     def _candidates(
         self, sequences: list[Sequence], places: list[_Place]
     ) -> list[list[list[tuple[int, float]]]]:

@@ -117,12 +117,15 @@ class ReDrafter(Proposer):
         self._vocab, self._head = vocab, target.head(vocab)
         self._hidden = LastHidden()
 
-    @torch.inference_mode()
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
         """See Proposer."""
         wanted = self._hidden.known(sequences, limits)
-        if not wanted:
-            return [EMPTY_TREE] * len(sequences)
+        found = self._search(wanted) if wanted else {}
+        return [found.get(s.id, EMPTY_TREE) for s in sequences]
+
+    @torch.inference_mode()  # not for a step without drafts: entering it takes 0.1 ms behind a pass
+    def _search(self, wanted: list[tuple[Sequence, int]]) -> dict[str, DraftTree]:
+        """The trees of some sequences by id, each with its limit."""
         searches = {
             s.id: _Search(s, limit, min(limit, 1 + limit // self._num_tokens), [_Beam(-1, i, (), 1.0)])
             for i, (s, limit) in enumerate(wanted)
@@ -137,7 +140,7 @@ class ReDrafter(Proposer):
             active = [search for search in active if search.has_room()]
             if not active:
                 break
-        return [searches[s.id].tree() if s.id in searches else EMPTY_TREE for s in sequences]
+        return {name: search.tree() for name, search in searches.items()}
 
     def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
         """See Proposer."""
