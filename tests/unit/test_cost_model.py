@@ -198,6 +198,24 @@ def test_rows_that_only_draft_are_what_drafting_costs_and_leave_the_target_as_it
     assert cost.draft_s(4, 12, 3) == pytest.approx(asked + streams, rel=0.05)
 
 
+def test_what_a_pass_with_a_prompt_takes_longer_is_no_cost_of_streams() -> None:
+    truth, cost = model(), model()
+    asked = float(truth.draft_s(4, 12, 3))
+    for _ in range(50):
+        seen = record(truth, 4, 3)
+        view = replace(seen.view, num_rows=seen.view.num_rows + 200)
+        cost.observe(
+            replace(
+                seen,
+                view=view,
+                num_rows=seen.num_rows + 200,
+                seconds={"propose": asked, "forward": 1.0, "total": 1.0},
+                num_stream_rows=24.0,
+            )
+        )
+    assert cost.draft_s(4, 12, 3) == pytest.approx(asked)
+
+
 def test_json_holds_everything_and_comes_back_the_same() -> None:
     cost, rng = model(), random.Random(6)
     for _ in range(50):

@@ -295,19 +295,22 @@ class CostModel:
         streams = self.streams_s(record)
         if not record.num_stream_rows:
             self._observe_target(shape.rows, target, _pass_s(record))
-        if asked[0]:
+        if asked[0] and streams is not None:
             self._draft.observe(seconds.get("propose", 0.0) + streams, *asked, behind)
             self._num_drafts_to_see -= 1
         self._host.observe(sum(seconds.get(phase, 0.0) for phase in _HOST_PHASES), 1.0, num_scheduled)
 
-    def streams_s(self, record: StepRecord) -> float:
+    def streams_s(self, record: StepRecord) -> float | None:
         """Seconds by which a pass was longer for the rows in it that only draft: part of what drafting costs.
 
         They cost more than as many rows of the target, so the pass teaches nothing of the target's own cost:
-        plain steps would look dear as long as there are streams, and drafting cheap beside them.
+        plain steps would look dear as long as there are streams, and drafting cheap beside them. None beside
+        prompts: a long pass is off by more than its streams take, and drafting would look dear.
         """
         if not record.num_stream_rows:
             return 0.0
+        if record.view.num_rows > len(record.view.sequences):
+            return None
         shape = shape_of(record)
         target = float(self.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
         return max(0.0, _pass_s(record) - target)

@@ -91,12 +91,13 @@ class Method:
         return float(self._cost.seconds(*_asked(limits), behind))
 
     def observe(
-        self, view: BatchView, ids: Sequence[str], record: MethodRecord, streams_s: float = 0.0
+        self, view: BatchView, ids: Sequence[str], record: MethodRecord, streams_s: float | None = 0.0
     ) -> None:
-        """Learns from a step in which it drafted; `streams_s` is what its rows added to the pass."""
-        behind = sum(itertools.compress(self.behind(view), record.limits))
-        self._cost.observe(record.seconds + streams_s, *_asked(record.limits), behind)
-        self._num_to_see -= 1
+        """Learns from a step in which it drafted; `streams_s` is what its rows added to the pass, if known."""
+        if streams_s is not None:
+            behind = sum(itertools.compress(self.behind(view), record.limits))
+            self._cost.observe(record.seconds + streams_s, *_asked(record.limits), behind)
+            self._num_to_see -= 1
         asked = itertools.compress(view.sequences, record.limits)
         self._seen.update((s.id, s.context_len) for s in asked)
         self.acceptance.observe(ids, record.limits, record.drafts, record.lengths, record.paths)
@@ -278,12 +279,12 @@ class Methods:
                 rows[i] = row
         return rows
 
-    def observe(self, record: StepRecord, streams_s: float = 0.0) -> float:
+    def observe(self, record: StepRecord, streams_s: float | None = 0.0) -> float:
         """Learns from a finished step.
 
         Args:
             record: The step.
-            streams_s: Seconds by which rows that only draft made its pass longer.
+            streams_s: Seconds by which rows that only draft made its pass longer; None if not known.
 
         Returns:
             Tokens that the step's probe would have won beyond what was accepted.
