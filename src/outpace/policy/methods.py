@@ -93,7 +93,7 @@ class Method:
     def observe(
         self, view: BatchView, ids: Sequence[str], record: MethodRecord, streams_s: float | None = 0.0
     ) -> None:
-        """Learns from a step in which it drafted; `streams_s` is what its rows added to the pass, if known."""
+        """Learns from a step in which it drafted; `streams_s`: what its rows added to the pass, if known."""
         if streams_s is not None:
             behind = sum(itertools.compress(self.behind(view), record.limits))
             self._cost.observe(record.seconds + streams_s, *_asked(record.limits), behind)
