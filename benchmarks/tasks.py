@@ -16,7 +16,7 @@ Stages, each one command of outpace, its output in OUT/NAME.log and its time in 
     evaluate-NAME       each of these on the validation file; shared beside the baseline
 
 A stage that is done is not done again, and one that was interrupted goes on where it was: call the same
-command anew. At the end OUT/table.md. A change of flags needs another OUT.
+command anew. At the end OUT/table.md. A change of flags needs another OUT, but for those of stages to come.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ class Stages:
 
     def run(self, name: str, words: list[str], output: Path, checkpoint: Path | None = None) -> None:
         """Runs `outpace WORDS` unless it is done; goes on from its checkpoint, or begins its output anew."""
-        if name in self.state["stages"]:
+        command = shlex.join(["outpace", *words])
+        if done := self.state["stages"].get(name):
+            if done["command"] != command:
+                sys.exit(f"{name} was made by {done['command']}, not {command}: choose another --out")
             return
         if checkpoint is not None and checkpoint.exists():
             words = [*words, "--resume"]
@@ -72,7 +75,7 @@ class Stages:
             tail = (self.out / f"{name}.log").read_text(errors="replace")[-2000:]
             sys.exit(f"{name} failed; {self.out / name}.log ends in\n{tail}")
         seconds = time.perf_counter() - begin
-        self.state["stages"][name] = {"command": shlex.join(["outpace", *words]), "seconds": seconds}
+        self.state["stages"][name] = {"command": command, "seconds": seconds}
         write_json(self._file, self.state)
 
 
@@ -221,8 +224,8 @@ def main(words: list[str] | None = None) -> None:
     add("--evaluate-args", default="", help="more flags of every outpace evaluate, as one word")
     args = parser.parse_args(words)
     args.args_of = dict(args.args_of)
-    # drafts that are trained later have the same baseline
-    settings = vars(args) | {"out": None, "drafts": None}
+    # drafts that are trained later have the same baseline; a stage's own flags are in its command
+    settings = vars(args) | {"out": None, "drafts": None, "args_of": None}
     stages = Stages(args.out, json.loads(json.dumps(settings, default=str)))
     reports = run_task(stages, args)
     text = table(args.out, reports)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from checkpoints import write_checkpoint
 from outpace.batch import Batch, Scheduled
@@ -463,7 +464,7 @@ def test_embeddings_learn_at_the_size_of_the_states_that_they_are_added_to() -> 
     usual = states.square().mean(-1).sqrt().median().item()
     assert embeddings["lr"] == pytest.approx(0.5 * usual, rel=0.3)
     size = module.weights["embeddings"].square().mean().sqrt().item()
-    assert size == pytest.approx(0.02 * usual, rel=0.5), "at first they hardly change a state"
+    assert size == pytest.approx(0.5 * usual, rel=0.5), "at first as well"
 
 
 def test_the_loss_of_streams_counts_as_much_as_the_run_says() -> None:
@@ -519,9 +520,11 @@ def test_what_an_anchor_learns_depends_neither_on_other_anchors_nor_on_other_doc
     assert [piece.rows for piece in module._lower(one_row).pieces] == [slice(0, len(one))]
 
 
-@pytest.mark.parametrize("mode", ["lossless", "shared"])
-def test_streams_are_taught_by_what_the_model_says_at_the_tokens_that_they_guess(mode: str) -> None:
-    module = trainable(mode=mode)
+@pytest.mark.parametrize(("mode", "tuned"), [("lossless", "all"), ("shared", "all"), ("shared", "streams")])
+def test_streams_are_taught_by_what_the_model_says_at_the_tokens_that_they_guess(
+    mode: str, tuned: str
+) -> None:
+    module = trainable(mode=mode, tuned_layers=tuned)
     batch = batch_of(module, [list(range(40, 70))])
     last = module._trunk.config.num_layers
     said = module._trunk.hidden_states(batch.token_ids, batch.positions, batch.documents, (last,))[last][0]
@@ -549,14 +552,22 @@ def test_the_early_exit_learns_which_drafted_tokens_come_true(
     assert probs[1].mean() < 0.2
 
 
-def test_shared_training_writes_a_model_and_streams_that_fit_it(plain: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuned", ["all", "streams"])
+def test_shared_training_writes_a_model_and_streams_that_fit_it(
+    tuned: str, plain: Any, tmp_path: Path
+) -> None:
     base = write_model(tmp_path / "base")
     trunk = Trunk.load(base, torch.float32)
-    module = trainable(trunk=trunk, path=base, mode="shared", lora_rank=16, adapters="all")
+    options: dict[str, Any] = {"mode": "shared", "lora_rank": 16, "adapters": "all", "tuned_layers": tuned}
+    module = trainable(trunk=trunk, path=base, **options)
     wanted = [ord("x"), *plain["greedy"][2]]  # the model itself would say something else
     batch = batch_of(module, [wanted])
     assert fit(module, batch)["next_loss"] < 0.3
     module.save(tmp_path / "tuned")
+    before, after = (load_file(of / "model.safetensors") for of in (base, tmp_path / "tuned"))
+    changed = {name.split(".")[2] for name, weight in before.items() if not torch.equal(weight, after[name])}
+    first = 0 if tuned == "all" else module._first
+    assert changed == {str(layer) for layer in range(first, trunk.config.num_layers)}
     settings: dict[str, Any] = {"dtype": "float32", "kernels": "reference", "max_num_seqs": 4}
     streams: dict[str, Any] = {
         "spec_method": "streaming",

@@ -48,13 +48,16 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
         tasks.main(words)
     with pytest.raises(SystemExit, match="was begun with"):
         tasks.main([*words, "--epochs", "9"])
+    with pytest.raises(SystemExit, match="lossless was made by"):
+        tasks.main([*words, "--args-of", "lossless=--lr 0.1"])
     broken.clear()
     del done[:-1]
-    tasks.main(words)
+    tasks.main([*words, "--args-of", "shared=--lr 0.1"])
     stages = json.loads((out / "stages.json").read_text())["stages"]
     assert list(stages) == ["baseline", "own", *(s for name in DRAFTS for s in (name, f"evaluate-{name}"))]
     assert "num_streams" in stages["lossless"]["command"]
     assert "num_streams" not in stages["shared"]["command"]
+    assert stages["shared"]["command"].endswith("--lr 0.1")
     assert [command[0] for command in done] == ["train", *(["train", "evaluate"] * 2)]
     assert len((out / "train.jsonl").read_text().splitlines()) == 30
     title, _, *lines = (out / "table.md").read_text().splitlines()

@@ -3,7 +3,9 @@
     lossless    α · Σ_j -log p(y_{t+1+j} | stream j of t)    adapters change stream rows, the model nothing
     shared      the same - log p(y_{t+1})                    adapters of all rows become part of the model
 
-In shared mode α (`stream_weight`) says how much of what the adapters learn is drafting.
+In shared mode α (`stream_weight`) says how much of what the adapters learn is drafting. `tuned_layers` says
+which layers have them: all as in the paper, or those that streams go through, for a model that is fine-tuned
+already: what it computes below them is worked out once, and an epoch takes a fraction of the time.
 
 A share `kl_weight` of a stream's loss is the divergence from what the model itself says at y_{t+1+j}.
 
@@ -46,7 +48,7 @@ _EXIT_EVERY = (
 _PIECE = (
     32  # anchors whose attention is worked out together: more hide more from each other, fewer are more calls
 )
-_FIRST_EMBEDDING = 0.02  # size of the embeddings at first, against the states that they are added to
+_FIRST_EMBEDDING = 0.5  # size of the embeddings at first, against the states that they are added to
 _SAMPLE = 64  # tokens whose states say how large such states are
 _FIRST_EXIT = (1.0, 0.1, 0.0)  # a, s and c at first: mostly what the stream says
 
@@ -66,6 +68,9 @@ class Settings(HeadSettings):
     exit_rank: int = setting(8, "Rank of the early exit; even")
     num_anchors: int = setting(128, "Positions of each row of a batch at which streams are trained")
     stream_weight: float = setting(0.1, "Weight of each stream's loss; that of the next token has 1")
+    tuned_layers: Literal["all", "streams"] = setting(
+        "all", "Layers that shared mode fine-tunes: all, or those that streams go through"
+    )
 
 
 @dataclass(frozen=True)
@@ -134,14 +139,18 @@ class Streaming(TrainableDraft):
         self.vocab: DraftVocab = run.draft_vocab(settings, trunk)
         self._head = self.vocab.rows(trunk.head_weight)  # [tokens, hidden]
         self._is_shared = settings.mode == "shared"
-        if not self._is_shared:  # there is no model to spoil
-            self.recipe = Recipe(lr=3e-3, schedule="linear")
         self._first = model.num_layers - self.config.num_stream_layers
-        # a frozen model's own rows are the same in every epoch, in all layers that streams go through
-        self.hidden_layers = () if self._is_shared else tuple(range(self._first, model.num_layers + 1))
+        # what frozen layers make of the model's own rows is the same in every epoch
+        first_tuned = 0 if settings.tuned_layers == "all" else self._first
+        if not self._is_shared:
+            self.hidden_layers = tuple(range(self._first, model.num_layers + 1))
+        elif first_tuned:
+            self.hidden_layers = (self._first,)
+        if self.hidden_layers:  # there is no whole model to spoil
+            self.recipe = Recipe(lr=3e-3, schedule="linear")
         shapes = self.config.weight_shapes(model)
         if self._is_shared:
-            shapes |= self.config.adapter_shapes(model, 0)
+            shapes |= self.config.adapter_shapes(model, first_tuned)
         generator = torch.Generator().manual_seed(run.seed)
         self._scale = _usual_size(trunk, self._first, generator)
         self.weights = torch.nn.ParameterDict(
@@ -213,16 +222,16 @@ class Streaming(TrainableDraft):
         return merged
 
     def _lower(self, batch: TrainBatch) -> _Rows:
-        """The model's own rows where streams begin: known, or in shared mode computed with the adapters."""
-        kept = batch.documents >= 0
-        states = self._trunk.embed(batch.token_ids) if self._is_shared else batch.hidden[self._first]
+        """The model's own rows where streams begin: known, or computed with the adapters of all layers."""
+        kept, is_known = batch.documents >= 0, self._first in batch.hidden
+        states = batch.hidden[self._first] if is_known else self._trunk.embed(batch.token_ids)
         of_rows = torch.arange(len(kept), device=kept.device).unsqueeze(1) * kept.shape[1] + batch.documents
         _, lengths = of_rows[kept].unique_consecutive(return_counts=True)
         ends = lengths.cumsum(0).tolist()
         documents = [slice(end - length, end) for end, length in zip(ends, lengths.tolist(), strict=True)]
         positions = batch.positions[kept]
         main = _Rows(states[kept], positions, [_Piece(of, of, positions[of]) for of in documents])
-        for layer in range(self._first if self._is_shared else 0):
+        for layer in range(0 if is_known else self._first):
             self._step(layer, main)
         return main
 
