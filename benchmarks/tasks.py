@@ -118,7 +118,8 @@ def run_task(stages: Stages, args: argparse.Namespace) -> dict[str, dict[str, An
     tuned = ["--data", data, "--epochs", str(args.epochs), *model]
     baseline = train(stages, args, "baseline", ["finetune", *tuned])
     own = out / "own.jsonl.gz"
-    words = ["distill", "--model", str(baseline), "--data", data, "--out", str(own)]
+    prompts = str(first_rows(args.train, out / "prompts.jsonl", args.draft_rows)) if args.draft_rows else data
+    words = ["distill", "--model", str(baseline), "--data", prompts, "--out", str(own)]
     words += ["--max-tokens", str(args.max_tokens)]
     stages.run("own", words, own, own.with_name(own.name + ".json"))
     for_baseline = ["--model", str(baseline), "--data", str(own), "--epochs", str(args.draft_epochs)]
@@ -207,6 +208,7 @@ def main(words: list[str] | None = None) -> None:
     add("--out", type=Path, required=True, help="where everything is written")
     add("--model", help="what is fine-tuned; the default model if not given")
     add("--rows", type=int, help="only the first so many of --train")
+    add("--draft-rows", type=int, help="the same of prompts that drafts learn from; as --rows if not given")
     add("--epochs", type=int, default=3, help="of baseline and shared")
     add("--draft-epochs", type=int, default=3, help="of the others")
     add("--drafts", nargs="+", choices=_DRAFTS, default=list(_DRAFTS), help="which of them, in this order")

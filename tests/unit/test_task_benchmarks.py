@@ -38,7 +38,7 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
     words = ["--train", data, "--valid", data, "--quality", "exact_match", "--out", str(out), "--rows", "30"]
     words += ["--model", str(write_model(tmp_path / "model")), "--train-args", TRAIN, "--max-tokens", "8"]
     words += ["--evaluate-args", "--spec-policy fixed --num-threads 1", "--num-prompts", "3"]
-    words += ["--args-of", "lossless=--settings '{\"num_streams\": 2}'"]
+    words += ["--draft-rows", "35", "--args-of", "lossless=--settings '{\"num_streams\": 2}'"]
     tasks.main([*words, "--drafts", "lossless"])
     base, alone = (line.split(" | ") for line in (out / "table.md").read_text().splitlines()[2:4])
     assert (base[0], alone[0]) == ("| baseline", "| streaming, lossless")
@@ -60,6 +60,7 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
     assert stages["shared"]["command"].endswith("--lr 0.1")
     assert [command[0] for command in done] == ["train", *(["train", "evaluate"] * 2)]
     assert len((out / "train.jsonl").read_text().splitlines()) == 30
+    assert json.loads((out / "own.jsonl.gz.json").read_text())["num_done"] == 35
     title, _, *lines = (out / "table.md").read_text().splitlines()
     assert title.startswith(
         "|  | exact_match | tokens per pass | speed-up at 1 | speed-up at 8 | of TPOT at 1 | of TPOT at 8 |"
