@@ -118,7 +118,8 @@ def run_task(stages: Stages, args: argparse.Namespace) -> dict[str, dict[str, An
     tuned = ["--data", data, "--epochs", str(args.epochs), *model]
     baseline = train(stages, args, "baseline", ["finetune", *tuned])
     own = out / "own.jsonl.gz"
-    prompts = str(first_rows(args.train, out / "prompts.jsonl", args.draft_rows)) if args.draft_rows else data
+    num_prompts = args.draft_rows
+    prompts = data if num_prompts is None else str(first_rows(args.train, out / "prompts.jsonl", num_prompts))
     words = ["distill", "--model", str(baseline), "--data", prompts, "--out", str(own)]
     words += ["--max-tokens", str(args.max_tokens)]
     stages.run("own", words, own, own.with_name(own.name + ".json"))
