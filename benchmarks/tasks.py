@@ -226,6 +226,9 @@ def main(words: list[str] | None = None) -> None:
     )
     add("--evaluate-args", default="", help="more flags of every outpace evaluate, as one word")
     args = parser.parse_args(words)
+    for name in ("rows", "draft_rows"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {number}")
     args.args_of = dict(args.args_of)
     # drafts that are trained later have the same baseline; a stage's own flags are in its command
     settings = vars(args) | {"out": None, "drafts": None, "args_of": None}

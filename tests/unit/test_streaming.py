@@ -478,6 +478,8 @@ def test_training_that_makes_no_sense_is_refused(setting: dict[str, Any]) -> Non
     [(name, value)] = setting.items()
     with pytest.raises(ConfigError, match=f"{name} of streaming must be .*, got {value}"):
         trainable(**setting)
+    with pytest.raises(ConfigError, match="tuned_layers streams of streaming needs mode shared"):
+        trainable(tuned_layers="streams")
 
 
 def test_in_lossless_training_the_model_stays_as_it_is(plain: Any) -> None:

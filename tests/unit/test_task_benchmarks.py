@@ -48,6 +48,8 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
         tasks.main(words)
     with pytest.raises(SystemExit, match="was begun with"):
         tasks.main([*words, "--epochs", "9"])
+    with pytest.raises(SystemExit, match="2"):
+        tasks.main([*words, "--draft-rows", "-1"])
     with pytest.raises(SystemExit, match="lossless was made by"):
         tasks.main([*words, "--args-of", "lossless=--lr 0.1"])
     broken.clear()

@@ -127,6 +127,10 @@ class Streaming(TrainableDraft):
             raise ConfigError(f"layer_share of streaming must be in (0, 1), got {settings.layer_share}")
         if settings.stream_weight <= 0:
             raise ConfigError(f"stream_weight of streaming must be above 0, got {settings.stream_weight}")
+        if settings.mode == "lossless" and settings.tuned_layers != "all":
+            raise ConfigError(
+                f"tuned_layers {settings.tuned_layers} of streaming needs mode shared: lossless tunes no layer"
+            )
         self.config = StreamConfig(
             num_streams=settings.num_streams,
             num_stream_layers=max(1, round(settings.layer_share * model.num_layers)),
