@@ -129,7 +129,7 @@ class Streaming(TrainableDraft):
             raise ConfigError(f"stream_weight of streaming must be above 0, got {settings.stream_weight}")
         if settings.mode == "lossless" and settings.tuned_layers != "all":
             raise ConfigError(
-                f"tuned_layers {settings.tuned_layers} of streaming needs mode shared: lossless tunes no layer"
+                f"tuned_layers {settings.tuned_layers} of streaming needs mode shared, lossless tunes none"
             )
         self.config = StreamConfig(
             num_streams=settings.num_streams,
