@@ -220,7 +220,9 @@ class _Training:
         self._batches = self._plan()
         recipe = trained.recipe
         optimizer = torch.optim.AdamW(
-            trained.groups(config.lr or recipe.lr), weight_decay=recipe.weight_decay
+            trained.groups(config.lr or recipe.lr),
+            weight_decay=recipe.weight_decay,
+            fused=True,  # one pass over the weights: a fifth of the time where all of a model is trained
         )
         # stepped by the loop and not by accelerate, whose own would count processes
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
