@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from outpace.models.config import ModelConfig
 from outpace.models.convert import hugging_face_config
 from outpace.models.decoder import rope_table
 from outpace.models.hub import resolve_model
 from outpace.models.loader import load_config, load_weights
+
+_ATTENTION = "outpace_documents"
 
 
 class Trunk:
@@ -48,7 +50,7 @@ class Trunk:
             self.model = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(settings.pop("model_type"), **settings),
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=_ATTENTION,
             )
         head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
         placed = {name: weight.to(self.device, dtype) for name, weight in weights.items()}
@@ -81,31 +83,36 @@ class Trunk:
         return F.embedding(token_ids, self.model.model.embed_tokens.weight)
 
     def layers(
-        self, hidden: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, first: int, last: int
+        self, hidden: torch.Tensor, positions: torch.Tensor, lengths: Sequence[int], first: int, last: int
     ) -> torch.Tensor:
         """Runs layers [first, last).
 
         Args:
-            hidden: [batch, rows, hidden], the residual stream that enters layer `first`.
-            positions: [batch, rows] int64.
-            mask: [batch, 1, rows, rows] bool: which rows (last) each row attends to. Sliding windows are cut
-                out of it by position here.
+            hidden: [rows, hidden], the residual stream that enters layer `first`: documents one after the
+                other. Each row attends to those of its document up to itself.
+            positions: [rows] int64, rising by one within each document.
+            lengths: Rows of each document.
             first: The first layer.
             last: The layer after the last one.
 
         Returns:
-            [batch, rows, hidden], the residual stream that enters layer `last`.
+            [rows, hidden], the residual stream that enters layer `last`.
         """
-        rotation = self._cos[positions], self._sin[positions]
-        distance = positions[:, None, :, None] - positions[:, None, None, :]
+        rotation = self._cos[positions][None], self._sin[positions][None]
         windows = self.config.sliding_windows or (None,) * self.config.num_layers
-        masks: dict[int | None, torch.Tensor] = {}  # by window, as they are added to scores
+        masks: dict[int | None, list[torch.Tensor | None]] = {}
+        hidden = hidden[None]
         for layer, window in zip(self.model.model.layers[first:last], windows[first:last], strict=True):
             if window not in masks:
-                seen = mask if window is None else mask & (distance < window)
-                masks[window] = torch.zeros_like(seen, dtype=hidden.dtype).masked_fill_(~seen, -torch.inf)
-            hidden = layer(hidden, attention_mask=masks[window], position_embeddings=rotation)
-        return hidden
+                masks[window] = [_window_mask(length, window, hidden) for length in lengths]
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_embeddings=rotation,
+                lengths=lengths,
+                masks=masks[window],
+            )
+        return hidden[0]
 
     def norm(self, hidden: torch.Tensor) -> torch.Tensor:
         """The final norm."""
@@ -132,18 +139,74 @@ class Trunk:
         Returns:
             For each of `layers` [batch, rows, hidden].
         """
-        mask = document_mask(positions, documents)
-        hidden, states, done = self.embed(token_ids), {}, 0
+        kept, lengths = documents >= 0, document_lengths(documents)
+        hidden, positions = self.embed(token_ids[kept]), positions[kept]
+        states, done = {}, 0
         for layer in sorted(layers):
-            hidden, done = self.layers(hidden, positions, mask, done, layer), layer
-            states[layer] = self.norm(hidden) if layer == self.config.num_layers else hidden
+            hidden, done = self.layers(hidden, positions, lengths, done, layer), layer
+            of_layer = self.norm(hidden) if layer == self.config.num_layers else hidden
+            states[layer] = of_layer.new_zeros(*kept.shape, of_layer.shape[-1])
+            states[layer][kept] = of_layer
         return states
 
 
-def document_mask(positions: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    """[batch, 1, rows, rows] bool: each row attends to those of its document up to itself."""
-    same = documents[:, None, :, None] == documents[:, None, None, :]
-    return same & (positions[:, None, None, :] <= positions[:, None, :, None])
+def _window_mask(length: int, window: int | None, like: torch.Tensor) -> torch.Tensor | None:
+    """What is added to the scores of a document; None if each of its rows attends to all before it."""
+    if window is None or length <= window:
+        return None
+    place = torch.arange(length, device=like.device)
+    distance = place.unsqueeze(1) - place
+    mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_((distance < 0) | (distance >= window), -torch.inf)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    lengths: Sequence[int],
+    masks: Sequence[torch.Tensor | None],
+    scaling: float,
+    **of_model: object,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers asks for it, by document: what a mask over all would hide is not computed.
+
+    Args:
+        module: The layer's, not needed.
+        query: [1, heads, rows, head_dim].
+        key: [1, key heads, rows, head_dim].
+        value: The same.
+        attention_mask: None, `masks` tells it.
+        lengths: Rows of each document.
+        masks: Of each document, from `_window_mask`.
+        scaling: Of scores.
+        of_model: What a model says beyond that: dropout, which is 0, and the window, which is in `masks`.
+
+    Returns:
+        [1, rows, heads, head_dim], and no weights.
+    """
+    num_groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(num_groups, 1) for x in (key, value))
+    parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), masks, strict=True)
+    mixed = [
+        F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
+        for q, k, v, mask in parts
+    ]
+    return torch.cat(mixed, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(_ATTENTION, _attend)
+
+
+def document_lengths(documents: torch.Tensor) -> list[int]:
+    """Of packed rows ([batch, rows] int64, -1 at padding): tokens of each document, in order."""
+    row = torch.arange(len(documents), device=documents.device).unsqueeze(1)
+    apart = row * documents.shape[1] + documents
+    lengths: list[int] = apart[documents >= 0].unique_consecutive(return_counts=True)[1].tolist()
+    return lengths
 
 
 def load_trunk(model: str | None, dtype: torch.dtype, device: torch.device | str) -> Trunk:

@@ -25,7 +25,7 @@ from outpace.models.draft_checkpoint import embedding_checksum, write_draft
 from outpace.models.draft_vocab import DraftVocab
 from outpace.training.losses import Teacher, draft_loss
 from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, section
-from outpace.training.trunk import Trunk, document_mask
+from outpace.training.trunk import Trunk, document_lengths
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class DraftModel(TrainableDraft):
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross entropy of the next token, and how far its distribution is from the target's."""
         trunk, small = self._trunk, self._small
-        mask = document_mask(batch.positions, batch.documents)
+        kept = batch.documents >= 0
         is_low = trunk.dtype is torch.bfloat16
         with torch.autocast(trunk.device.type, dtype=torch.bfloat16, enabled=is_low):
-            hidden = trunk.embed(batch.token_ids).float()
-            hidden = small.layers(hidden, batch.positions, mask, 0, small.config.num_layers)
-        targets, valid = batch.future(0)
-        said, wanted = self.norm(hidden[valid]), batch.hidden[trunk.config.num_layers][valid]
+            hidden, lengths = trunk.embed(batch.token_ids[kept]).float(), document_lengths(batch.documents)
+            hidden = small.layers(hidden, batch.positions[kept], lengths, 0, small.config.num_layers)
+        targets, valid = (of[kept] for of in batch.future(0))
+        said, wanted = self.norm(hidden[valid]), batch.hidden[trunk.config.num_layers][kept][valid]
         teacher = Teacher(wanted, self._head, self._settings.kl_weight)
         loss, right = draft_loss(said, self._head, self.vocab, targets[valid], teacher=teacher)
         count = max(1, int(valid.sum()))

@@ -16,7 +16,7 @@ from outpace.models.convert import write_model
 from outpace.models.tokenizer import load_tokenizer
 from outpace.training.losses import head_loss
 from outpace.training.method import Recipe, Run, Trainable, TrainBatch
-from outpace.training.trunk import Trunk, document_mask
+from outpace.training.trunk import Trunk, document_lengths
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Finetune(Trainable):
     def loss(self, batch: TrainBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Cross entropy of the next token."""
         tuned, dtype = self._tuned, self._trunk.dtype
-        mask = document_mask(batch.positions, batch.documents)
+        kept = batch.documents >= 0
         is_low = dtype is torch.bfloat16
         with torch.autocast(tuned.device.type, dtype=torch.bfloat16, enabled=is_low):
-            hidden = tuned.embed(batch.token_ids)
-            hidden = tuned.layers(hidden, batch.positions, mask, 0, tuned.config.num_layers)
-        targets, valid = batch.future(0)
+            hidden, lengths = tuned.embed(batch.token_ids[kept]), document_lengths(batch.documents)
+            hidden = tuned.layers(hidden, batch.positions[kept], lengths, 0, tuned.config.num_layers)
+        targets, valid = (of[kept] for of in batch.future(0))
         head = self._ends()[-1].to(dtype)
         found = head_loss(self.norm(hidden[valid]), head, targets[valid])
         count = max(1, int(valid.sum()))

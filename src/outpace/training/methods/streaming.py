@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ from outpace.models.streams import TARGETS, StreamConfig, exit_logits
 from outpace.models.tokenizer import load_tokenizer
 from outpace.training.losses import Teacher, draft_loss, head_loss
 from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, draw, section
-from outpace.training.trunk import Trunk
+from outpace.training.trunk import Trunk, document_lengths
 
 _EXIT_EVERY = (
     4  # of the anchors the early exit learns from one: it is small, and their drafts cost a head each
@@ -229,10 +230,10 @@ class Streaming(TrainableDraft):
         """The model's own rows where streams begin: known, or computed with the adapters of all layers."""
         kept, is_known = batch.documents >= 0, self._first in batch.hidden
         states = batch.hidden[self._first] if is_known else self._trunk.embed(batch.token_ids)
-        of_rows = torch.arange(len(kept), device=kept.device).unsqueeze(1) * kept.shape[1] + batch.documents
-        _, lengths = of_rows[kept].unique_consecutive(return_counts=True)
-        ends = lengths.cumsum(0).tolist()
-        documents = [slice(end - length, end) for end, length in zip(ends, lengths.tolist(), strict=True)]
+        lengths = document_lengths(batch.documents)
+        documents = [
+            slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)
+        ]
         positions = batch.positions[kept]
         main = _Rows(states[kept], positions, [_Piece(of, of, positions[of]) for of in documents])
         for layer in range(0 if is_known else self._first):
