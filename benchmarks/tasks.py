@@ -231,8 +231,8 @@ def main(words: list[str] | None = None) -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {number}")
     args.args_of = dict(args.args_of)
     # drafts that are trained later have the same baseline; a stage's own flags are in its command
-    settings = vars(args) | {"out": None, "drafts": None, "args_of": None}
-    stages = Stages(args.out, json.loads(json.dumps(settings, default=str)))
+    # what else makes a difference is in the commands of the stages
+    stages = Stages(args.out, {name: str(getattr(args, name)) for name in ("train", "rows", "draft_rows")})
     reports = run_task(stages, args)
     text = table(args.out, reports)
     (args.out / "table.md").write_text(text, encoding="utf-8")

@@ -47,6 +47,8 @@ def test_a_task_is_done_stage_by_stage_and_an_interrupted_one_goes_on(
     with pytest.raises(SystemExit, match="redrafter failed"):
         tasks.main(words)
     with pytest.raises(SystemExit, match="was begun with"):
+        tasks.main([*words, "--rows", "29"])
+    with pytest.raises(SystemExit, match="baseline was made by"):
         tasks.main([*words, "--epochs", "9"])
     with pytest.raises(SystemExit, match="2"):
         tasks.main([*words, "--draft-rows", "-1"])

@@ -43,12 +43,8 @@ from outpace.training.losses import Teacher, draft_loss, head_loss
 from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, draw, section
 from outpace.training.trunk import Trunk, document_lengths
 
-_EXIT_EVERY = (
-    4  # of the anchors the early exit learns from one: it is small, and their drafts cost a head each
-)
-_PIECE = (
-    32  # anchors whose attention is worked out together: more hide more from each other, fewer are more calls
-)
+_EXIT_EVERY = 4  # of the anchors one teaches the early exit: it is small, and their drafts cost a head each
+_PIECE = 32  # anchors whose attention is computed at once: more hide more from each other, few are slow
 _FIRST_EMBEDDING = 0.5  # size of the embeddings at first, against the states that they are added to
 _SAMPLE = 64  # tokens whose states say how large such states are
 _FIRST_EXIT = (1.0, 0.1, 0.0)  # a, s and c at first: mostly what the stream says
