@@ -140,7 +140,7 @@ def said_in_training(module: training.Streaming, tokens: list[int]) -> torch.Ten
     main = module._lower(batch)
     streams = module._start(main, torch.tensor([len(tokens) - 1]))
     with torch.no_grad():
-        module._upper(batch, main, streams)
+        module._upper(batch, main, streams, torch.ones(len(tokens), dtype=torch.bool))
     return module._trunk.norm(streams.hidden)
 
 
@@ -531,9 +531,39 @@ def test_streams_are_taught_by_what_the_model_says_at_the_tokens_that_they_guess
     last = module._trunk.config.num_layers
     said = module._trunk.hidden_states(batch.token_ids, batch.positions, batch.documents, (last,))[last][0]
     main, anchors = module._lower(batch), torch.tensor([4, 20])
-    module._upper(batch, main, module._start(main, anchors))
+    module._upper(batch, main, module._start(main, anchors), torch.arange(30) >= 4)
     taught = module._teacher(main, anchors).hidden.view(2, 3, -1)
     torch.testing.assert_close(taught, torch.stack([said[5:8], said[21:24]]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "qwen2-sliding"])
+def test_what_the_last_layer_makes_of_prompts_is_not_needed_to_learn_the_same(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = Trunk.load(write_checkpoint(tmp_path, variant), torch.float32)
+    options: dict[str, Any] = {"mode": "shared", "tuned_layers": "streams", "adapters": "all"}
+    module = trainable(trunk=trunk, layer_share=0.34, **options)
+    token_ids = torch.arange(3, 93).view(2, 45)
+    places = torch.arange(45).expand(2, 45)
+    positions, documents = places % 20, places // 20
+    hidden = trunk.hidden_states(token_ids, positions, documents, module.hidden_layers)
+    batch = TrainBatch(token_ids, positions, documents, positions >= 12, hidden)  # of the last only prompts
+
+    def learnt() -> dict[str, torch.Tensor]:
+        module.zero_grad()
+        loss, _ = module.loss(batch)
+        loss.backward()
+        return {
+            name: weight.grad.clone() for name, weight in module.weights.items() if weight.grad is not None
+        }
+
+    found, upper = learnt(), module._upper
+    monkeypatch.setattr(module, "_upper", lambda *of: upper(*of[:-1], torch.ones_like(of[-1])))
+    expected = learnt()
+    assert found.keys() == expected.keys()
+    assert any(float(gradient.abs().max()) > 0 for name, gradient in found.items() if "lora_B" in name)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_early_exit_learns_which_drafted_tokens_come_true(

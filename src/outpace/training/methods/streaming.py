@@ -180,7 +180,7 @@ class Streaming(TrainableDraft):
         num = self._settings.num_anchors * len(batch.token_ids)
         anchors = draw(futures[1][1], num, batch, self._run.seed).nonzero().squeeze(1)  # rising
         streams = self._start(main, anchors)
-        self._upper(batch, main, streams)
+        self._upper(batch, main, streams, futures[0][1])
         said = self._trunk.norm(streams.hidden).unflatten(0, (len(anchors), -1))  # [anchors, γ, hidden]
         targets, valid = (
             torch.stack([of[anchors] for of in each], 1) for each in zip(*futures[1:], strict=True)
@@ -260,27 +260,46 @@ class Streaming(TrainableDraft):
                 streams.pieces.append(_Piece(rows, tokens, seen, _added(may_see, hidden.dtype)))
         return streams
 
-    def _upper(self, batch: TrainBatch, main: _Rows, streams: _Rows) -> None:
-        """Takes streams through the layers that they go through, beside the model's own rows."""
-        kept = batch.documents >= 0
-        for layer in range(self._first, self._trunk.config.num_layers):
-            self._step(layer, main, streams)
+    def _upper(self, batch: TrainBatch, main: _Rows, streams: _Rows, answers: torch.Tensor) -> None:
+        """Takes streams through the layers that they go through, beside the model's own rows.
+
+        Args:
+            batch: What is learnt from.
+            main: The model's own rows where streams begin.
+            streams: The streams.
+            answers: [rows] bool, the model's rows whose next token is its answer. Of a prompt's rows the last
+                layer computes keys and values alone.
+        """
+        kept, last = batch.documents >= 0, self._trunk.config.num_layers - 1
+        for layer in range(self._first, last + 1):
+            self._step(layer, main, streams, answers if layer == last else None)
             if not self._is_shared:
                 main.hidden = batch.hidden[layer + 1][kept]
 
-    def _step(self, index: int, main: _Rows, streams: _Rows | None = None) -> None:
-        """Takes rows through a layer; in lossless mode streams alone, past the model's own."""
+    def _step(
+        self, index: int, main: _Rows, streams: _Rows | None = None, answers: torch.Tensor | None = None
+    ) -> None:
+        """Takes rows through a layer; in lossless mode streams alone, past the model's own.
+
+        Args:
+            index: The layer.
+            main: The model's own rows.
+            streams: The streams.
+            answers: [rows] bool, those of the model's own that are taken through; all if None.
+        """
         layer = self._trunk.model.model.layers[index]
         x = layer.input_layernorm(main.hidden)
-        if self._is_shared:
-            q, k, v = self._heads("qkv", index, x, main.positions, True)
+        k, v = self._heads("kv", index, x, main.positions, self._is_shared)
+        if self._is_shared:  # what else a frozen model computes is known
+            taken = main if answers is None else _part(main, answers)
+            x = x if answers is None else x[answers]
+            (q,) = self._heads("q", index, x, taken.positions, True)
             mixed = [
-                self._attend(index, main, piece, q, k[:, piece.tokens], v[:, piece.tokens])
-                for piece in main.pieces
+                self._attend(index, taken, piece, q, k[:, piece.tokens], v[:, piece.tokens])
+                for piece in taken.pieces
             ]
-            main.hidden = self._finish(index, main, torch.cat(mixed), True)
-        else:  # what else a frozen model computes is known
-            k, v = self._heads("kv", index, x, main.positions, False)
+            done = self._finish(index, taken, torch.cat(mixed), True)
+            main.hidden = done if answers is None else main.hidden.masked_scatter(answers[:, None], done)
         if streams is not None:
             x = layer.input_layernorm(streams.hidden)
             q, *own = self._heads("qkv", index, x, streams.positions, True)
@@ -431,6 +450,17 @@ class Streaming(TrainableDraft):
         """Mean cross entropy of the next token."""
         hidden = self._trunk.norm(main.hidden[valid])
         return head_loss(hidden, self._trunk.head_weight, targets[valid]).loss / max(1, len(hidden))
+
+
+def _part(rows: _Rows, kept: torch.Tensor) -> _Rows:
+    """Some of a model's own rows ([rows] bool), which attend to all of their documents up to themselves."""
+    part, end = _Rows(rows.hidden[kept], rows.positions[kept], []), 0
+    for document in rows.pieces:
+        begin, end = end, end + int(kept[document.rows].sum())
+        may_see = document.seen <= part.positions[begin:end, None]
+        mask = _added(may_see, rows.hidden.dtype)
+        part.pieces.append(_Piece(slice(begin, end), document.tokens, document.seen, mask))
+    return part
 
 
 def _added(may_see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
