@@ -230,8 +230,7 @@ def main(words: list[str] | None = None) -> None:
         if (number := getattr(args, name)) is not None and number < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {number}")
     args.args_of = dict(args.args_of)
-    # drafts that are trained later have the same baseline; a stage's own flags are in its command
-    # what else makes a difference is in the commands of the stages
+    # all else that makes a difference is in the commands of the stages
     stages = Stages(args.out, {name: str(getattr(args, name)) for name in ("train", "rows", "draft_rows")})
     reports = run_task(stages, args)
     text = table(args.out, reports)

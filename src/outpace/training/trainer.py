@@ -222,7 +222,7 @@ class _Training:
         optimizer = torch.optim.AdamW(
             trained.groups(config.lr or recipe.lr),
             weight_decay=recipe.weight_decay,
-            fused=True,  # one pass over the weights: a fifth of the time where all of a model is trained
+            fused=True,  # one pass over the weights, which counts where they are a whole model's
         )
         # stepped by the loop and not by accelerate, whose own would count processes
         self._schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -100,7 +100,7 @@ class Trunk:
         """
         rotation = self._cos[positions][None], self._sin[positions][None]
         windows = self.config.sliding_windows or (None,) * self.config.num_layers
-        masks: dict[int | None, list[torch.Tensor | None]] = {}
+        masks: dict[int | None, list[torch.Tensor | None]] = {}  # by window, of each document
         hidden = hidden[None]
         for layer, window in zip(self.model.model.layers[first:last], windows[first:last], strict=True):
             if window not in masks:
@@ -156,8 +156,12 @@ def _window_mask(length: int, window: int | None, like: torch.Tensor) -> torch.T
         return None
     place = torch.arange(length, device=like.device)
     distance = place.unsqueeze(1) - place
-    mask = torch.zeros(length, length, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_((distance < 0) | (distance >= window), -torch.inf)
+    return added_mask((distance >= 0) & (distance < window), like.dtype)
+
+
+def added_mask(may_see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as it is added to scores; torch would turn one of bool into it in every layer anew."""
+    return torch.zeros(may_see.shape, dtype=dtype, device=may_see.device).masked_fill_(~may_see, -torch.inf)
 
 
 def _attend(

@@ -41,7 +41,7 @@ from outpace.models.streams import TARGETS, StreamConfig, exit_logits
 from outpace.models.tokenizer import load_tokenizer
 from outpace.training.losses import Teacher, draft_loss, head_loss
 from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, draw, section
-from outpace.training.trunk import Trunk, document_lengths
+from outpace.training.trunk import Trunk, added_mask, document_lengths
 
 _EXIT_EVERY = 4  # of the anchors one teaches the early exit: it is small, and their drafts cost a head each
 _PIECE = 32  # anchors whose attention is computed at once: more hide more from each other, few are slow
@@ -257,7 +257,7 @@ class Streaming(TrainableDraft):
                 among = (place // gamma == place.unsqueeze(1) // gamma) & (place <= place.unsqueeze(1))
                 may_see = torch.cat((before.repeat_interleave(gamma, 0), among), 1)
                 seen = torch.cat((main.positions[tokens], positions[rows]))
-                streams.pieces.append(_Piece(rows, tokens, seen, _added(may_see, hidden.dtype)))
+                streams.pieces.append(_Piece(rows, tokens, seen, added_mask(may_see, hidden.dtype)))
         return streams
 
     def _upper(self, batch: TrainBatch, main: _Rows, streams: _Rows, answers: torch.Tensor) -> None:
@@ -357,7 +357,7 @@ class Streaming(TrainableDraft):
         window = config.sliding_windows[index] if config.sliding_windows else None
         if window is not None:
             distance = rows.positions[piece.rows].unsqueeze(1) - piece.seen
-            inside = _added((distance >= 0) & (distance < window), q.dtype)
+            inside = added_mask((distance >= 0) & (distance < window), q.dtype)
             mask = inside if mask is None else inside + mask
         # repeated here and not by torch, whose fast kernels take a mask or fewer key heads but not both
         k, v = (x.repeat_interleave(config.num_heads // config.num_kv_heads, 0)[None] for x in (k, v))
@@ -458,14 +458,9 @@ def _part(rows: _Rows, kept: torch.Tensor) -> _Rows:
     for document in rows.pieces:
         begin, end = end, end + int(kept[document.rows].sum())
         may_see = document.seen <= part.positions[begin:end, None]
-        mask = _added(may_see, rows.hidden.dtype)
+        mask = added_mask(may_see, rows.hidden.dtype)
         part.pieces.append(_Piece(slice(begin, end), document.tokens, document.seen, mask))
     return part
-
-
-def _added(may_see: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mask as it is added to scores; torch would turn one of bool into it in every layer anew."""
-    return torch.zeros(may_see.shape, dtype=dtype, device=may_see.device).masked_fill_(~may_see, -torch.inf)
 
 
 @torch.no_grad()
