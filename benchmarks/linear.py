@@ -12,11 +12,14 @@ import argparse
 import json
 import statistics
 import time
+from functools import partial
+from typing import Any
 
 import torch
 
 from outpace.config import num_cores
 from outpace.kernels import Linear, load_kernels
+from outpace.kernels.linear import packed_linear
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))  # of a layer: [out, in]
 NUM_LAYERS = 30
@@ -45,14 +48,14 @@ def main() -> None:
         [torch.randn(shape).mul(0.05).to(torch.bfloat16) for shape in SHAPES] for _ in range(NUM_LAYERS)
     ]
     result: dict[str, dict[int, float]] = {}
-    for name in ("native", "reference"):
-        kernels = load_kernels(
-            name, torch.bfloat16, head_dim=64, widths=(576, 1536), num_threads=args.num_threads
-        )
-        layers = [[kernels.linear(weight) for weight in layer] for layer in weights]
+    sizes: dict[str, Any] = {"head_dim": 64, "widths": (576, 1536), "num_threads": args.num_threads}
+    kernels = load_kernels("native", torch.bfloat16, **sizes)
+    for name, make in (("native", kernels.linear), ("oneDNN", partial(packed_linear, bias=None))):
+        torch.set_num_threads(1 if name == "native" else args.num_threads)
+        layers = [[make(weight) for weight in layer] for layer in weights]
         result[name] = {rows: round(milliseconds(layers, rows, args.repeat), 2) for rows in args.rows}
     for rows in args.rows:
-        ours, theirs = (result[name][rows] for name in ("native", "reference"))
+        ours, theirs = (result[name][rows] for name in ("native", "oneDNN"))
         print(f"{rows:4} rows: {ours:7.2f} ms, oneDNN {theirs:7.2f} ms, ratio {theirs / ours:.2f}")
     print(json.dumps({"num_threads": args.num_threads, **result}))
 

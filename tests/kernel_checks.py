@@ -177,6 +177,7 @@ def linear_rows_have_the_same_bits(
     """A row of a linear layer has the same bits whatever rows there are before and behind it."""
     linear = kernels.linear(random_like(*shape, dtype=dtype, device=device))
     x = random_like(130, shape[1], dtype=dtype, seed=1, device=device)
+    x[::3] *= 1e-38  # some processors' instructions take such numbers for 0
     whole = linear(x)
     for rows in counts:
         assert torch.equal(linear(x[:rows].contiguous()), whole[:rows]), f"{rows} rows"

@@ -161,7 +161,7 @@ def test_row_kernels_agree_with_the_reference(name: Name, rows: int, dtype: torc
     checks.row_kernels_agree(backend(name, dtype), dtype, rows)
 
 
-SHAPES = [(48, 64), (960, 576), (576, 1536), (1000, 2048)]
+SHAPES = [(48, 64), (80, 48), (960, 576), (576, 1536), (1000, 2048)]
 COUNTS = (1, 2, 3, 5, 8, 12, 13, 16, 17, 33, 64, 100, 129)
 LINEARS: list[Any] = [
     *(
@@ -181,10 +181,28 @@ def test_a_linear_row_has_the_same_bits_in_any_batch(
     checks.linear_rows_have_the_same_bits(backend(name, dtype), dtype, shape, counts)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_amx_too_a_linear_row_has_the_same_bits_in_any_batch(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native.may_use_amx():
+        pytest.skip("this machine has no AMX: the test above is this one")
+    monkeypatch.setattr(native, "may_use_amx", lambda: False)
+    kernels = backend("native", torch.bfloat16)
+    checks.linear_rows_have_the_same_bits(kernels, torch.bfloat16, shape, COUNTS)
+    checks.linear_agrees_with_the_exact_product(kernels, torch.bfloat16, shape, has_bias=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("native", (48, 64)), ("native", (1000, 576)), ("native", (576, 1536)), ("triton", (130, 1100))],
+    [
+        ("native", (48, 64)),
+        ("native", (80, 48)),
+        ("native", (1000, 576)),
+        ("native", (576, 1536)),
+        ("triton", (130, 1100)),
+    ],
 )
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_linear_layer_agrees_with_the_exact_product(

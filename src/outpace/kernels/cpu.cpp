@@ -7,7 +7,7 @@
 //      chunks of kChunk positions in order; a linear layer's inputs in order.
 //
 // Portable C++17 with the vector extensions of GCC and Clang: 16 floats are one AVX-512 register, two AVX
-// ones or four NEON ones. Intrinsics only for the bf16 dot product where there is a fast one (`dot_group`), and
+// ones or four NEON ones. Intrinsics only for bf16 products where there are fast ones (`dot_group`, AMX), and
 // where GCC makes five instructions of a conversion that is one. Plain torch references with the same
 // signatures: reference.py.
 //
@@ -32,6 +32,9 @@
 
 #ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(USE_AMX) && !defined(__AMX_BF16__)
+#undef USE_AMX  // this compiler does not know it
 #endif
 #ifdef __linux__
 #include <sched.h>
@@ -424,6 +427,16 @@ void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const 
   }
 }
 
+// body(panel, next) for each panel; `next` is the one that its thread will claim then, others working on ranges between.
+// The less a panel takes, in tiles of rows or the like, the more claiming it would cost: `most` are claimed at once.
+template <typename Body>
+void for_panels(int outputs, int most, const Body& body) {
+  Team::instance().run((outputs + kPanel - 1) / kPanel, most, [&](int begin, int end) {
+    const int behind = begin - 1 - (end - begin) * (Team::instance().threads() - 1);
+    for (int panel = end - 1; panel >= begin; panel--) body(panel, std::max(panel > begin ? panel - 1 : behind, 0));
+  });
+}
+
 template <typename Scalar>
 void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bias, int rows, int inputs, int outputs) {
   using Tile = void (*)(Scalar*, const Laid<Scalar>*, const Scalar*, const Scalar*, const Scalar*, int, int64_t, int);
@@ -444,22 +457,144 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
       for (int r = 0; r < tile_rows; r++)
         for (int i = 0; i < kGroup<Scalar>; i++) lay(to++, from[int64_t(r) * inputs + g * kGroup<Scalar> + i]);
   });
-  // The fewer rows the less a panel takes, and the more claiming it would cost.
-  const int most_panels = std::max(kClaimedRows / std::max(rows, 1), 1);
-  Team::instance().run((outputs + kPanel - 1) / kPanel, most_panels, [&](int begin, int end) {
-    for (int panel = end - 1; panel >= begin; panel--) {
-      const Scalar* weights = packed + int64_t(panel) * inputs * kPanel;
-      // Behind the range comes, with others at work on ranges between, this thread's next one.
-      const int then = panel > begin ? panel - 1 : begin - 1 - (end - begin) * (Team::instance().threads() - 1);
-      const Scalar* next = packed + int64_t(std::max(then, 0)) * inputs * kPanel;
-      const int first = panel * kPanel;
-      for (int r = 0; r < rows; r += most)
-        tiles[std::min(most, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs, weights, next,
-                                            bias ? bias + first : nullptr, groups, outputs,
-                                            std::min(kPanel, outputs - first));
-    }
+  for_panels(outputs, std::max(kClaimedRows / std::max(rows, 1), 1), [&](int panel, int next) {
+    const int64_t size = int64_t(inputs) * kPanel;
+    const int first = panel * kPanel;
+    for (int r = 0; r < rows; r += most)
+      tiles[std::min(most, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs,
+                                          packed + panel * size, packed + next * size, bias ? bias + first : nullptr, groups,
+                                          outputs, std::min(kPanel, outputs - first));
   });
 }
+
+#ifdef USE_AMX
+// With AMX a tile is up to 16 rows of 32 inputs, which one instruction multiplies by 32 inputs of 16 outputs: half a
+// panel as it lies. So 16 rows take as long as one, which is as long as memory takes to bring the weights. One row
+// is done without it, by the same operations in the same order, since memory is read a tenth faster so.
+constexpr int kAmxRows = 16, kAmxInputs = 32;
+
+struct alignas(64) AmxConfig {
+  uint8_t palette = 1, start_row = 0, unused[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  // Tiles 0 to 3 are sums of R rows, 4 and 5 those rows' inputs, 6 and 7 weights.
+  explicit AmxConfig(int num_rows) {
+    for (int tile = 0; tile < 8; tile++) row_bytes[tile] = 64, rows[tile] = tile < 6 ? num_rows : kAmxRows;
+  }
+};
+
+// `Blocks` tiles of rows times one panel: sums[block][half of the panel][row][output]. Towards its end what is fetched
+// ahead is the panel `next`, if any.
+template <int Blocks>
+void amx_tiles(float* sums, const uint16_t* const* x, const uint16_t* panel, const uint16_t* next, int inputs) {
+  constexpr int kStep = kAmxInputs * kPanel;  // weights of one step
+  const int turn = std::max(inputs - kAhead / int(kPanel * sizeof(uint16_t)), 0);
+  const int64_t x_stride = inputs * sizeof(uint16_t), panel_stride = 2 * kPanel * sizeof(uint16_t);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int i = 0; i < inputs; i += kAmxInputs) {
+    const uint16_t* w = panel + int64_t(i) * kPanel;
+    if (next) {
+      const uint16_t* ahead = i < turn ? w + kAhead / sizeof(uint16_t) : next + int64_t(i - turn) * kPanel;
+      for (int line = 0; line < kStep; line += 64 / sizeof(uint16_t)) __builtin_prefetch(ahead + line, 0, 2);
+    }
+    _tile_loadd(6, w, panel_stride);
+    _tile_loadd(7, w + kPanel, panel_stride);
+    _tile_loadd(4, x[0] + i, x_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Blocks == 2) {
+      _tile_loadd(5, x[1] + i, x_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr int kSums = kAmxRows * kLanes;
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kSums, 64);
+  if constexpr (Blocks == 2) {
+    _tile_stored(2, sums + 2 * kSums, 64);
+    _tile_stored(3, sums + 3 * kSums, 64);
+  }
+}
+
+// What `amx_tiles` makes of one row, bit for bit (Intel's manual, TDPBF16PS): in 32 inputs a chain of sums over the even
+// ones and one over the odd ones, both from 0, which are added, then their sum to that of the inputs before. Denormal
+// numbers count as 0.
+void one_row(float* sums, const uint16_t* const* x, const uint16_t* panel, const uint16_t* next, int inputs) {
+  const int turn = std::max(inputs - kAhead / int(kPanel * sizeof(uint16_t)), 0);
+  const unsigned control = _mm_getcsr();
+  _mm_setcsr(control | 0x8040);  // denormals are zeros, as inputs and as results
+  vf acc[2] = {};
+  for (int i = 0; i < inputs; i += kAmxInputs) {
+    __m512 part[2][2] = {};
+    for (int g = i; g < i + kAmxInputs; g += 2) {
+      const uint16_t* w = panel + int64_t(g) * kPanel;
+      const uint16_t* ahead = g < turn ? w + kAhead / sizeof(uint16_t) : next + int64_t(g - turn) * kPanel;
+      for (int j = 0; j < 2; j++) __builtin_prefetch(ahead + j * kPanel, 0, 2);
+      uint32_t pair;
+      std::memcpy(&pair, *x + g, sizeof pair);
+      for (int odd = 0; odd < 2; odd++) {
+        const __m512 input = bits<__m512>(vu{} + (odd ? pair & 0xFFFF0000u : pair << 16));
+        for (int j = 0; j < 2; j++)
+          part[j][odd] = _mm512_fmadd_ps(bits<__m512>(weights_of(w + j * kPanel, odd)), input, part[j][odd]);
+      }
+    }
+    for (int j = 0; j < 2; j++) acc[j] += bits<vf>(part[j][0]) + bits<vf>(part[j][1]);
+  }
+  for (int j = 0; j < 2; j++) store(sums + j * kAmxRows * kLanes, acc[j]);
+  _mm_setcsr(control);
+}
+
+template <>
+void linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint16_t* bias, int rows, int inputs,
+            int outputs) {
+  if (!rows) return;
+  const int padded = (inputs + kAmxInputs - 1) / kAmxInputs * kAmxInputs;  // as the weights are
+  if (padded > inputs) {
+    static thread_local std::vector<uint16_t> with_zeros;
+    uint16_t* wide = room(with_zeros, int64_t(rows) * padded);
+    for (int64_t r = 0; r < rows; r++) {
+      std::memcpy(wide + r * padded, x + r * inputs, inputs * sizeof(uint16_t));
+      std::fill(wide + r * padded + inputs, wide + (r + 1) * padded, 0);
+    }
+    x = wide;
+  }
+  const int blocks = (rows + kAmxRows - 1) / kAmxRows, block_rows = (rows + blocks - 1) / blocks;
+  const AmxConfig config(block_rows);
+  // The last block begins early, and has a few rows that the one before it has, with the same bits.
+  auto first_row = [&](int block) { return std::min(block * block_rows, rows - block_rows); };
+  for_panels(outputs, std::max(kClaimedRows / blocks, 1), [&](int panel, int next) {
+    alignas(64) float sums[2][2][kAmxRows][kLanes];
+    const uint16_t* weights = packed + int64_t(panel) * padded * kPanel;
+    const uint16_t* then = packed + int64_t(next) * padded * kPanel;
+    const int first = panel * kPanel, columns = std::min(kPanel, outputs - first);
+    const vf offset[2] = {bias ? load(bias + first) : splat(0.f), bias ? load(bias + first + kLanes) : splat(0.f)};
+    _tile_loadconfig(&config);
+    for (int block = 0; block < blocks; block += 2) {
+      const int count = std::min(2, blocks - block), rows_of[2] = {first_row(block), first_row(block + count - 1)};
+      const uint16_t* from[2] = {x + int64_t(rows_of[0]) * padded, x + int64_t(rows_of[1]) * padded};
+      // The first blocks bring the panel, those after it find it in the cache.
+      const auto multiply = rows == 1 ? one_row : count == 2 ? amx_tiles<2> : amx_tiles<1>;
+      multiply(sums[0][0][0], from, weights, block ? nullptr : then, padded);
+      for (int b = 0; b < count; b++)
+        for (int r = 0; r < block_rows; r++) {
+          const __m512bh row = _mm512_cvtne2ps_pbh(bits<__m512>(load(sums[b][1][r]) + offset[1]),
+                                                   bits<__m512>(load(sums[b][0][r]) + offset[0]));
+          uint16_t* to = out + int64_t(rows_of[b] + r) * outputs + first;
+          if (columns == kPanel)
+            std::memcpy(to, &row, sizeof row);
+          else
+            std::memcpy(to, &row, columns * sizeof(uint16_t));
+        }
+    }
+    _tile_release();
+  });
+}
+#endif
 
 // A linear layer, and the low-rank change that it has in some rows.
 struct LinearArgs {
@@ -1031,7 +1166,16 @@ extern "C" void filter_logits(float* logits, const int64_t* top_k, const float* 
 
 extern "C" void set_num_threads(int threads) { Team::instance().resize(threads); }
 
-extern "C" int tile_rows() { return kTileRows; }
+// Rows that share a tile of a linear layer at most, and what its inputs are padded to a multiple of.
+extern "C" int tile_rows_f32() { return kTileRows; }
+extern "C" int tile_inputs_f32() { return 1; }
+#ifdef USE_AMX
+extern "C" int tile_rows_bf16() { return kAmxRows; }
+extern "C" int tile_inputs_bf16() { return kAmxInputs; }
+#else
+extern "C" int tile_rows_bf16() { return kTileRows; }
+extern "C" int tile_inputs_bf16() { return 1; }
+#endif
 
 // Has malloc keep what is freed. The tensors of a pass take megabytes, and other sizes whenever the number of rows
 // changes: given back each time, their pages would be zeroed anew in every step.

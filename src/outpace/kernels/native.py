@@ -33,6 +33,8 @@ FLAGS = [
     "-Wno-psabi",
 ]
 
+_ARCH_PRCTL, _REQUEST_PERMISSION, _AMX_REGISTERS = 158, 0x1023, 18  # on x86-64
+
 Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "linear": (Pointer, Pointer, Pointer, Int),
@@ -118,6 +120,8 @@ def build() -> Path:
     flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
     if "GenuineIntel" in _cpu_info("vendor_id"):
         flags.append("-DSLOW_BF16_DOT")
+    if may_use_amx():
+        flags.append("-DUSE_AMX")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     # What -march=native looks at, so that a cache shared between machines does not mix their libraries.
     machine = f"{platform.machine()} {_cpu_info('flags', 'Features')}"
@@ -135,6 +139,14 @@ def build() -> Path:
             raise ConfigError(f"{compiler} could not compile {SOURCE.name}: {reason}")
         built.rename(library)
     return library
+
+
+def may_use_amx() -> bool:
+    """Asks Linux for the registers of AMX, which it gives to processes that ask."""
+    if "amx_bf16" not in _cpu_info("flags").split():
+        return False
+    refused: int = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _AMX_REGISTERS)
+    return not refused
 
 
 def _cpu_info(*names: str) -> str:
@@ -170,8 +182,9 @@ class NativeKernels(Kernels):
         self._lib.filter_logits.restype = None
         self._lib.set_num_threads(num_threads)
         self._lib.keep_freed_memory()
-        self.tile_rows = self._lib.tile_rows()
         own = SUFFIXES[dtype]
+        self.tile_rows = getattr(self._lib, f"tile_rows_{own}")()
+        self._tile_inputs = getattr(self._lib, f"tile_inputs_{own}")()
         self._linear = getattr(self._lib, f"linear_{own}")
         self._rms_norm = getattr(self._lib, f"rms_norm_{own}")
         self._add_rms_norm = getattr(self._lib, f"add_rms_norm_{own}")
@@ -183,7 +196,7 @@ class NativeKernels(Kernels):
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """See `Kernels`."""
         num_out, num_in = weight.shape
-        packed = self._pages.copy(_panels(weight))
+        packed = self._pages.copy(_panels(F.pad(weight, (0, -num_in % self._tile_inputs))))
         padded = None if bias is None else F.pad(bias, (0, -num_out % PANEL))
         args = LinearArgs(packed.data_ptr(), _address(padded), inputs=num_in, outputs=num_out)
         return NativeLinear(self._linear, args, (packed, padded))
