@@ -79,7 +79,7 @@ class ReferenceKernels(Kernels):
     build = "reference"
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-        """See `Kernels`. Products in float32 where AMX's depend on the batch: torch chooses by its size there."""
+        """See `Kernels`. Products in float32 where torch's with AMX depend on the batch."""
         if weight.dtype is torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"):
             wide = packed_linear(weight.float(), None if bias is None else bias.float())
             return lambda x: wide(x.float()).to(x.dtype)
