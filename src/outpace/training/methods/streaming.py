@@ -434,7 +434,9 @@ class Streaming(TrainableDraft):
             valid: The same, bool.
         """
         with torch.no_grad():
-            probs = F.linear(said, self._head).float().softmax(-1)
+            # of plain rows: torch would copy the head for each anchor
+            logits = F.linear(said.flatten(0, 1), self._head).view(*said.shape[:2], -1)
+            probs = logits.float().softmax(-1)
             q, places = probs.topk(self.config.branching)  # [anchors, γ, branching]
             came = (places == self.vocab.places(targets).unsqueeze(-1)).float()
             ahead = torch.arange(1, said.shape[1] + 1, device=anchors.device)
