@@ -303,6 +303,7 @@ def test_evaluation_reports_what_the_engine_accepted(
     data = write_rows(tmp_path / "data.jsonl", [row(chr(97 + i), "x") for i in range(6)])
     flags = ["--data", data, "--concurrency", "1", "4", "--spec-policy", "fixed", "--spec-tokens", "3"]
     flags += ["--max-tokens", "20", "--num-threads", "1", "--json", str(tmp_path / "out.json")]
+    flags += ["--step-log", str(tmp_path / "steps.jsonl")]
     assert main(["evaluate", str(chain), *flags]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report == json.loads((tmp_path / "out.json").read_text())
@@ -317,3 +318,6 @@ def test_evaluation_reports_what_the_engine_accepted(
         assert by_depth == sorted(by_depth, reverse=True)
     alone, beside = report["results"]
     assert alone["acceptance_by_depth"] == beside["acceptance_by_depth"]
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    num_drafts = sum(result["num_drafts"] for result in report["results"])
+    assert sum(step["drafting"] for step in steps) >= num_drafts > 0  # and those of the warm-up

@@ -157,8 +157,10 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Ends the processes of other ranks, if there are any. No step may follow."""
+        """Ends the processes of other ranks, if there are any, and the step log. No step may follow."""
         self.runner.close()
+        if self.step_log is not None:
+            self.step_log.close()
 
     @property
     def has_work(self) -> bool:

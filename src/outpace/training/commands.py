@@ -144,6 +144,7 @@ def add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
     add("--spec-tokens", type=_count, metavar="N", help="most draft tokens for a sequence in a step")
     add("--spec-policy", default="goodput", metavar="NAME", help="who says how many (default: goodput)")
     add("--num-threads", type=_count, metavar="N", help="of the kernels (default: one per core)")
+    add("--step-log", metavar="FILE", help="append a JSON line for each step with the draft")
     add("--max-bad-share", type=_share, default=0.01, metavar="X", help="of unusable lines (default: 0.01)")
     add("--json", type=Path, metavar="FILE", help="write the report here too")
 

@@ -43,6 +43,7 @@ class EvaluateConfig:
         spec_tokens: Most draft tokens of a sequence in a step; None is the engine's default.
         spec_policy: Who says how many.
         num_threads: Of the kernels; None is one per core.
+        step_log: Where the engine with the draft writes its steps down, as `outpace serve` does.
         max_bad_share: Most lines of `data` that may be of no use, as a share.
     """
 
@@ -59,6 +60,7 @@ class EvaluateConfig:
     spec_tokens: int | None = None
     spec_policy: str = "goodput"
     num_threads: int | None = None
+    step_log: str | None = None
     max_bad_share: float = 0.01
 
 
@@ -132,6 +134,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         rounds, drafts = _measure(answerers, concurrency, config.repeat)
         results.append({"concurrency": concurrency} | _compared(rounds, drafts))
         passes = rounds[-1]
+    for answerer in answerers:
+        answerer.engine.close()
     report = {"kind": "evaluate", **provenance(0), "settings": _shown(config), "results": results}
     if metrics:
         report["quality"] = _quality(metrics, questions, passes)
@@ -168,6 +172,7 @@ def engine_configs(config: EvaluateConfig) -> list[EngineConfig]:
         spec_model=str(config.draft),
         spec_tokens=config.spec_tokens,
         spec_policy=config.spec_policy,
+        step_log=config.step_log,
     )
     bases = [] if config.base is None else [dataclasses.replace(plain, model=config.base)]
     return [plain, drafting, *bases]
