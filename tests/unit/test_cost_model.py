@@ -198,6 +198,30 @@ def test_rows_that_only_draft_are_what_drafting_costs_and_leave_the_target_as_it
     assert cost.draft_s(4, 12, 3) == pytest.approx(asked + streams, rel=0.05)
 
 
+def with_streams(truth: CostModel, share: float, slowdown: float) -> StepRecord:
+    """A step of four sequences whose streams take a share of the pass on top of it."""
+    seen = record(truth, 4, 3, slowdown)
+    streams = share * seen.seconds["forward"]
+    seconds = {"forward": seen.seconds["forward"] + streams, "total": seen.seconds["total"] + streams}
+    return replace(seen, seconds=seen.seconds | seconds, num_stream_rows=24.0)
+
+
+def test_a_machine_faster_than_its_profile_is_found_out_though_every_pass_has_streams() -> None:
+    truth, cost = model(), model()
+    for _ in range(100):
+        seen = with_streams(truth, 0.2, slowdown=0.6)
+        cost.observe(seen)
+    predicted = cost.step_s(Shape(16, 16, 400, 1600), 4, seen.limits)
+    assert predicted == pytest.approx(seen.seconds["total"], rel=0.03)
+
+
+def test_noise_of_passes_with_streams_does_not_make_the_target_look_cheap() -> None:
+    truth, cost, rng = model(), model(), random.Random(3)
+    for _ in range(1000):
+        cost.observe(with_streams(truth, 0.1, slowdown=rng.gauss(1.0, 0.03)))
+    assert cost.target_s(16, 16, 400, 1600) == pytest.approx(truth.target_s(16, 16, 400, 1600), rel=0.02)
+
+
 def test_what_a_pass_with_a_prompt_takes_longer_is_no_cost_of_streams() -> None:
     truth, cost = model(), model()
     asked = float(truth.draft_s(4, 12, 3))

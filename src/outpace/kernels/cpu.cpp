@@ -4,7 +4,7 @@
 //   1. A row's arithmetic depends on that row alone. It is never split by the number of threads, by the
 //      other rows of the batch, or by how many rows share a register tile.
 //   2. Sums run in an order fixed by the row's own length: 16 lanes over positions mod 16, tiles in order,
-//      chunks of kChunk positions in order; a linear layer's inputs in order.
+//      chunks of kChunk positions in order; a linear layer's inputs in order, or as `one_row` has them.
 //
 // Portable C++17 with the vector extensions of GCC and Clang: 16 floats are one AVX-512 register, two AVX
 // ones or four NEON ones. Intrinsics only for bf16 products where there are fast ones (`dot_group`, AMX), and
@@ -33,8 +33,8 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#if defined(USE_AMX) && !defined(__AMX_BF16__)
-#undef USE_AMX  // this compiler does not know it
+#ifndef __AMX_BF16__
+#undef USE_AMX  // the compiler does not know it
 #endif
 #ifdef __linux__
 #include <sched.h>

@@ -293,7 +293,8 @@ class CostModel:
         predicted = target + float(self.draft_s(*asked, behind)) + self.host_s(num_scheduled)
         self._errors.append(abs(predicted - seconds["total"]) / seconds["total"])
         streams = self.streams_s(record)
-        if not record.num_stream_rows:
+        # a pass with streams teaches nothing of the target's cost but that it takes no longer
+        if not record.num_stream_rows or _pass_s(record) < target:
             self._observe_target(shape.rows, target, _pass_s(record))
         if asked[0] and streams is not None:
             self._draft.observe(seconds.get("propose", 0.0) + streams, *asked, behind)
@@ -303,7 +304,7 @@ class CostModel:
     def streams_s(self, record: StepRecord) -> float | None:
         """Seconds by which a pass was longer for the rows in it that only draft: part of what drafting costs.
 
-        They cost more than as many rows of the target, so the pass teaches nothing of the target's own cost:
+        They cost more than as many rows of the target, so the pass does not show what the target's own cost:
         plain steps would look dear as long as there are streams, and drafting cheap beside them. None beside
         prompts: a long pass is off by more than its streams take, and drafting would look dear.
         """

@@ -147,8 +147,8 @@ class Streaming(TrainableDraft):
             self.hidden_layers = tuple(range(self._first, model.num_layers + 1))
         elif first_tuned:
             self.hidden_layers = (self._first,)
-        if self.hidden_layers:  # there is no whole model to spoil
-            self.recipe = Recipe(lr=3e-3, schedule="linear")
+        if self.hidden_layers:  # there is no whole model to spoil, in lossless mode none at all
+            self.recipe = Recipe(lr=3e-3 if self._is_shared else 1e-2, schedule="linear")
         shapes = self.config.weight_shapes(model)
         if self._is_shared:
             shapes |= self.config.adapter_shapes(model, first_tuned)
