@@ -427,13 +427,14 @@ void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const 
   }
 }
 
-// body(panel, next) for each panel; `next` is the one that its thread will claim then, others working on ranges between.
-// The less a panel takes, in tiles of rows or the like, the more claiming it would cost: `most` are claimed at once.
+// body(begin, end, next) for ranges of panels, which it takes from the last to the first; next(panel) is the one that its
+// thread takes after that one, others working on ranges between. The less a panel takes, in rows or tiles of them, the
+// more claiming it would cost: up to `most` are claimed at once.
 template <typename Body>
 void for_panels(int outputs, int most, const Body& body) {
   Team::instance().run((outputs + kPanel - 1) / kPanel, most, [&](int begin, int end) {
     const int behind = begin - 1 - (end - begin) * (Team::instance().threads() - 1);
-    for (int panel = end - 1; panel >= begin; panel--) body(panel, std::max(panel > begin ? panel - 1 : behind, 0));
+    body(begin, end, [=](int panel) { return std::max(panel > begin ? panel - 1 : behind, 0); });
   });
 }
 
@@ -457,13 +458,16 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
       for (int r = 0; r < tile_rows; r++)
         for (int i = 0; i < kGroup<Scalar>; i++) lay(to++, from[int64_t(r) * inputs + g * kGroup<Scalar> + i]);
   });
-  for_panels(outputs, std::max(kClaimedRows / std::max(rows, 1), 1), [&](int panel, int next) {
+  for_panels(outputs, std::max(kClaimedRows / std::max(rows, 1), 1), [&](int begin, int end, const auto& next) {
     const int64_t size = int64_t(inputs) * kPanel;
-    const int first = panel * kPanel;
-    for (int r = 0; r < rows; r += most)
-      tiles[std::min(most, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs,
-                                          packed + panel * size, packed + next * size, bias ? bias + first : nullptr, groups,
-                                          outputs, std::min(kPanel, outputs - first));
+    for (int panel = end - 1; panel >= begin; panel--) {
+      const int first = panel * kPanel;
+      for (int r = 0; r < rows; r += most)
+        tiles[std::min(most, rows - r) - 1](out + int64_t(r) * outputs + first, tiled + int64_t(r) * inputs,
+                                            packed + panel * size, packed + next(panel) * size,
+                                            bias ? bias + first : nullptr, groups, outputs,
+                                            std::min(kPanel, outputs - first));
+    }
   });
 }
 
@@ -567,19 +571,18 @@ void linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint
   const AmxConfig config(block_rows);
   // The last block begins early, and has a few rows that the one before it has, with the same bits.
   auto first_row = [&](int block) { return std::min(block * block_rows, rows - block_rows); };
-  for_panels(outputs, std::max(kClaimedRows / blocks, 1), [&](int panel, int next) {
+  const int64_t size = int64_t(padded) * kPanel;
+  auto multiply_panel = [&](int panel, int next) {
     alignas(64) float sums[2][2][kAmxRows][kLanes];
-    const uint16_t* weights = packed + int64_t(panel) * padded * kPanel;
-    const uint16_t* then = packed + int64_t(next) * padded * kPanel;
     const int first = panel * kPanel, columns = std::min(kPanel, outputs - first);
     const vf offset[2] = {bias ? load(bias + first) : splat(0.f), bias ? load(bias + first + kLanes) : splat(0.f)};
-    _tile_loadconfig(&config);
     for (int block = 0; block < blocks; block += 2) {
       const int count = std::min(2, blocks - block), rows_of[2] = {first_row(block), first_row(block + count - 1)};
       const uint16_t* from[2] = {x + int64_t(rows_of[0]) * padded, x + int64_t(rows_of[1]) * padded};
       // The first blocks bring the panel, those after it find it in the cache.
+      const uint16_t* ahead = block ? nullptr : packed + next * size;
       const auto multiply = rows == 1 ? one_row : count == 2 ? amx_tiles<2> : amx_tiles<1>;
-      multiply(sums[0][0][0], from, weights, block ? nullptr : then, padded);
+      multiply(sums[0][0][0], from, packed + panel * size, ahead, padded);
       for (int b = 0; b < count; b++)
         for (int r = 0; r < block_rows; r++) {
           const __m512bh row = _mm512_cvtne2ps_pbh(bits<__m512>(load(sums[b][1][r]) + offset[1]),
@@ -591,6 +594,10 @@ void linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint
             std::memcpy(to, &row, columns * sizeof(uint16_t));
         }
     }
+  };
+  for_panels(outputs, std::max(kClaimedRows / blocks, 1), [&](int begin, int end, const auto& next) {
+    _tile_loadconfig(&config);  // as long as some hundredths of a panel
+    for (int panel = end - 1; panel >= begin; panel--) multiply_panel(panel, next(panel));
     _tile_release();
   });
 }
