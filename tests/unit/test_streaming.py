@@ -60,6 +60,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_streams(tmp_path_factory.mktemp("streams"), lora_targets=ALL)
 
 
+@pytest.fixture(scope="module")
+def conditioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random streams that say other things behind other tokens."""
+    return write_streams(tmp_path_factory.mktemp("conditioned"), scale=0.5, token_rank=6)
+
+
 def streaming(checkpoint: Path, **settings: Any) -> Engine:
     return tiny_engine(spec_method="streaming", spec_model=str(checkpoint), **settings)
 
@@ -109,6 +115,7 @@ def trainable(
         "layer_share": 0.5,
         "lora_rank": 4,
         "exit_rank": 2,
+        "token_rank": 0 if checkpoint else 8,
         "branching": 2,
         **settings,
     }
@@ -261,6 +268,15 @@ def test_answers_do_not_depend_on_streams(
     assert (engine.scheduler.num_preemptions > 0) == (num_blocks is not None)
 
 
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_answers_do_not_depend_on_what_streams_say_behind_a_token(
+    kind: str, conditioned: Path, plain: Any
+) -> None:
+    engine = streaming(conditioned, spec_tokens=6)
+    assert answers(engine, SAMPLED if kind == "sampled" else GREEDY, stagger=2) == plain[kind]
+    assert engine.metrics.drafts.num_draft_tokens > 100
+
+
 def test_streams_go_on_beside_other_methods(checkpoint: Path, plain: Any) -> None:
     engine = tiny_engine(spec_method="prompt_lookup,streaming", spec_model=str(checkpoint), spec_tokens=4)
     submit(engine, "0", "x", GREEDY)
@@ -285,6 +301,42 @@ def test_a_draft_is_the_most_probable_part_of_the_product_of_all_streams(checkpo
     for parent, confidence in zip(tree.parents, tree.confidence or (), strict=True):
         scores.append(scores[parent + 1] * confidence)
     assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_token_is_as_probable_as_its_stream_says_behind_the_one_before(
+    temperature: float, conditioned: Path
+) -> None:
+    engine = streaming(conditioned, spec_tokens=9)
+    submit(engine, "0", list(range(20)), replace(GREEDY, temperature=temperature))
+    engine.step()
+    proposer, (sequence,) = proposer_of(engine), [e.sequence for e in engine.scheduler._running]
+    said, of_token = proposer._said[sequence.id].clone(), proposer._streams.behind
+    (tree,) = proposer.propose([sequence], [9])
+    token_ids = proposer._candidates([sequence])[sequence.id].token_ids
+    assert of_token is not None
+    decoder, weights = engine.runner.decoder, of_token._weights
+
+    def behind(state: torch.Tensor, token_id: int) -> torch.Tensor:
+        unit = [x / x.square().mean().add(1e-6).sqrt() for x in (state, decoder.embedding[token_id])]
+        read = [weights[f"token.{name}.weight"] @ x for name, x in zip(("said", "before"), unit, strict=True)]
+        return state + weights["token.up.weight"] @ torch.nn.functional.silu(read[0] + read[1])
+
+    first = decoder.logits(behind(said[0], sequence.token_ids[-1])[None])[0]
+    assert float((first - decoder.logits(said[:1])[0]).abs().max()) > 0.1, "a token changes something"
+    assert max(tree.depths()) > 1
+    paths = tree.paths()
+    for path, confidence in zip(paths, tree.confidence or (), strict=True):
+        depth, before = len(path) - 1, [sequence.token_ids[-1], *path][-2]
+        any_before, with_it = (
+            decoder.logits(state[None])[0] / (temperature or 1.0)
+            for state in (said[depth], behind(said[depth], before))
+        )
+        if depth:  # what is not considered counts as it does behind any token
+            considered = token_ids[depth][: 2 if temperature else 16]
+            any_before[considered] = with_it[considered]
+            with_it = any_before
+        assert confidence == pytest.approx(float(with_it.softmax(-1)[path[-1]]), rel=1e-3)
 
 
 def test_a_higher_threshold_leaves_fewer_rows_with_streams_but_one_in_each_sequence(checkpoint: Path) -> None:
@@ -391,6 +443,7 @@ def test_streams_that_could_not_be_used_are_not_computed(checkpoint: Path) -> No
     [
         ({"num_stream_layers": 2}, "num_stream_layers of streams must be below the model's 2 layers, got 2"),
         ({"lora_rank": 3}, "lora_rank of streams must be even and at least 0, got 3"),
+        ({"token_rank": -1}, "token_rank of streams must be at least 0, got -1"),
         ({"num_streams": 0}, "num_streams of streams must be at least 1, got 0"),
         ({"lora_targets": ["x"]}, "lora_targets of streams must be among q_proj, .* got x"),
         ({"lora_rank": 0}, "lora_rank 0 of streams does not go with 4 lora_targets"),
@@ -452,6 +505,42 @@ def test_streams_learn_what_the_model_says_and_are_served_as_they_were_trained(
     assert acceptance(streaming(write_streams(tmp_path), spec_tokens=3)) < 0.5
     assert acceptance(streaming(trained[1], spec_tokens=3)) > 2.0
     served_as_trained(streaming(trained[1]), trained[0])
+
+
+def test_streams_learn_what_follows_from_a_token_that_they_could_not_know() -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def pairs() -> list[int]:
+        """Tokens that nothing foretells, each with the one that always follows on it."""
+        first = torch.randint(20, 60, (32,), generator=generator)
+        return torch.stack((first, first + 100), 1).flatten().tolist()
+
+    right = {}
+    for rank in (0, 16):
+        module = trainable(token_rank=rank, num_anchors=60)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        for _ in range(60):
+            loss, _ = module(batch_of(module, [pairs()]))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        right[rank] = module.measure([batch_of(module, [pairs(), pairs()])])["accuracy_1"]
+    assert right[0] < 0.1
+    assert right[16] == pytest.approx(0.5, abs=0.1), "every other token follows from the one before"
+
+
+def test_what_the_token_before_changes_is_served_as_it_was_trained(conditioned: Path) -> None:
+    engine = streaming(conditioned)
+    module, behind = (
+        trainable(conditioned, token_rank=6, layer_share=0.5),
+        proposer_of(engine)._streams.behind,
+    )
+    assert behind is not None
+    said = torch.randn(4, 3, MODEL.hidden_size, generator=torch.Generator().manual_seed(0))
+    before = torch.arange(12).view(4, 3)
+    expected = module._behind(said, before).detach()
+    torch.testing.assert_close(behind(said, engine.runner.decoder.embed(before)), expected)
+    assert float((expected - said).abs().max()) > 0.1
 
 
 def test_embeddings_learn_at_the_size_of_the_states_that_they_are_added_to() -> None:

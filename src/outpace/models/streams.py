@@ -2,7 +2,13 @@
 
     S_j = M + P_j                          stream j of a row with residual M, before the last layers
     y   = W x + B (A x)                    what a linear layer of those gives for a stream row (lossless mode)
+    s'  = s + U silu(V s + E e)                what a stream says, s, once the token before its own is known
     p   = sigmoid(a·log q + (s·w + b)·h + c)   that a token with head row w follows a row: the early exit
+
+A stream guesses its token without knowing those before it. When a draft is made the first of these is known,
+and behind each of the others stand few candidates: s' is what the stream says behind a token with embedding e
+(e and s of unit rms where they go into V and E). The paper has no such step; Hydra (Ankner et al., 2024)
+gives Medusa's heads one.
 
 The early exit has the paper's o_θ, h = x + U (V x) with x the normed state where streams begin, but p is
 fitted to whether a drafted token came true, with q, what its stream gave it, as evidence. So it needs the
@@ -15,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from outpace.errors import ConfigError
 from outpace.kernels import Kernels, Layer, Linear
@@ -28,6 +35,7 @@ FUSED = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+_EPS = 1e-6
 _LEAST_Q = 1e-6  # of a draft's probabilities, whose logarithm is taken
 PARTS = tuple(part for parts in FUSED.values() for part in parts)
 TARGETS = tuple(part.split(".")[1] for part in PARTS)
@@ -44,6 +52,7 @@ class StreamConfig:
         lora_rank: Rank of the adapters of stream rows; 0 where streams use the model's own weights.
         lora_targets: Linear layers with an adapter, e.g. `q_proj`.
         exit_rank: Rank of the early exit; 0 without one.
+        token_rank: Rank of what the token before changes in what a stream says; 0 without.
     """
 
     num_streams: int = 4
@@ -52,6 +61,7 @@ class StreamConfig:
     lora_rank: int = 32
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     exit_rank: int = 8
+    token_rank: int = 0
 
     def __post_init__(self) -> None:
         """Checks what can be checked without the model.
@@ -62,6 +72,8 @@ class StreamConfig:
         for name in ("num_streams", "num_stream_layers", "branching"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of streams must be at least 1, got {getattr(self, name)}")
+        if self.token_rank < 0:
+            raise ConfigError(f"token_rank of streams must be at least 0, got {self.token_rank}")
         for name in ("lora_rank", "exit_rank"):
             rank = getattr(self, name)
             if rank < 0 or rank % 2:  # kernels take bfloat16 inputs in pairs
@@ -96,6 +108,10 @@ class StreamConfig:
             shapes["exit.up.weight"] = (model.hidden_size, self.exit_rank)
             shapes["exit.bias.weight"] = (model.hidden_size,)
             shapes["exit.scalars"] = (3,)
+        if self.token_rank:
+            shapes["token.said.weight"] = (self.token_rank, model.hidden_size)
+            shapes["token.before.weight"] = (self.token_rank, model.hidden_size)
+            shapes["token.up.weight"] = (model.hidden_size, self.token_rank)
         return shapes
 
     def adapter_shapes(self, model: ModelConfig, first_layer: int) -> dict[str, tuple[int, ...]]:
@@ -165,6 +181,26 @@ def exit_logits(
     return logits
 
 
+def units_behind(
+    weights: Mapping[str, torch.Tensor], said: torch.Tensor, before: torch.Tensor
+) -> torch.Tensor:
+    """silu(V s + E e) of the formula above; U times it is what is added to s.
+
+    Args:
+        weights: `token.*` as `StreamConfig.weight_shapes` names them, float32.
+        said: [..., hidden], what streams say.
+        before: [..., hidden], embeddings of the tokens before theirs.
+
+    Returns:
+        [..., rank] float32.
+    """
+    of_said, of_before = (
+        F.linear(F.rms_norm(x.float(), x.shape[-1:], eps=_EPS), weights[f"token.{name}.weight"])
+        for x, name in ((said, "said"), (before, "before"))
+    )
+    return F.silu(of_said + of_before)
+
+
 class EarlyExit:
     """Says before the last layers how likely a drafted token is to follow a row."""
 
@@ -192,12 +228,47 @@ class EarlyExit:
         return torch.sigmoid(exit_logits(self._weights, x, self._head[token_ids], q))
 
 
+class Behind:
+    """What streams say behind tokens that are known, or may come, before theirs."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], head: torch.Tensor) -> None:
+        """Takes `token.*` of the weights.
+
+        Args:
+            weights: As `StreamConfig.weight_shapes` names them.
+            head: [vocab, hidden], the output head's weight.
+        """
+        self._weights = {
+            name: weight.float() for name, weight in weights.items() if name.startswith("token.")
+        }
+        self._up, self._head = self._weights["token.up.weight"], head
+
+    def __call__(self, said: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """[..., hidden], what streams say behind tokens with the embeddings `before`, [..., hidden]."""
+        return (said.float() + units_behind(self._weights, said, before) @ self._up.T).to(said.dtype)
+
+    def changes(self, said: torch.Tensor, before: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """How much likelier streams' tokens become behind others.
+
+        Args:
+            said: [..., hidden], what each stream says.
+            before: [..., befores, hidden], embeddings of tokens that may come before.
+            token_ids: [..., tokens] int64, what it may say.
+
+        Returns:
+            [..., befores, tokens] float32, what is added to their logits.
+        """
+        units = units_behind(self._weights, said.unsqueeze(-2), before)
+        return units @ (self._head[token_ids].float() @ self._up).transpose(-1, -2)
+
+
 class Streams:
     """Stream embeddings, adapters and early exit, packed for serving.
 
     Attributes:
         config: Their shape.
         early_exit: Or None where there is none.
+        behind: What tokens before change in what streams say; None where they change nothing.
     """
 
     def __init__(self, config: StreamConfig, weights: dict[str, torch.Tensor], decoder: Decoder) -> None:
@@ -215,7 +286,9 @@ class Streams:
             _adapters(weights, f"layers.{index}.", model, decoder.kernels)
             for index in range(model.num_layers - config.num_stream_layers, model.num_layers)
         )
-        self.early_exit = EarlyExit(weights, decoder.head_weight()) if config.exit_rank else None
+        head = decoder.head_weight() if config.exit_rank or config.token_rank else None
+        self.early_exit = None if head is None or not config.exit_rank else EarlyExit(weights, head)
+        self.behind = None if head is None or not config.token_rank else Behind(weights, head)
 
     def split(self, layers: Sequence[Layer]) -> tuple[Sequence[Layer], Sequence[Layer]]:
         """A decoder's layers before streams begin, and those that streams go through."""

@@ -165,6 +165,22 @@ def likely_tokens(
     kernels: Kernels,
     vocab: DraftVocab | None = None,
 ) -> list[list[tuple[int, float]]]:
+    """`best_tokens` as lists: for each row its tokens and their probabilities."""
+    found = [Download(of) for of in best_tokens(logits, rows, number, kernels, vocab)]
+    token_ids, probs = (of.tolist() for of in found)
+    return [  # what the filters left out is chosen when nothing else remains
+        [pair for rank, pair in enumerate(zip(*of_row, strict=True)) if pair[1] or not rank]
+        for of_row in zip(token_ids, probs, strict=True)
+    ]
+
+
+def best_tokens(
+    logits: torch.Tensor,
+    rows: Ordered[SampleRow],
+    number: int,
+    kernels: Kernels,
+    vocab: DraftVocab | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For each row the tokens that would be chosen first, second and so on, with their probabilities.
 
     Args:
@@ -173,6 +189,9 @@ def likely_tokens(
         number: Most tokens of a row.
         kernels: Who filters and chooses.
         vocab: Which tokens the logits are of; None where they are of all.
+
+    Returns:
+        [rows, tokens] int64 and [rows, tokens] float32, on the device.
     """
     vocab = vocab or DraftVocab(logits.shape[1])
     if any(row.params.adjusts or not row.params.is_greedy for row in rows):
@@ -181,8 +200,4 @@ def likely_tokens(
     wanted = target_logits(logits, rows, kernels=kernels)
     chooser = Chooser(rows, wanted.device, kernels=kernels)
     index, chances = chooser.best(wanted, min(number, wanted.shape[1]))
-    token_ids, probs = Download(vocab.ids(index)), Download(chances)
-    return [  # what the filters left out is chosen when nothing else remains
-        [pair for rank, pair in enumerate(zip(*of_row, strict=True)) if pair[1] or not rank]
-        for of_row in zip(token_ids.tolist(), probs.tolist(), strict=True)
-    ]
+    return vocab.ids(index), chances

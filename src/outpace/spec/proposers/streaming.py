@@ -4,7 +4,7 @@ Bhendawade et al., "Speculative Streaming: Fast LLM Inference without Auxiliary 
 last layers a row that may end the accepted path gets γ more rows, its streams, of which the j-th predicts
 the token j places after the row's own prediction. Those of the row where the path did end make the next
 draft: every token of depth j + 1 may follow every token of depth j, and of that tree the most probable nodes
-are kept.
+are kept. Streams that were trained with `token_rank` say how probable a token is behind each of those.
 
 Which rows get streams is a question of price. A row's chance of ending the path, times what a draft wins,
 is set against what its streams cost at the going rate of tokens (the paper has a constant threshold). A row
@@ -17,24 +17,25 @@ from __future__ import annotations
 import itertools
 import operator
 from bisect import bisect_right
-from dataclasses import fields
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 
 from outpace.batch import Batch, BatchEntry, TargetOutput, Verdict
-from outpace.device import upload
+from outpace.device import Download, indices, upload
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, read_draft
 from outpace.models.draft_vocab import DraftVocab
-from outpace.models.streams import StreamConfig, Streams
+from outpace.models.streams import Behind, StreamConfig, Streams
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.streams import Anchors, StreamPass, reserve
 from outpace.sampling import SampleRow
-from outpace.spec.drafter import likely_tokens
+from outpace.spec.drafter import best_tokens
 from outpace.spec.proposer import DraftContext, Price, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree, grow
 
@@ -42,7 +43,23 @@ KEYS = tuple(field.name for field in fields(StreamConfig))  # settings of a chec
 _KEPT = 0.98  # weight of what was seen before in what a draft wins: about the last fifty drafts count
 _LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
 _MOST_PRICES = 16  # about so many are asked for in a step, each some microseconds
+_CONSIDERED = 16  # tokens of a stream, of which the best behind each one before are looked for
 _UNKNOWN = 0.5  # acceptance of a draft about which its method says nothing
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidates:
+    """What a sequence may go on with.
+
+    Attributes:
+        token_ids: By depth the tokens that are considered.
+        places: By depth and place of the token before it where the likeliest tokens are among those.
+        chances: How likely they are there.
+    """
+
+    token_ids: list[list[int]]
+    places: list[list[list[int]]]
+    chances: list[list[list[float]]]
 
 
 class Streaming(Proposer):
@@ -119,14 +136,58 @@ class Streaming(Proposer):
         self._said.pop(sequence_id, None)
 
     @torch.inference_mode()
-    def _candidates(self, sequences: list[Sequence]) -> dict[str, list[list[tuple[int, float]]]]:
-        """For each sequence and each depth the tokens that may come, with their probabilities."""
-        depth = self._streams.config.num_streams
-        logits = self._head(torch.cat([self._said[s.id] for s in sequences]))
+    def _candidates(self, sequences: list[Sequence]) -> dict[str, _Candidates]:
+        """For each sequence what may come."""
+        depth, behind = self._streams.config.num_streams, self._streams.behind
+        said = torch.stack([self._said[s.id] for s in sequences])  # [sequences, streams, hidden]
+        if behind is not None:
+            last = indices([s.token_ids[-1] for s in sequences], said.device)
+            said[:, 0] = behind(said[:, 0], self._decoder.embed(last))
         # A stream does not know which tokens come before its own; the last known one stands for them.
         rows = [SampleRow(s, (s.token_ids[-1],) * place) for s in sequences for place in range(depth)]
-        found = likely_tokens(logits, rows, self._branching, self._decoder.kernels, self._vocab)
-        return {s.id: found[i * depth : (i + 1) * depth] for i, s in enumerate(sequences)}
+        number = self._branching if behind is None else max(self._branching, _CONSIDERED)
+        logits = self._head(said.flatten(0, 1))
+        found = best_tokens(logits, rows, number, self._decoder.kernels, self._vocab)
+        token_ids, probs = (of.unflatten(0, (-1, depth)) for of in found)  # [sequences, streams, tokens]
+        chances = probs.unsqueeze(2).expand(-1, -1, probs.shape[2], -1)  # behind each token before
+        if behind is not None:
+            chances = self._weighed(behind, sequences, said, token_ids, chances)
+        best = chances.topk(min(self._branching, probs.shape[2]))
+        parts = (Download(of) for of in (token_ids, best.indices, best.values))
+        each = zip(*(of.tolist() for of in parts), strict=True)
+        return {s.id: _Candidates(*of) for s, of in zip(sequences, each, strict=True)}
+
+    def _weighed(
+        self,
+        behind: Behind,
+        sequences: list[Sequence],
+        said: torch.Tensor,
+        token_ids: torch.Tensor,
+        chances: torch.Tensor,
+    ) -> torch.Tensor:
+        """The chances of candidates behind each one before.
+
+        Args:
+            behind: What those change.
+            sequences: Whose candidates they are.
+            said: [sequences, streams, hidden].
+            token_ids: [sequences, streams, tokens] int64.
+            chances: [sequences, streams, tokens, tokens], of the last ones behind any.
+        """
+        params = [s.request.sampling for s in sequences]
+        given = [
+            torch.tensor([1.0 if p.is_greedy else p.temperature for p in params]),
+            # Noise goes to tokens beyond these that what came before does not make up for.
+            torch.tensor([token_ids.shape[2] if p.is_greedy else self._branching for p in params]),
+        ]
+        temperature, number = (of.view(-1, 1, 1, 1) for of in upload(given, said.device))
+        place = torch.arange(token_ids.shape[2], device=said.device)
+        chances = chances.where(place < number, 0.0)
+        before = self._decoder.embed(token_ids[:, :-1])
+        changes = behind.changes(said[:, 1:], before, token_ids[:, 1:]) / temperature
+        changes = torch.cat((torch.zeros_like(chances[:, :1]), changes), 1)
+        rest = (1.0 - chances.sum(-1, keepdim=True)).clamp(min=0.0)  # of tokens that are not considered
+        return torch.cat((chances.log() + changes, rest.log()), -1).softmax(-1)[..., :-1]
 
     def _anchors(self, entry: BatchEntry) -> list[int]:
         """Rows of an entry whose streams could make a draft, as far as there is room in the cache."""
@@ -209,13 +270,17 @@ def _ends(tree: DraftTree, acceptance: list[float]) -> list[float]:
     return [r * max(0.0, 1.0 - g) for r, g in zip(reached, goes_on, strict=True)]
 
 
-def _tree(found: list[list[tuple[int, float]]], limit: int) -> DraftTree:
+def _tree(found: _Candidates, limit: int) -> DraftTree:
     """The most probable nodes of the tree in which every token of a depth may follow every one before."""
 
-    def children(depth: int) -> list[tuple[int, float, int]]:
-        return [(token_id, prob, depth + 1) for token_id, prob in found[depth]]
+    def children(node: tuple[int, int]) -> Iterator[tuple[int, float, tuple[int, int]]]:
+        depth, before = node
+        of_depth = found.token_ids[depth]
+        for place, chance in zip(found.places[depth][before], found.chances[depth][before], strict=True):
+            if chance:
+                yield of_depth[place], chance, (depth + 1, place)
 
-    return grow(0, children, limit, len(found))
+    return grow((0, 0), children, limit, len(found.token_ids))
 
 
 def stream_config(settings: dict[str, Any]) -> StreamConfig:

@@ -15,6 +15,10 @@ an anchor attend to the tokens up to it and to each other, as when they are serv
 `shared` writes a model, and its streams into `streams` there: `outpace serve DIR --spec-method streaming
 --spec-model DIR/streams`.
 
+Streams also learn what the token before theirs tells them (`outpace.models.streams`): that of the first is
+always given, as it is known whenever a draft is made; that of the others in half of the cases, chosen at
+random, so that they say what may come behind any token, too.
+
 The early exit is fitted alongside: to whether the tokens that a stream would draft come true, given the
 state, where streams begin, of the token before (`outpace.models.streams`).
 """
@@ -23,7 +27,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -37,13 +41,14 @@ from outpace.models.convert import write_model
 from outpace.models.decoder import rope_table
 from outpace.models.draft_checkpoint import write_draft
 from outpace.models.draft_vocab import DraftVocab
-from outpace.models.streams import TARGETS, StreamConfig, exit_logits
+from outpace.models.streams import TARGETS, StreamConfig, exit_logits, units_behind
 from outpace.models.tokenizer import load_tokenizer
 from outpace.training.losses import Teacher, draft_loss, head_loss
 from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, draw, section
 from outpace.training.trunk import Trunk, added_mask, document_lengths
 
 _EXIT_EVERY = 4  # of the anchors one teaches the early exit: it is small, and their drafts cost a head each
+_HIDDEN = 0.5  # of the tokens before those of the second stream on
 _PIECE = 32  # anchors whose attention is computed at once: more hide more from each other, few are slow
 _FIRST_EMBEDDING = 0.5  # size of the embeddings at first, against the states that they are added to
 _SAMPLE = 64  # tokens whose states say how large such states are
@@ -63,6 +68,13 @@ class Settings(HeadSettings):
     adapters: Literal["attention", "all"] = setting("attention", "Linear layers that have an adapter")
     branching: int = setting(4, "Most tokens of a stream in a draft")
     exit_rank: int = setting(8, "Rank of the early exit; even")
+    token_rank: int = field(
+        default=48,
+        metadata={
+            "help": "Rank of what the token before changes in what a stream says; 0: nothing",
+            "least": 0,
+        },
+    )
     num_anchors: int = setting(128, "Positions of each row of a batch at which streams are trained")
     stream_weight: float = setting(0.1, "Weight of each stream's loss; that of the next token has 1")
     tuned_layers: Literal["all", "streams"] = setting(
@@ -135,6 +147,7 @@ class Streaming(TrainableDraft):
             lora_rank=settings.lora_rank,
             lora_targets=TARGETS if settings.adapters == "all" else TARGETS[:4],
             exit_rank=settings.exit_rank,
+            token_rank=settings.token_rank,
         )
         self._trunk, self._run, self._settings = trunk, run, settings
         self.vocab: DraftVocab = run.draft_vocab(settings, trunk)
@@ -185,9 +198,12 @@ class Streaming(TrainableDraft):
         targets, valid = (
             torch.stack([of[anchors] for of in each], 1) for each in zip(*futures[1:], strict=True)
         )
-        loss, metrics = self._stream_loss(said, targets, valid, self._teacher(main, anchors))
+        before = torch.stack([of[anchors] for of, _ in futures[:-1]], 1)  # [anchors, γ]
+        behind = self._behind(said, before)
+        guess = torch.where(self._hidden(valid, batch).unsqueeze(-1), said, behind)
+        loss, metrics = self._stream_loss(guess, targets, valid, self._teacher(main, anchors))
         few = slice(None, None, _EXIT_EVERY)
-        loss = loss + self._exit_loss(begun, anchors[few], said[few], targets[few], valid[few])
+        loss = loss + self._exit_loss(begun, anchors[few], behind[few], targets[few], valid[few])
         if self._is_shared:
             next_loss = self._next_loss(main, *futures[0])
             loss, metrics = loss + next_loss, metrics | {"next_loss": next_loss.item()}
@@ -390,6 +406,32 @@ class Streaming(TrainableDraft):
         down, up = (self.weights[f"{name}{side}-weight"].to(x.dtype) for side in "AB")
         return y + F.linear(F.linear(x, down), up)
 
+    def _behind(self, said: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """What streams say behind given tokens.
+
+        Args:
+            said: [anchors, γ, hidden], what they say behind any.
+            before: [anchors, γ] int64.
+        """
+        if not self.config.token_rank:
+            return said
+        weights = self._named("token")
+        units = units_behind(weights, said, self._trunk.embed(before))
+        return said + F.linear(units, weights["token.up.weight"]).to(said.dtype)
+
+    def _hidden(self, valid: torch.Tensor, batch: TrainBatch) -> torch.Tensor:
+        """Which streams are not told the token before, bool like `valid`; to measure on, none."""
+        hidden = torch.zeros_like(valid)
+        if torch.is_grad_enabled():
+            generator = torch.Generator().manual_seed(self._run.seed + int(batch.token_ids.sum()))
+            drawn = torch.rand(valid.shape, generator=generator) < _HIDDEN
+            hidden[:, 1:] = drawn[:, 1:].to(valid.device)
+        return hidden
+
+    def _named(self, kind: str) -> dict[str, torch.Tensor]:
+        """The weights KIND.*, by the names of `StreamConfig.weight_shapes`."""
+        return {name.replace("-", "."): w for name, w in self.weights.items() if name.startswith(f"{kind}-")}
+
     def _teacher(self, main: _Rows, anchors: torch.Tensor) -> Teacher:
         """What the model says where streams guess; in shared mode it is not taught by them.
 
@@ -442,8 +484,7 @@ class Streaming(TrainableDraft):
             ahead = torch.arange(1, said.shape[1] + 1, device=anchors.device)
             parents = (anchors.unsqueeze(1) + ahead).clamp(max=len(begun) - 1)  # [anchors, γ]
             x = self._trunk.norm(begun[parents]).unsqueeze(2)
-        weights = {name.replace("-", "."): w for name, w in self.weights.items() if name.startswith("exit-")}
-        logits = exit_logits(weights, x, self._head[places], q)
+        logits = exit_logits(self._named("exit"), x, self._head[places], q)
         losses = F.binary_cross_entropy_with_logits(logits, came, reduction="none").mean(-1)
         loss: torch.Tensor = (losses * valid).sum() / valid.sum().clamp(min=1)
         return self._settings.stream_weight * loss
@@ -482,7 +523,7 @@ def _first_weight(
         return torch.tensor(_FIRST_EXIT)
     if name == "embeddings":
         return _FIRST_EMBEDDING * scale * torch.randn(shape, generator=generator)
-    if name.endswith(("lora_A.weight", "down.weight")):
+    if name.endswith(("lora_A.weight", "down.weight", "said.weight", "before.weight")):
         return torch.randn(shape, generator=generator) / math.sqrt(shape[1])
     return torch.zeros(shape)
 
