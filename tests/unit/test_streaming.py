@@ -454,6 +454,24 @@ def test_a_shape_that_makes_no_sense_is_refused(change: dict[str, Any], message:
         StreamConfig(**{"num_stream_layers": 1, **change}).weight_shapes(MODEL)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_rank": "6"}, "token_rank of streaming in config.json must be int, got '6'"),
+        ({"num_streams": True}, "num_streams of streaming in config.json must be int, got True"),
+        ({"lora_targets": "q_proj"}, "lora_targets of streaming in config.json must be list, got 'q_proj'"),
+        ({"lora_targets": [1]}, "lora_targets of streams must be among q_proj, .* got 1"),
+    ],
+)
+def test_a_setting_of_another_type_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_streams(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["streaming"].update(change)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        streaming(tmp_path)
+
+
 @pytest.mark.parametrize("size", ["hidden_size", "vocab_size", "num_layers"])
 def test_streams_of_another_model_are_refused_with_both_values(size: str, tmp_path: Path) -> None:
     write_streams(tmp_path)

@@ -203,6 +203,10 @@ def verifier(content: dict[str, Any]) -> dict[str, Any]:
         ),
         (lambda c: c["medusa"].update(tree=[[0, 0]]), r"node \[0, 0\] of the tree .* after its parent"),
         (lambda c: c["medusa"].pop("tree"), "config.json has no 'tree' of medusa"),
+        (
+            lambda c: c["medusa"].update(num_heads="3"),
+            "num_heads of medusa in config.json must be int, got '3'",
+        ),
     ],
 )
 def test_a_draft_that_does_not_fit_is_refused_in_words(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def read_draft(
     target: ModelConfig,
     shapes: Callable[[dict[str, Any], int], Shapes],
     dtype: torch.dtype,
-    keys: Collection[str],
+    keys: Mapping[str, type],
     device: torch.device = CPU,
 ) -> DraftCheckpoint:
     """Reads the checkpoint of a method and makes sure that it fits the target.
@@ -131,7 +131,7 @@ def read_draft(
         target: The target's shape.
         shapes: Name and shape of every weight, from the method's settings and the number of tokens it drafts.
         dtype: Of the weights that are returned.
-        keys: Settings of the method that there must be.
+        keys: Settings of the method that there must be, and what type JSON has of each.
         device: Where the weights go.
 
     Raises:
@@ -160,7 +160,7 @@ def read_trained(directory: Path, method: str, target: ModelConfig) -> DraftChec
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path, settings, size = _described(str(directory), method, target, ())
+    path, settings, size = _described(str(directory), method, target, {})
     try:
         weights = load_file(path / "model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -172,7 +172,7 @@ def read_trained(directory: Path, method: str, target: ModelConfig) -> DraftChec
 
 
 def _described(
-    name: str | None, method: str, target: ModelConfig, keys: Collection[str]
+    name: str | None, method: str, target: ModelConfig, keys: Mapping[str, type]
 ) -> tuple[Path, dict[str, Any], int]:
     """Where a checkpoint is, its method's settings, and how many tokens it drafts; see `read_draft`."""
     if name is None:
@@ -199,8 +199,13 @@ def _described(
     settings = config.get(method)
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: config.json has no settings of {method}")
-    if missing := sorted(set(keys) - settings.keys()):
-        raise ConfigError(f"{path}: config.json has no {missing[0]!r} of {method}")
+    for key, kind in keys.items():
+        if key not in settings:
+            raise ConfigError(f"{path}: config.json has no {key!r} of {method}")
+        if type(settings[key]) is not kind:
+            raise ConfigError(
+                f"{path}: {key} of {method} in config.json must be {kind.__name__}, got {settings[key]!r}"
+            )
     size = config.get(_VOCAB_SIZE, target.vocab_size)
     if type(size) is not int or not 0 < size <= target.vocab_size:
         raise ConfigError(

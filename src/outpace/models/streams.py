@@ -79,7 +79,7 @@ class StreamConfig:
             if rank < 0 or rank % 2:  # kernels take bfloat16 inputs in pairs
                 raise ConfigError(f"{name} of streams must be even and at least 0, got {rank}")
         if unknown := set(self.lora_targets) - set(TARGETS):
-            found = ", ".join(sorted(unknown))
+            found = ", ".join(sorted(map(str, unknown)))
             raise ConfigError(f"lora_targets of streams must be among {', '.join(TARGETS)}, got {found}")
         if bool(self.lora_rank) != bool(self.lora_targets):
             raise ConfigError(

@@ -182,7 +182,7 @@ def _trained(path: Path, context: DraftContext) -> tuple[Decoder, DraftVocab]:
     def shapes(settings: dict[str, Any], num_tokens: int) -> Shapes:
         return own(settings).own_weight_shapes()
 
-    keys = ("num_layers", _EMBEDDING)
+    keys = {"num_layers": int, _EMBEDDING: str}
     draft = read_draft(str(path), "draft_model", context.model, shapes, target.dtype, keys, target.device)
     if draft.settings[_EMBEDDING] != embedding_checksum(target.embedding):
         raise ConfigError(

@@ -156,7 +156,7 @@ def create(context: DraftContext) -> Medusa:
         target.config,
         lambda settings, vocab_size: _shapes(settings, vocab_size, target.config),
         target.dtype,
-        keys=("num_heads", "own_heads", "tree"),
+        keys={"num_heads": int, "own_heads": bool, "tree": list},
         device=target.device,
     )
     kernels, weights = target.kernels, draft.weights

@@ -200,7 +200,7 @@ def create(context: DraftContext) -> ReDrafter:
         target.config,
         lambda settings, _: _shapes(settings, target.config),
         target.dtype,
-        keys=("num_tokens", "num_blocks"),
+        keys={"num_tokens": int, "num_blocks": int},
         device=target.device,
     )
 

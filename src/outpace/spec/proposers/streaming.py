@@ -39,7 +39,9 @@ from outpace.spec.drafter import best_tokens
 from outpace.spec.proposer import DraftContext, Price, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree, grow
 
-KEYS = tuple(field.name for field in fields(StreamConfig))  # settings of a checkpoint
+KEYS: dict[str, type] = {  # settings of a checkpoint
+    field.name: list if field.name == "lora_targets" else int for field in fields(StreamConfig)
+}
 _KEPT = 0.98  # weight of what was seen before in what a draft wins: about the last fifty drafts count
 _LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
 _MOST_PRICES = 16  # about so many are asked for in a step, each some microseconds
