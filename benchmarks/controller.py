@@ -33,9 +33,9 @@ from outpace.sampling import SamplingParams
 T = TypeVar("T")
 FORWARD = np.ones(8 * 2**20)  # read before a step is observed, as a pass reads weights: it empties the caches
 MACHINES = {
-    "drafting": CostModel([1, 1024], [0.020, 0.021], per_pair=1e-10, draft=(1e-6, 1e-7, 0, 0)),
+    "drafting": CostModel([1, 1024], [0.020, 0.021], per_pair=1e-10, draft=(0, 1e-6, 1e-7, 0, 0)),
     "cutting": CostModel([1, 8, 16, 64, 256], [0.008, 0.009, 0.011, 0.024, 0.082], per_pair=3e-7),
-    "bypassing": CostModel([1, 1024], [0.002, 0.400], per_pair=3e-7, draft=(3e-5, 1e-5, 0, 1e-6)),
+    "bypassing": CostModel([1, 1024], [0.002, 0.400], per_pair=3e-7, draft=(0, 3e-5, 1e-5, 0, 1e-6)),
 }
 OFTEN, SELDOM = Acceptance((0.7,), coverage=0.7), Acceptance((0.2,), coverage=0.3)
 ACCEPTANCE = {"drafting": OFTEN, "cutting": OFTEN, "bypassing": SELDOM}

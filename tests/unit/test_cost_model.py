@@ -14,7 +14,7 @@ import pytest
 
 from outpace.errors import ConfigError
 from outpace.policy.base import BatchView, SequenceView, StepRecord
-from outpace.policy.cost import CostModel, LinearCost, Roofline, Shape, nonnegative_least_squares
+from outpace.policy.cost import CostModel, DraftCost, LinearCost, Roofline, Shape, nonnegative_least_squares
 from outpace.tree import DraftTree
 
 ROWS = [1, 2, 4, 8, 9, 16, 32, 64, 128]
@@ -28,7 +28,7 @@ def model() -> CostModel:
         per_context=1e-8,
         per_pair=2e-7,
         per_sample=2e-5,
-        draft=(1e-5, 0, 1e-4, 0),
+        draft=(0, 1e-5, 0, 1e-4, 0),
         host=(1e-3, 2e-5),
     )
 
@@ -184,6 +184,22 @@ def test_features_that_grow_together_and_one_slow_start_leave_no_lasting_error()
         assert cost.seconds(8, 56, 7, 24) < 5e-4
 
 
+def test_what_drafting_takes_for_all_is_not_taken_for_what_each_takes_while_one_drafts_alone() -> None:
+    rng, cost = random.Random(7), DraftCost((0.0,) * 5)
+
+    def seconds(sequences: int, nodes: int) -> float:  # a pass of a head, and a little of each
+        return (2e-3 + 3e-4 * nodes + 5e-5 * sequences * nodes) * rng.uniform(0.95, 1.05)
+
+    for nodes in [1 + i % 8 for i in range(200)]:
+        cost.observe(seconds(1, nodes), 1, nodes, nodes, 0)
+    assert cost.seconds(1, 4, 4, 0) == pytest.approx(3.4e-3, rel=0.05)
+    assert 2.5e-3 < cost.seconds(8, 32, 4, 0) < 5e-3, "not eight times as much"
+    for nodes in [1 + i % 4 for i in range(64)]:
+        cost.observe(seconds(8, nodes), 8, 8 * nodes, nodes, 0)
+    assert cost.seconds(8, 32, 4, 0) == pytest.approx(4.8e-3, rel=0.1)
+    assert cost.seconds(1, 4, 4, 0) == pytest.approx(3.4e-3, rel=0.15)
+
+
 def test_rows_that_only_draft_are_what_drafting_costs_and_leave_the_target_as_it_is() -> None:
     truth, cost = model(), model()
     asked = float(truth.draft_s(4, 12, 3))
@@ -253,7 +269,7 @@ def test_json_holds_everything_and_comes_back_the_same() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 1"),
+        ({"format": 1}, "format 2"),
         ({"rows": [1, 1, 2], "seconds": [1, 2, 3]}, "ascending"),
         ({"rows": [1], "seconds": [1]}, "two or more"),
         ({"rows": [1, 2], "seconds": [2.0, 1.0]}, "not fall"),

@@ -21,8 +21,8 @@ from outpace.tree import EMPTY_TREE, DraftTree
 from tiny import GREEDY, PROMPTS, SAMPLED, answers, run, tiny_engine, tokens
 
 NAMES = ("suffix", "prompt_lookup")
-COSTLY = (2e-4, 5e-5, 5e-4, 0.0)  # per sequence, node, depth and token to catch up with
-CHEAP = (1e-5, 0.0, 0.0, 0.0)
+COSTLY = (0.0, 2e-4, 5e-5, 5e-4, 0.0)  # per step, sequence, node, depth and token to catch up with
+CHEAP = (0.0, 1e-5, 0.0, 0.0, 0.0)
 
 
 def serve(
@@ -81,7 +81,10 @@ def test_methods_that_are_free_are_all_asked_and_the_better_tree_is_taken() -> N
 
 
 def test_a_method_that_costs_and_is_of_no_use_is_hardly_asked() -> None:
-    good, useless = Drafter((Acceptance((0.7,)),), CHEAP), Drafter((Acceptance((0.05,)),), (1e-4, 0, 3e-3, 0))
+    good, useless = (
+        Drafter((Acceptance((0.7,)),), CHEAP),
+        Drafter((Acceptance((0.05,)),), (0, 1e-4, 0, 3e-3, 0)),
+    )
     drafters = {"suffix": good, "self_draft": useless}
     both = serve(drafters, concurrency=2, num_requests=8)
     without = serve(drafters, ("suffix",), concurrency=2, num_requests=8)
@@ -116,7 +119,8 @@ class Priced:
 def test_the_choice_is_nearly_as_good_as_the_best_of_all_assignments(seed: int) -> None:
     rng = np.random.default_rng(seed)
     num_sequences, num_nodes, price = 3, 3, Priced()
-    costs = [(rng.uniform(0, 2e-3), rng.uniform(0, 3e-4), rng.uniform(0, 2e-3), 0.0) for _ in NAMES]
+    most = (1e-3, 2e-3, 3e-4, 2e-3, 0.0)  # per step, sequence, node, depth and token to catch up with
+    costs = [tuple(rng.uniform(0, most)) for _ in NAMES]
     methods, view = known_methods(costs, num_nodes, num_sequences)
     size = num_sequences, num_nodes
     survival = {name: np.cumprod(rng.uniform(0.1, 0.95, size), axis=1) for name in NAMES}
@@ -132,10 +136,11 @@ def test_the_choice_is_nearly_as_good_as_the_best_of_all_assignments(seed: int) 
         for m, name in enumerate(NAMES):
             counts = [n for of, n in assignment if of == m]
             seconds += price.row_s * sum(counts)
-            seconds += float(np.dot(costs[m], (len(counts), sum(counts), max(counts, default=0), 0)))
+            amounts = (bool(counts), len(counts), sum(counts), max(counts, default=0), 0)
+            seconds += float(np.dot(costs[m], amounts))
             tokens_ += sum(survival[name][i, :n].sum() for i, (of, n) in enumerate(assignment) if of == m)
         best = max(best, tokens_ / seconds)
-    assert 0.97 * best < found <= best * (1 + 1e-8)
+    assert 0.97 * best < found <= best * (1 + 1e-5), "costs are learnt, not given"
 
 
 def known_methods(
@@ -159,7 +164,7 @@ def known_methods(
                 nothing,
                 no_paths,
                 (False,) * num_sequences,
-                float(np.dot(cost, (sum(map(bool, limits)), sum(limits), max(limits), 0))),
+                float(np.dot(cost, (1, sum(map(bool, limits)), sum(limits), max(limits), 0))),
                 has_streams=name == NAMES[0],
             )
             for name, cost in zip(NAMES, costs, strict=True)
@@ -173,19 +178,19 @@ def known_methods(
 def test_what_streams_add_to_the_pass_is_a_cost_of_the_method_that_has_them(
     streams_s: float, free: set[str]
 ) -> None:
-    methods, view = known_methods([(0, 0, 0, 0), (0, 0, 0, 0)], 4, 3, streams_s)
+    methods, view = known_methods([(0,) * 5] * 2, 4, 3, streams_s)
     methods.ask(view, [4] * 3, Market(0.012, 1e-4, [1.0] * 3, Priced()))
     assert {name for name, limits in methods.asked.items() if all(limits)} == free
 
 
 def test_a_request_that_insists_on_a_method_is_drafted_for_by_that_one_alone() -> None:
-    methods, view = known_methods([(1e-3, 0, 0, 0), (0, 0, 0, 0)], 4, 3)
+    methods, view = known_methods([(0, 1e-3, 0, 0, 0), (0,) * 5], 4, 3)
     own = tuple(s._replace(method=m) for s, m in zip(view.sequences, ("", *NAMES), strict=True))
     market = Market(0.012, 1e-4, [1.0] * 3, Priced())
     methods.ask(BatchView(own, 3, 30, 1000), [4] * 3, market)
     assert methods.asked.get("suffix", [0] * 3)[2] == 0
     assert methods.asked["prompt_lookup"] == [4, 0, 4], "it is free: all that leave the choice are asked"
-    methods, view = known_methods([(1e-3, 0, 0, 0), (1e-4, 0, 0, 0)], 4, 3)
+    methods, view = known_methods([(0, 1e-3, 0, 0, 0), (0, 1e-4, 0, 0, 0)], 4, 3)
     allowed = {"suffix": np.array([4, 4, 0]), "prompt_lookup": np.array([4, 0, 4])}
     rows = {name: np.repeat(lengths[:, None] / 4, 4, axis=1) for name, lengths in allowed.items()}
     methods._curves = lambda name, *_: Curves(0.9 * rows[name], rows[name], allowed[name])  # type: ignore
@@ -195,7 +200,7 @@ def test_a_request_that_insists_on_a_method_is_drafted_for_by_that_one_alone() -
 
 
 def test_of_trees_that_came_the_one_that_wins_most_beyond_its_rows_is_taken() -> None:
-    methods, _ = known_methods([(0.0,) * 4] * 2, 4, 2)
+    methods, _ = known_methods([(0.0,) * 5] * 2, 4, 2)
     long, short = DraftTree.chain((1, 2, 3, 4)), DraftTree.chain((1,))
     drafts = {"suffix": [long, EMPTY_TREE], "prompt_lookup": [short, short]}
     assert methods.pick(["0", "1"], drafts, 0.1) == ["suffix", "prompt_lookup"]

@@ -22,8 +22,8 @@ from outpace.policy.smartspec import accepted_length, latency_regression
 from outpace.tree import EMPTY_TREE, DraftTree
 
 FREE = CostModel([1, 1000], [0.010, 0.0101])  # rows cost next to nothing
-DEAR = CostModel([1, 1000], [0.001, 1.0], draft=(1e-9, 0, 0, 0))  # a step costs what its rows cost
-COSTLY_DRAFTS = CostModel([1, 1000], [0.001, 1.0], draft=(1e-4, 0, 0, 0))
+DEAR = CostModel([1, 1000], [0.001, 1.0], draft=(0, 1e-9, 0, 0, 0))  # a step costs what its rows cost
+COSTLY_DRAFTS = CostModel([1, 1000], [0.001, 1.0], draft=(0, 1e-4, 0, 0, 0))
 
 
 def context(cost: CostModel, method: str = "prompt_lookup", **engine: float | str) -> PolicyContext:
@@ -174,7 +174,7 @@ def test_free_cache_slots_are_not_exceeded() -> None:
 
 
 def test_a_draft_model_that_must_read_prompts_first_is_given_the_time_to_show_what_it_usually_costs() -> None:
-    truth = CostModel([1, 64, 1000], [0.010, 0.012, 0.5], draft=(0, 0, 2e-4, 1e-4))
+    truth = CostModel([1, 64, 1000], [0.010, 0.012, 0.5], draft=(0, 0, 0, 2e-4, 1e-4))
     policy = load_policy("goodput", context(CostModel([1, 64, 1000], [0.010, 0.012, 0.5])))
     seen: dict[str, int] = {}
     said = []
@@ -192,6 +192,28 @@ def test_a_draft_model_that_must_read_prompts_first_is_given_the_time_to_show_wh
         policy.observe(replace(record(at_hand, limits, 3, drafted=drafted), seconds=seconds))
         said.append(sum(drafted))
     assert min(said[30:]) >= 8, "0.2 s for the prompts are forgotten; what a draft takes now is worth it"
+
+
+def test_drafts_of_one_sequence_alone_do_not_keep_eight_from_drafting_together() -> None:
+    rows = [1, 64, 1000], [0.012, 0.020, 0.3]
+    truth = CostModel(*rows, draft=(2e-3, 0, 2e-5, 3e-4, 0))
+    policy = load_policy("goodput", context(CostModel(*rows)))
+    said = []
+    for step in range(200):
+        num = 1 if step < 100 else 8
+        sequences = tuple(SequenceView(str(i), 100 + step, 100) for i in range(num))
+        at_hand = BatchView(sequences, num, 100 * num, 1000, 100 * num, num)
+        limits = policy.limits(at_hand)
+        trees = [DraftTree.chain((0,) * limit) for limit in limits]
+        kept = policy.trim(at_hand, trees) or limits
+        drafted = [min(pair) for pair in zip(limits, kept, strict=True)]
+        asked = num - limits.count(0)
+        propose = float(truth.draft_s(asked, sum(limits), max(limits)))
+        forward = float(truth.target_s(num + sum(drafted), num + sum(drafted), 0, 0))
+        seconds = {"forward": forward, "propose": propose, "total": forward + propose}
+        policy.observe(replace(record(at_hand, limits, 1, drafted=drafted), seconds=seconds))
+        said.append(sum(drafted))
+    assert min(said[120:]) >= 8, "a token more of each, for 2.5 ms"
 
 
 def test_what_a_short_draft_costs_is_known_before_long_ones_have_put_one_off() -> None:
@@ -415,7 +437,7 @@ def test_a_policy_that_needs_a_cost_model_says_so_where_there_is_none() -> None:
 
 
 def test_what_a_drafter_has_to_catch_up_with_is_part_of_its_price() -> None:
-    cost = CostModel([1, 1000], [0.010, 0.011], draft=(0, 0, 0, 1e-4))
+    cost = CostModel([1, 1000], [0.010, 0.011], draft=(0, 0, 0, 0, 1e-4))
     for context_len, drafts in ((100, True), (20_000, False)):  # 10 ms and 2 s, over 32 steps
         policy = load_policy("goodput", context(cost))
         sequences = (SequenceView("0", context_len, 100),)
@@ -424,7 +446,7 @@ def test_what_a_drafter_has_to_catch_up_with_is_part_of_its_price() -> None:
 
 
 def test_whom_to_ask_is_chosen_anew_when_a_tenth_of_the_sequences_are_new_or_after_a_while() -> None:
-    policy = load_policy("goodput", context(CostModel([1, 1000], [0.020, 0.021], draft=(1e-5, 0, 0, 0))))
+    policy = load_policy("goodput", context(CostModel([1, 1000], [0.020, 0.021], draft=(0, 1e-5, 0, 0, 0))))
 
     def asked(first: int) -> int:
         """How many of 40 sequences, of which `first` have left and as many come."""

@@ -44,7 +44,7 @@ def machine(noise: float = 0.05) -> Machine:
         per_context=1e-8,
         per_pair=2e-7,
         per_sample=3e-5,
-        draft=(1.5e-5, 1e-6, 0, 1e-6),
+        draft=(0, 1.5e-5, 1e-6, 0, 1e-6),
         host=(5e-4, 3e-5),
     )
     return Machine(cost, noise=noise)

@@ -3,7 +3,7 @@
 A step is predicted as the sum of three parts, each learnt from the phases it is made of:
 
     target(n)   table(n rows) + a·context + b·pairs + s·samples     forward and verify
-    draft       linear in sequences, nodes, depth, tokens behind    propose
+    draft       fixed + linear in sequences, nodes, depth, behind   propose
     host        fixed + per sequence                                everything else
 
 `table` is piecewise linear between measured row counts. Where passes are padded to known row counts, buckets,
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from outpace.errors import ConfigError
 from outpace.policy.base import StepRecord
 
-FORMAT = 1  # of the JSON
+FORMAT = 2  # of the JSON
 Floats = NDArray[np.float64]
 
 _FAR = 2**24  # rows; beyond the last measured count the table goes on with its last slope
@@ -38,6 +38,7 @@ _LEVEL_RATE, _LOCAL_RATE = 0.2, 0.03  # of corrections: all row counts alike, an
 _LOCAL_DECAY = 0.999  # per step: what one row count has learnt is forgotten in favour of the profile
 _TABLE_EVERY = 8  # steps, after which the corrected table is worked out
 _LINEAR_KEEP, _LINEAR_RIDGE = 0.99, 0.01  # the draft's and the host's coefficients: memory per step
+_SHARED_RIDGE = 1e-4  # of what sequences that draft share: who drafted alone says nothing of what others add
 _LINEAR_ALL, _LINEAR_EVERY = 16, 32  # measurements that are learnt from at once, later so many together
 _FIRST_DRAFTS = 16  # steps that draft, before their cost counts as known
 _SPREAD_RATE = 0.2  # of the usual size of an error, at which larger ones are clipped: a median, nearly
@@ -79,11 +80,13 @@ class Robust:
 class LinearCost:
     """Seconds linear in a few features, coefficients at least 0, by recursive least squares that forget.
 
-    A ridge keeps features that always come together from drifting apart: they share an error.
+    A ridge keeps features that always come together from drifting apart: they share an error, those with the
+    lesser ridge have the more of it.
     """
 
-    def __init__(self, coefficients: Sequence[float]) -> None:
+    def __init__(self, coefficients: Sequence[float], ridge: float | Sequence[float] = _LINEAR_RIDGE) -> None:
         self.coefficients = [float(c) for c in coefficients]
+        self._ridge = np.array(ridge)
         self._num_observed = 0
         self._robust = Robust()
         self._latest: list[tuple[float, ...]] = []  # features and seconds, since coefficients were worked out
@@ -114,10 +117,41 @@ class LinearCost:
         x, keep = latest[:, :-1], _LINEAR_KEEP ** len(latest)
         self._squares = keep * self._squares + x.T @ x
         self._products = keep * self._products + x.T @ latest[:, -1]
-        ridge = _LINEAR_RIDGE * np.diag(self._squares) + 1e-12
+        ridge = self._ridge * np.diag(self._squares) + 1e-12
         root = np.linalg.cholesky(self._squares + np.diag(ridge))
         target = np.linalg.solve(root, self._products + ridge * self.coefficients)
         self.coefficients = nonnegative_least_squares(np.asarray(root.T, np.float64), target).tolist()
+
+
+class DraftCost:
+    """Seconds of drafting, learnt: a part of all that draft in a step, and one of each.
+
+    As long as sequences drafted alone the two look the same, and the time counts as shared: taken for each
+    one's it would keep eight from ever drafting together, where a pass over a head's weights serves all.
+    """
+
+    def __init__(self, coefficients: Sequence[float]) -> None:
+        """Starts from seconds per step that drafts, sequence, node, unit of depth and token behind."""
+        shared, own = _SHARED_RIDGE, _LINEAR_RIDGE
+        self._linear = LinearCost(coefficients, (shared, own, own, shared, own))
+
+    @property
+    def coefficients(self) -> list[float]:
+        """As they are now, in the same order."""
+        return self._linear.coefficients
+
+    def seconds(self, sequences: Any, nodes: Any, depth: Any, behind: Any) -> Any:
+        """Predicts, arrays or numbers: sequences asked, nodes, deepest limit, tokens not seen yet."""
+        return self._linear.seconds(sequences > 0, sequences, nodes, depth, behind)
+
+    def own_s(self, nodes: Any, behind: Any) -> Any:
+        """What a sequence adds to what all share."""
+        _, sequence, node, _, token = self.coefficients
+        return sequence + node * nodes + token * behind
+
+    def observe(self, seconds: float, sequences: int, nodes: int, depth: int, behind: float) -> None:
+        """Learns from a step that drafted."""
+        self._linear.observe(seconds, 1.0, sequences, nodes, depth, behind)
 
 
 class CostModel:
@@ -135,7 +169,7 @@ class CostModel:
         per_context: float = 0.0,
         per_pair: float = 0.0,
         per_sample: float = 0.0,
-        draft: Sequence[float] = (0.0, 0.0, 0.0, 0.0),
+        draft: Sequence[float] = (0.0,) * 5,
         host: Sequence[float] = (0.0, 0.0),
         buckets: Sequence[int] = (),
         meta: Mapping[str, Any] | None = None,
@@ -148,8 +182,8 @@ class CostModel:
             per_context: Seconds per cached token read.
             per_pair: Seconds per row and cached token.
             per_sample: Seconds per row whose logits are wanted.
-            draft: Seconds per sequence asked, per node asked, per unit of the deepest limit, and per token of
-                those sequences that the drafter has not seen yet.
+            draft: Seconds per step that drafts, per sequence asked, per node asked, per unit of the deepest
+                limit, and per token of those sequences that the drafter has not seen yet.
             host: Seconds per step and per sequence outside the model.
             buckets: Row counts that passes are padded to, ascending, each of them among `rows`; passes of
                 more rows are not padded.
@@ -165,10 +199,10 @@ class CostModel:
         for name, value in (*slopes.items(), *(("draft", x) for x in draft), *(("host", x) for x in host)):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"a cost model's {name} must be finite and at least 0, got {value}")
-        if len(draft) != 4 or len(host) != 2:
-            raise ConfigError(f"a cost model has 4 draft and 2 host costs, got {len(draft)} and {len(host)}")
+        if len(draft) != 5 or len(host) != 2:
+            raise ConfigError(f"a cost model has 5 draft and 2 host costs, got {len(draft)} and {len(host)}")
         self._slopes = tuple(map(float, slopes.values()))
-        self._draft, self._host = LinearCost(draft), LinearCost(host)
+        self._draft, self._host = DraftCost(draft), LinearCost(host)
         self._num_drafts_to_see = 0 if any(draft) else _FIRST_DRAFTS
         self.meta = dict(meta or {})
         self._level = 0.0  # log of the correction that all row counts share

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from outpace.policy.acceptance import AcceptanceEstimator
 from outpace.policy.allocation import Choice, Extra, Slots
 from outpace.policy.base import BatchView, Draft, MethodRecord, StepRecord
-from outpace.policy.cost import LinearCost, varied
+from outpace.policy.cost import DraftCost, varied
 from outpace.policy.goodput import FREE, HOLD, HORIZON, NEARLY, PROBE_NODES
 
 Floats = NDArray[np.float64]
@@ -64,7 +64,7 @@ class Method:
     def __init__(self, name: str, max_tokens: int) -> None:
         """Knows nothing yet."""
         self.name, self.acceptance = name, AcceptanceEstimator(max_tokens)
-        self._cost = LinearCost((0.0,) * 4)
+        self._cost = DraftCost((0.0,) * 5)
         self._num_to_see = _FIRST_DRAFTS
         self._seen: dict[str, int] = {}  # context of each sequence when it last drafted
 
@@ -84,6 +84,10 @@ class Method:
     def seconds(self, sequences: Floats, nodes: Floats, depth: Floats, behind: Floats) -> Floats:
         """What drafting takes; catching up is spread over HORIZON steps."""
         return np.asarray(self._cost.seconds(sequences, nodes, depth, behind / HORIZON), np.float64)
+
+    def own_s(self, nodes: Floats, behind: Floats) -> Floats:
+        """What each sequence adds to what all share, likewise."""
+        return np.asarray(self._cost.own_s(nodes, behind / HORIZON), np.float64)
 
     def limits_s(self, view: BatchView, limits: Sequence[int], horizon: float = HORIZON) -> float:
         """The same for given limits."""
@@ -360,8 +364,7 @@ class Methods:
             both = base.else_of(mine)
             mine = both.where(both.worth(row_tokens)[0] > mine.worth(row_tokens)[0], mine)
             value, nodes = mine.worth(row_tokens)
-            one, none = np.ones(num_sequences), np.zeros(num_sequences)
-            value -= rate * self._methods[name].seconds(one, nodes.astype(float), none, behind[number])
+            value -= rate * self._methods[name].own_s(nodes, behind[number])
             is_better = value > worth
             of[is_better], worth = number, np.maximum(worth, value)
             joint = mine.where(is_better, joint)

@@ -22,7 +22,7 @@ import numpy as np
 
 from outpace.errors import ConfigError
 from outpace.policy.base import BatchView, MethodRecord, SequenceView, SpeculationPolicy, StepRecord
-from outpace.policy.cost import CostModel, LinearCost, Shape
+from outpace.policy.cost import CostModel, DraftCost, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Drafter:
     """
 
     acceptance: tuple[Acceptance, ...] = (Acceptance(),)
-    cost: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    cost: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +379,7 @@ class Simulator:
         self._seen.update(((name, s.id), s.context_len) for s in drafting)
         amounts = len(asked), sum(asked), max(asked, default=0), behind
         drafter = self.workload.drafters.get(name)
-        cost = self.machine.cost.draft_s if drafter is None else LinearCost(drafter.cost).seconds
+        cost = self.machine.cost.draft_s if drafter is None else DraftCost(drafter.cost).seconds
         return float(cost(*amounts))
 
     def _plan(self) -> list[tuple[_Running, int]]:
