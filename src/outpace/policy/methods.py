@@ -364,7 +364,7 @@ class Methods:
             both = base.else_of(mine)
             mine = both.where(both.worth(row_tokens)[0] > mine.worth(row_tokens)[0], mine)
             value, nodes = mine.worth(row_tokens)
-            value -= rate * self._methods[name].own_s(nodes, behind[number])
+            value -= rate * self._methods[name].own_s(nodes.astype(float), behind[number])
             is_better = value > worth
             of[is_better], worth = number, np.maximum(worth, value)
             joint = mine.where(is_better, joint)
