@@ -476,6 +476,7 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
 // panel as it lies. So 16 rows take as long as one, which is as long as memory takes to bring the weights. One row
 // is done without it, by the same operations in the same order, since memory is read a tenth faster so.
 constexpr int kAmxRows = 16, kAmxInputs = 32;
+constexpr int kAmxDepth = 288;  // inputs whose weights in a panel stay in L1, beside two tiles of rows
 
 struct alignas(64) AmxConfig {
   uint8_t palette = 1, start_row = 0, unused[14] = {};
@@ -488,23 +489,36 @@ struct alignas(64) AmxConfig {
   }
 };
 
-// `Blocks` tiles of rows times one panel: sums[block][half of the panel][row][output]. Towards its end what is fetched
-// ahead is the panel `next`, if any.
+// `Blocks` tiles of rows times the inputs from `begin` to `end` of one panel: sums[block][half of the panel][row][output],
+// which go on from where they are unless `begin` is 0. Meanwhile fetches weights. If these rows are all there are, those a
+// little ahead and towards the panel's end the panel `next`. Else this one is in the cache or on its way, and each of
+// `turns` turns of rows fetches its share of the next one.
 template <int Blocks>
-void amx_tiles(float* sums, const uint16_t* const* x, const uint16_t* panel, const uint16_t* next, int inputs) {
-  constexpr int kStep = kAmxInputs * kPanel;  // weights of one step
-  const int turn = std::max(inputs - kAhead / int(kPanel * sizeof(uint16_t)), 0);
+void amx_tiles(float* sums, const uint16_t* const* x, const uint16_t* panel, const uint16_t* next, int inputs, int begin,
+               int end, int turn, int turns) {
+  constexpr int kSums = kAmxRows * kLanes, kStep = kAmxInputs * kPanel;  // weights of one step
+  constexpr int kLine = 64 / sizeof(uint16_t);                          // of a line
+  const int wrap = std::max(inputs - kAhead / int(kPanel * sizeof(uint16_t)), 0);
+  const int share = (kStep / kLine + turns - 1) / turns * kLine;
   const int64_t x_stride = inputs * sizeof(uint16_t), panel_stride = 2 * kPanel * sizeof(uint16_t);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int i = 0; i < inputs; i += kAmxInputs) {
-    const uint16_t* w = panel + int64_t(i) * kPanel;
-    if (next) {
-      const uint16_t* ahead = i < turn ? w + kAhead / sizeof(uint16_t) : next + int64_t(i - turn) * kPanel;
-      for (int line = 0; line < kStep; line += 64 / sizeof(uint16_t)) __builtin_prefetch(ahead + line, 0, 2);
+  if (begin) {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + kSums, 64);
+    if constexpr (Blocks == 2) {
+      _tile_loadd(2, sums + 2 * kSums, 64);
+      _tile_loadd(3, sums + 3 * kSums, 64);
     }
+  }
+  for (int i = begin; i < end; i += kAmxInputs) {
+    const uint16_t* w = panel + int64_t(i) * kPanel;
+    const uint16_t* ahead = turns > 1  ? next + int64_t(i) * kPanel + turn * share
+                            : i < wrap ? w + kAhead / sizeof(uint16_t)
+                                       : next + int64_t(i - wrap) * kPanel;
+    for (int line = 0; line < share; line += kLine) __builtin_prefetch(ahead + line, 0, 2);
     _tile_loadd(6, w, panel_stride);
     _tile_loadd(7, w + kPanel, panel_stride);
     _tile_loadd(4, x[0] + i, x_stride);
@@ -516,7 +530,6 @@ void amx_tiles(float* sums, const uint16_t* const* x, const uint16_t* panel, con
       _tile_dpbf16ps(3, 5, 7);
     }
   }
-  constexpr int kSums = kAmxRows * kLanes;
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + kSums, 64);
   if constexpr (Blocks == 2) {
@@ -572,28 +585,40 @@ void linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint
   // The last block begins early, and has a few rows that the one before it has, with the same bits.
   auto first_row = [&](int block) { return std::min(block * block_rows, rows - block_rows); };
   const int64_t size = int64_t(padded) * kPanel;
+  // Where a panel serves more than two blocks it is taken in parts, which those after the first two find in L1.
+  const int parts = blocks > 2 ? (padded + kAmxDepth - 1) / kAmxDepth : 1;
+  const int depth = (padded / kAmxInputs + parts - 1) / parts * kAmxInputs;
   auto multiply_panel = [&](int panel, int next) {
-    alignas(64) float sums[2][2][kAmxRows][kLanes];
+    static thread_local std::vector<float> buffer;
+    constexpr int kSums = 2 * kAmxRows * kLanes;  // of a block
+    float* all_sums = room(buffer, blocks * kSums);
+    const uint16_t *weights = packed + panel * size, *weights_next = packed + next * size;
     const int first = panel * kPanel, columns = std::min(kPanel, outputs - first);
     const vf offset[2] = {bias ? load(bias + first) : splat(0.f), bias ? load(bias + first + kLanes) : splat(0.f)};
-    for (int block = 0; block < blocks; block += 2) {
-      const int count = std::min(2, blocks - block), rows_of[2] = {first_row(block), first_row(block + count - 1)};
-      const uint16_t* from[2] = {x + int64_t(rows_of[0]) * padded, x + int64_t(rows_of[1]) * padded};
-      // The first blocks bring the panel, those after it find it in the cache.
-      const uint16_t* ahead = block ? nullptr : packed + next * size;
-      const auto multiply = rows == 1 ? one_row : count == 2 ? amx_tiles<2> : amx_tiles<1>;
-      multiply(sums[0][0][0], from, packed + panel * size, ahead, padded);
-      for (int b = 0; b < count; b++)
-        for (int r = 0; r < block_rows; r++) {
-          const __m512bh row = _mm512_cvtne2ps_pbh(bits<__m512>(load(sums[b][1][r]) + offset[1]),
-                                                   bits<__m512>(load(sums[b][0][r]) + offset[0]));
-          uint16_t* to = out + int64_t(rows_of[b] + r) * outputs + first;
-          if (columns == kPanel)
-            std::memcpy(to, &row, sizeof row);
-          else
-            std::memcpy(to, &row, columns * sizeof(uint16_t));
-        }
-    }
+    for (int begin = 0; begin < padded; begin += depth)
+      for (int block = 0; block < blocks; block += 2) {
+        const int count = std::min(2, blocks - block), end = std::min(begin + depth, padded);
+        const int rows_of[2] = {first_row(block), first_row(block + count - 1)};
+        const uint16_t* from[2] = {x + int64_t(rows_of[0]) * padded, x + int64_t(rows_of[1]) * padded};
+        float* sums = all_sums + block * kSums;
+        if (rows == 1)
+          one_row(sums, from, weights, weights_next, padded);
+        else
+          (count == 2 ? amx_tiles<2> : amx_tiles<1>)(sums, from, weights, weights_next, padded, begin, end, block / 2,
+                                                     (blocks + 1) / 2);
+        if (end < padded) continue;
+        for (int b = 0; b < count; b++)
+          for (int r = 0; r < block_rows; r++) {
+            const float* of_row = sums + b * kSums + r * kLanes;
+            const __m512bh row = _mm512_cvtne2ps_pbh(bits<__m512>(load(of_row + kAmxRows * kLanes) + offset[1]),
+                                                     bits<__m512>(load(of_row) + offset[0]));
+            uint16_t* to = out + int64_t(rows_of[b] + r) * outputs + first;
+            if (columns == kPanel)
+              std::memcpy(to, &row, sizeof row);
+            else
+              std::memcpy(to, &row, columns * sizeof(uint16_t));
+          }
+      }
   };
   for_panels(outputs, std::max(kClaimedRows / blocks, 1), [&](int begin, int end, const auto& next) {
     _tile_loadconfig(&config);  // as long as some hundredths of a panel
