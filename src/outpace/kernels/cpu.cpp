@@ -515,10 +515,13 @@ void amx_tiles(float* sums, const uint16_t* const* x, const uint16_t* panel, con
   }
   for (int i = begin; i < end; i += kAmxInputs) {
     const uint16_t* w = panel + int64_t(i) * kPanel;
-    const uint16_t* ahead = turns > 1  ? next + int64_t(i) * kPanel + turn * share
-                            : i < wrap ? w + kAhead / sizeof(uint16_t)
-                                       : next + int64_t(i - wrap) * kPanel;
-    for (int line = 0; line < share; line += kLine) __builtin_prefetch(ahead + line, 0, 2);
+    if (turns > 1) {
+      const uint16_t* ahead = next + int64_t(i) * kPanel + turn * share;
+      for (int line = 0; line < share; line += kLine) __builtin_prefetch(ahead + line, 0, 2);
+    } else {  // apart, since a loop of known length is faster
+      const uint16_t* ahead = i < wrap ? w + kAhead / sizeof(uint16_t) : next + int64_t(i - wrap) * kPanel;
+      for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(ahead + line, 0, 2);
+    }
     _tile_loadd(6, w, panel_stride);
     _tile_loadd(7, w + kPanel, panel_stride);
     _tile_loadd(4, x[0] + i, x_stride);
