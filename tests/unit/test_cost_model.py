@@ -269,7 +269,7 @@ def test_json_holds_everything_and_comes_back_the_same() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 1}, "format 2"),
+        ({"format": 1}, "format 2, got 1: measure it anew"),
         ({"rows": [1, 1, 2], "seconds": [1, 2, 3]}, "ascending"),
         ({"rows": [1], "seconds": [1]}, "two or more"),
         ({"rows": [1, 2], "seconds": [2.0, 1.0]}, "not fall"),

@@ -412,8 +412,12 @@ class CostModel:
         """
         try:
             content = json.loads(text)
-            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-                raise ConfigError(f"a cost model must be a JSON object with format {FORMAT}")
+            if not isinstance(content, dict):
+                raise ConfigError(f"a cost model must be a JSON object, got {type(content).__name__}")
+            if (found := content.pop("format", None)) != FORMAT:
+                raise ConfigError(
+                    f"a cost model must have format {FORMAT}, got {found}: measure it anew (outpace profile)"
+                )
             level, local = float(content.pop("level", 0.0)), content.pop("local", None)
             model = cls(content.pop("rows"), content.pop("seconds"), **content)
             model._level = level
