@@ -312,7 +312,7 @@ class CostModel:
             behind: Tokens that the drafter has not seen yet of those that draft.
         """
         target = self.target_s(shape.rows, shape.samples, shape.context, shape.pairs)
-        return float(target + self.draft_s(*_asked(limits), behind) + self.host_s(sequences))
+        return float(target + self.draft_s(*asked_of(limits), behind) + self.host_s(sequences))
 
     def observe(self, record: StepRecord, behind: float = 0.0) -> None:
         """Learns from a finished step: each part from its own phases.
@@ -322,7 +322,7 @@ class CostModel:
             behind: Tokens that the drafter had not seen of those that drafted.
         """
         seconds, shape, num_scheduled = record.seconds, shape_of(record), record.view.num_scheduled
-        asked = _asked(record.limits)
+        asked = asked_of(record.limits)
         target = float(self.target_s(shape.rows, shape.samples, shape.context, shape.pairs))
         predicted = target + float(self.draft_s(*asked, behind)) + self.host_s(num_scheduled)
         self._errors.append(abs(predicted - seconds["total"]) / seconds["total"])
@@ -605,7 +605,7 @@ def varied(limits: list[int], number: int) -> list[int]:
     return [1 + number % limit if limit else 0 for limit in limits]
 
 
-def _asked(limits: Sequence[int]) -> tuple[int, int, int]:
+def asked_of(limits: Sequence[int]) -> tuple[int, int, int]:
     """Sequences, nodes and depth asked for."""
     return len(limits) - limits.count(0), sum(limits), max(limits, default=0)
 

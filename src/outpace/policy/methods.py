@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from outpace.policy.acceptance import AcceptanceEstimator
 from outpace.policy.allocation import Choice, Extra, Slots
 from outpace.policy.base import BatchView, Draft, MethodRecord, StepRecord
-from outpace.policy.cost import DraftCost, varied
+from outpace.policy.cost import DraftCost, asked_of, varied
 from outpace.policy.goodput import FREE, HOLD, HORIZON, NEARLY, PROBE_NODES
 
 Floats = NDArray[np.float64]
@@ -92,7 +92,7 @@ class Method:
     def limits_s(self, view: BatchView, limits: Sequence[int], horizon: float = HORIZON) -> float:
         """The same for given limits."""
         behind = sum(itertools.compress(self.behind(view), limits)) / horizon
-        return float(self._cost.seconds(*_asked(limits), behind))
+        return float(self._cost.seconds(*asked_of(limits), behind))
 
     def observe(
         self, view: BatchView, ids: Sequence[str], record: MethodRecord, streams_s: float | None = 0.0
@@ -100,7 +100,7 @@ class Method:
         """Learns from a step in which it drafted; `streams_s`: what its rows added to the pass, if known."""
         if streams_s is not None:
             behind = sum(itertools.compress(self.behind(view), record.limits))
-            self._cost.observe(record.seconds + streams_s, *_asked(record.limits), behind)
+            self._cost.observe(record.seconds + streams_s, *asked_of(record.limits), behind)
             self._num_to_see -= 1
         asked = itertools.compress(view.sequences, record.limits)
         self._seen.update((s.id, s.context_len) for s in asked)
@@ -395,11 +395,6 @@ class Methods:
         lengths = np.array(allowed)
         rows = present * (np.arange(self._max_tokens) < lengths[:, None])
         return Curves(weights[:, None] * rows * survival, rows, lengths)
-
-
-def _asked(limits: Sequence[int]) -> tuple[int, int, int]:
-    """Sequences, nodes and depth asked for."""
-    return sum(map(bool, limits)), sum(limits), max(limits, default=0)
 
 
 def _amounts(extra: Extra, mine: NDArray[np.bool_], behind: Floats) -> tuple[Floats, Floats, Floats, Floats]:
