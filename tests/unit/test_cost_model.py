@@ -14,7 +14,8 @@ import pytest
 
 from outpace.errors import ConfigError
 from outpace.policy.base import BatchView, SequenceView, StepRecord
-from outpace.policy.cost import CostModel, DraftCost, LinearCost, Roofline, Shape, nonnegative_least_squares
+from outpace.policy.cost import CostModel, Roofline, Shape
+from outpace.policy.linear_cost import DraftCost, LinearCost, nonnegative_least_squares
 from outpace.tree import DraftTree
 
 ROWS = [1, 2, 4, 8, 9, 16, 32, 64, 128]
@@ -270,6 +271,7 @@ def test_json_holds_everything_and_comes_back_the_same() -> None:
     ("change", "message"),
     [
         ({"format": 1}, "format 2, got 1: measure it anew"),
+        ({"format": "2"}, "format 2, got '2'"),
         ({"rows": [1, 1, 2], "seconds": [1, 2, 3]}, "ascending"),
         ({"rows": [1], "seconds": [1]}, "two or more"),
         ({"rows": [1, 2], "seconds": [2.0, 1.0]}, "not fall"),

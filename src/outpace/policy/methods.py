@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from outpace.policy.acceptance import AcceptanceEstimator
 from outpace.policy.allocation import Choice, Extra, Slots
 from outpace.policy.base import BatchView, Draft, MethodRecord, StepRecord
-from outpace.policy.cost import DraftCost, asked_of, varied
 from outpace.policy.goodput import FREE, HOLD, HORIZON, NEARLY, PROBE_NODES
+from outpace.policy.linear_cost import DraftCost, asked_of, varied
 
 Floats = NDArray[np.float64]
 

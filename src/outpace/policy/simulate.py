@@ -22,7 +22,8 @@ import numpy as np
 
 from outpace.errors import ConfigError
 from outpace.policy.base import BatchView, MethodRecord, SequenceView, SpeculationPolicy, StepRecord
-from outpace.policy.cost import CostModel, DraftCost, Shape
+from outpace.policy.cost import CostModel, Shape
+from outpace.policy.linear_cost import DraftCost
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from outpace.policy.base import BatchView, Draft, PolicyContext, SpeculationPolicy, StepRecord
-from outpace.policy.cost import CostModel, Shape, nonnegative_least_squares
+from outpace.policy.cost import CostModel, Shape
+from outpace.policy.linear_cost import nonnegative_least_squares
 
 INTERVAL = 20  # steps between decisions
 FIRST_RATE = 0.7  # before anything is observed
