@@ -147,12 +147,11 @@ def test_the_price_of_rows_is_the_tokens_that_their_time_would_have_given() -> N
     # 1 ms a row: four sequences alone give a token per millisecond, so a row costs a token
     policy = load_policy("goodput", context(COSTLY_DRAFTS))
     policy.limits(view(4))
-    assert policy.price(4, 8.0) == pytest.approx(8.0, rel=0.01)
-    assert policy.price(4, 0.0) == 0.0
+    assert policy.prices(4, [8, 0, 2]) == pytest.approx([8.0, 0.0, 2.0], rel=0.01)
     policy = load_policy("goodput", context(FREE))
     policy.limits(view(4))
-    assert 0 < policy.price(4, 8.0) < 0.001
-    assert load_policy("fixed", context(DEAR)).price(4, 8.0) == 0.0
+    assert 0 < policy.prices(4, [8])[0] < 0.001
+    assert load_policy("fixed", context(DEAR)).prices(4, [8, 9]) == [0.0, 0.0]
 
 
 def test_a_bypassed_step_has_no_drafts_to_cut() -> None:

@@ -21,7 +21,7 @@ from outpace.models.draft_checkpoint import read_draft, speculators_section, wri
 from outpace.models.streams import StreamConfig
 from outpace.request import Sequence
 from outpace.runtime.streams import StreamPass, reserve
-from outpace.spec.proposer import Price
+from outpace.spec.proposer import Prices
 from outpace.spec.proposers.streaming import KEYS, Streaming, stream_config
 from outpace.training.method import Run, TrainBatch, draw
 from outpace.training.methods import streaming as training
@@ -311,11 +311,10 @@ def test_a_token_is_as_probable_as_its_stream_says_behind_the_one_before(
     submit(engine, "0", list(range(20)), replace(GREEDY, temperature=temperature))
     engine.step()
     proposer, (sequence,) = proposer_of(engine), [e.sequence for e in engine.scheduler._running]
-    said, of_token = proposer._said[sequence.id].clone(), proposer._streams.behind
+    said = proposer._said[sequence.id].clone()
     (tree,) = proposer.propose([sequence], [9])
     token_ids = proposer._candidates([sequence])[sequence.id].token_ids
-    assert of_token is not None
-    decoder, weights = engine.runner.decoder, of_token._weights
+    decoder, weights = engine.runner.decoder, load_file(conditioned / "model.safetensors")
 
     def behind(state: torch.Tensor, token_id: int) -> torch.Tensor:
         unit = [x / x.square().mean().add(1e-6).sqrt() for x in (state, decoder.embedding[token_id])]
@@ -403,21 +402,25 @@ def test_dear_rows_leave_streams_only_where_they_pay(checkpoint: Path) -> None:
     batch = engine.kv.place([Scheduled(sequence, 1, True)], [TREE])
     normed = torch.zeros(6, MODEL.hidden_size)
 
-    def kept(price: Price) -> int:
+    def kept(prices: Prices) -> int:
         proposer.propose([sequence], [6])
-        beside = proposer.streams(batch, price)
+        beside = proposer.streams(batch, prices)
         assert beside is not None
         return len(beside.choose(normed)[0])
 
-    counts = [kept(lambda rows, more, each=each: each * more) for each in (0.0, 0.05, 0.2, 10.0)]  # type: ignore[misc]
+    counts = [
+        kept(lambda rows, more, each=each: [each * num for num in more]) for each in (0.0, 0.05, 0.2, 10.0)
+    ]  # type: ignore[misc]
     assert counts[0] == 6
     fitting = (15 - batch.num_rows) // proposer._streams.config.num_streams
-    assert kept(lambda rows, more: 10.0 * (rows + more > 15)) == fitting > 1, (
+    assert kept(lambda rows, more: [10.0 * (rows + num > 15) for num in more]) == fitting > 1, (
         "no more than a stair has room for"
     )
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == 1
-    assert proposer.streams(batch, lambda rows, more: 0.0) is None, "it was not asked for drafts in this step"
+    assert proposer.streams(batch, lambda rows, more: [0.0] * len(more)) is None, (
+        "it was not asked for drafts in this step"
+    )
 
 
 def test_streams_that_could_not_be_used_are_not_computed(checkpoint: Path) -> None:
@@ -428,7 +431,7 @@ def test_streams_that_could_not_be_used_are_not_computed(checkpoint: Path) -> No
     engine.kv.blocks.reserve(sequence, 20)
     proposer.propose([sequence], [3])
     batch = engine.kv.place([Scheduled(sequence, 20, True)], [TREE])
-    beside = proposer.streams(batch, lambda rows, more: 0.0)
+    beside = proposer.streams(batch, lambda rows, more: [0.0] * len(more))
     assert beside is not None
     # after depth 2 one token is left, which the target gives
     assert beside.anchors == [[-1, 0, 1]]
@@ -443,7 +446,7 @@ def test_streams_that_could_not_be_used_are_not_computed(checkpoint: Path) -> No
     [
         ({"num_stream_layers": 2}, "num_stream_layers of streams must be below the model's 2 layers, got 2"),
         ({"lora_rank": 3}, "lora_rank of streams must be even and at least 0, got 3"),
-        ({"token_rank": -1}, "token_rank of streams must be at least 0, got -1"),
+        ({"token_rank": -2}, "token_rank of streams must be even and at least 0, got -2"),
         ({"num_streams": 0}, "num_streams of streams must be at least 1, got 0"),
         ({"lora_targets": ["x"]}, "lora_targets of streams must be among q_proj, .* got x"),
         ({"lora_rank": 0}, "lora_rank 0 of streams does not go with 4 lora_targets"),
@@ -557,8 +560,15 @@ def test_what_the_token_before_changes_is_served_as_it_was_trained(conditioned: 
     said = torch.randn(4, 3, MODEL.hidden_size, generator=torch.Generator().manual_seed(0))
     before = torch.arange(12).view(4, 3)
     expected = module._behind(said, before).detach()
-    torch.testing.assert_close(behind(said, engine.runner.decoder.embed(before)), expected)
-    assert float((expected - said).abs().max()) > 0.1
+    decoder = engine.runner.decoder
+    of_said, of_before = behind.of_said(said.flatten(0, 1)), behind.of_before(decoder.embed(before.flatten()))
+    added = behind.added(of_said, of_before).view_as(said)
+    torch.testing.assert_close(said + added, expected)
+    assert float(added.abs().max()) > 0.1
+    places, tokens = before[:, :1], torch.arange(20, 70).expand(4, 1, -1)
+    changes = behind.changes(of_said.unflatten(0, (4, 3))[:, :1], places.unsqueeze(-1), tokens)
+    logits = decoder.logits(added[:, 0])[:, 20:70]
+    torch.testing.assert_close(changes[:, 0, 0], logits, rtol=1e-4, atol=1e-4)
 
 
 def test_embeddings_learn_at_the_size_of_the_states_that_they_are_added_to() -> None:

@@ -210,7 +210,7 @@ class Engine:
         trees = self._trim(view, trees)
         lap("policy")
         batch = self.kv.place(plan.scheduled, trees)
-        target = self.runner.forward(batch, self.proposer.streams(batch, self.policy.price))
+        target = self.runner.forward(batch, self.proposer.streams(batch, self.policy.prices))
         lap("forward")
         verdict = self.verifier.verify(batch, target, self.grammars.allowed(batch))
         self.kv.commit(batch, verdict)

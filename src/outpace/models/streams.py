@@ -27,6 +27,7 @@ from outpace.errors import ConfigError
 from outpace.kernels import Kernels, Layer, Linear
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
+from outpace.models.draft_vocab import DraftVocab
 
 # The linear layers of a decoder layer, as it has them fused: their parts, and what each part reads.
 FUSED = {
@@ -35,7 +36,7 @@ FUSED = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-_EPS = 1e-6
+UNIT_EPS = 1e-6  # of the norm that gives s and e unit rms
 _LEAST_Q = 1e-6  # of a draft's probabilities, whose logarithm is taken
 PARTS = tuple(part for parts in FUSED.values() for part in parts)
 TARGETS = tuple(part.split(".")[1] for part in PARTS)
@@ -72,9 +73,7 @@ class StreamConfig:
         for name in ("num_streams", "num_stream_layers", "branching"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of streams must be at least 1, got {getattr(self, name)}")
-        if self.token_rank < 0:
-            raise ConfigError(f"token_rank of streams must be at least 0, got {self.token_rank}")
-        for name in ("lora_rank", "exit_rank"):
+        for name in ("lora_rank", "exit_rank", "token_rank"):
             rank = getattr(self, name)
             if rank < 0 or rank % 2:  # kernels take bfloat16 inputs in pairs
                 raise ConfigError(f"{name} of streams must be even and at least 0, got {rank}")
@@ -181,26 +180,6 @@ def exit_logits(
     return logits
 
 
-def units_behind(
-    weights: Mapping[str, torch.Tensor], said: torch.Tensor, before: torch.Tensor
-) -> torch.Tensor:
-    """silu(V s + E e) of the formula above; U times it is what is added to s.
-
-    Args:
-        weights: `token.*` as `StreamConfig.weight_shapes` names them, float32.
-        said: [..., hidden], what streams say.
-        before: [..., hidden], embeddings of the tokens before theirs.
-
-    Returns:
-        [..., rank] float32.
-    """
-    of_said, of_before = (
-        F.linear(F.rms_norm(x.float(), x.shape[-1:], eps=_EPS), weights[f"token.{name}.weight"])
-        for x, name in ((said, "said"), (before, "before"))
-    )
-    return F.silu(of_said + of_before)
-
-
 class EarlyExit:
     """Says before the last layers how likely a drafted token is to follow a row."""
 
@@ -229,37 +208,53 @@ class EarlyExit:
 
 
 class Behind:
-    """What streams say behind tokens that are known, or may come, before theirs."""
+    """What streams say behind tokens that are known, or may come, before theirs.
 
-    def __init__(self, weights: dict[str, torch.Tensor], head: torch.Tensor) -> None:
+    In the formula above a token's embedding meets a stream's state only in a sum of `token_rank` numbers, and
+    so does its row of the head. Both are worked out once for each token that can be drafted: when a draft is
+    made, all that the states meet is small.
+    """
+
+    def __init__(self, weights: dict[str, torch.Tensor], decoder: Decoder, vocab: DraftVocab) -> None:
         """Takes `token.*` of the weights.
 
         Args:
             weights: As `StreamConfig.weight_shapes` names them.
-            head: [vocab, hidden], the output head's weight.
+            decoder: The model.
+            vocab: The tokens that streams draft.
         """
-        self._weights = {
-            name: weight.float() for name, weight in weights.items() if name.startswith("token.")
-        }
-        self._up, self._head = self._weights["token.up.weight"], head
+        kernels = self._kernels = decoder.kernels
+        said, before, up = (weights[f"token.{name}.weight"] for name in ("said", "before", "up"))
+        self._said, self._before, self._up = map(kernels.linear, (said, before, up))
+        self._ones = torch.ones_like(said[0])
+        self._befores = self.of_before(vocab.rows(decoder.embedding)).float()  # [vocab, rank]
+        self._tokens = kernels.linear(up.T.contiguous())(vocab.rows(decoder.head_weight())).float()
 
-    def __call__(self, said: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """[..., hidden], what streams say behind tokens with the embeddings `before`, [..., hidden]."""
-        return (said.float() + units_behind(self._weights, said, before) @ self._up.T).to(said.dtype)
+    def of_said(self, said: torch.Tensor) -> torch.Tensor:
+        """V s: what streams say, [streams, hidden] -> [streams, rank]."""
+        return self._said(self._kernels.rms_norm(said, self._ones, UNIT_EPS))
 
-    def changes(self, said: torch.Tensor, before: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    def of_before(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """E e: embeddings of tokens before, [tokens, hidden] -> [tokens, rank]."""
+        return self._before(self._kernels.rms_norm(embeddings, self._ones, UNIT_EPS))
+
+    def added(self, of_said: torch.Tensor, of_before: torch.Tensor) -> torch.Tensor:
+        """S' - s, each stream behind a token: [streams, rank] twice -> [streams, hidden]."""
+        return self._up(F.silu(of_said + of_before))
+
+    def changes(self, of_said: torch.Tensor, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """How much likelier streams' tokens become behind others.
 
         Args:
-            said: [..., hidden], what each stream says.
-            before: [..., befores, hidden], embeddings of tokens that may come before.
-            token_ids: [..., tokens] int64, what it may say.
+            of_said: [..., rank], V s of each stream.
+            before: [..., befores] int64, places in the draft's vocabulary of tokens that may come before.
+            tokens: [..., tokens] int64, places of those that it may say.
 
         Returns:
             [..., befores, tokens] float32, what is added to their logits.
         """
-        units = units_behind(self._weights, said.unsqueeze(-2), before)
-        return units @ (self._head[token_ids].float() @ self._up).transpose(-1, -2)
+        units = F.silu(of_said.unsqueeze(-2) + self._befores[before])
+        return units @ self._tokens[tokens].transpose(-1, -2)
 
 
 class Streams:
@@ -271,13 +266,16 @@ class Streams:
         behind: What tokens before change in what streams say; None where they change nothing.
     """
 
-    def __init__(self, config: StreamConfig, weights: dict[str, torch.Tensor], decoder: Decoder) -> None:
+    def __init__(
+        self, config: StreamConfig, weights: dict[str, torch.Tensor], decoder: Decoder, vocab: DraftVocab
+    ) -> None:
         """Packs the weights.
 
         Args:
             config: Their shape.
             weights: As `config.weight_shapes` names them for the decoder's model, in its dtype.
             decoder: The model.
+            vocab: The tokens that streams draft.
         """
         self.config = config
         self._embeddings, self._kernels = weights["embeddings"], decoder.kernels
@@ -286,9 +284,8 @@ class Streams:
             _adapters(weights, f"layers.{index}.", model, decoder.kernels)
             for index in range(model.num_layers - config.num_stream_layers, model.num_layers)
         )
-        head = decoder.head_weight() if config.exit_rank or config.token_rank else None
-        self.early_exit = None if head is None or not config.exit_rank else EarlyExit(weights, head)
-        self.behind = None if head is None or not config.token_rank else Behind(weights, head)
+        self.early_exit = EarlyExit(weights, decoder.head_weight()) if config.exit_rank else None
+        self.behind = Behind(weights, decoder, vocab) if config.token_rank else None
 
     def split(self, layers: Sequence[Layer]) -> tuple[Sequence[Layer], Sequence[Layer]]:
         """A decoder's layers before streams begin, and those that streams go through."""

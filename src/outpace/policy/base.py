@@ -209,17 +209,17 @@ class SpeculationPolicy(ABC):
         """
         return None
 
-    def price(self, num_rows: int, num_more: float) -> float:
+    def prices(self, num_rows: int, more: Sequence[int]) -> list[float]:
         """What rows of the step at hand cost in tokens: others could have had as many in the same time.
 
         Args:
             num_rows: Rows that the step has, drafts included.
-            num_more: Rows to be added.
+            more: Numbers of rows that may be added.
 
         Returns:
-            Tokens that these must bring to be worth it; 0 if the policy does not weigh the two.
+            For each, the tokens that they must bring to be worth it; 0 if the policy does not weigh the two.
         """
-        return 0.0
+        return [0.0] * len(more)
 
     def observe(self, record: StepRecord) -> None:
         """Learns from a finished step."""

@@ -173,13 +173,14 @@ class GoodputPolicy(SpeculationPolicy):
             key = self._ids[i]
             reach[key] = min(cap, max(count + AHEAD, reach.get(key, cap) - 1))
 
-    def price(self, num_rows: int, num_more: float) -> float:
+    def prices(self, num_rows: int, more: Sequence[int]) -> list[float]:
         """See SpeculationPolicy."""
         assert self._view is not None, "a step has its limits before it has rows"
         samples = len(self._ids)
         rate = self._rate or samples / self._plain_s(self._view)
-        before, after = self.cost.target_s(np.array([num_rows, num_rows + num_more]), samples, 0, 0)
-        return rate * float(after - before)
+        seconds = self.cost.target_s(num_rows + np.array([0, *more]), samples, 0, 0)
+        prices: list[float] = (rate * (seconds[1:] - seconds[0])).tolist()
+        return prices
 
     def observe(self, record: StepRecord) -> None:
         """See SpeculationPolicy."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = "outpace.spec.proposers"
 
-Price = Callable[[int, float], float]
+Prices = Callable[[int, list[int]], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,12 @@ class Proposer(ABC):
             One tree per sequence, each with at most `limits[i]` nodes.
         """
 
-    def streams(self, batch: Batch, price: Price) -> StreamPass | None:
+    def streams(self, batch: Batch, prices: Prices) -> StreamPass | None:
         """Rows to compute beside those of a step, to draft for the next one; most methods have none.
 
         Args:
             batch: The step's own rows, which have their slots.
-            price: What more rows cost: `SpeculationPolicy.price`.
+            prices: What more rows cost: `SpeculationPolicy.prices`.
         """
         return None
 

@@ -18,7 +18,7 @@ from outpace.batch import Batch, TargetOutput, Verdict
 from outpace.policy.base import MethodRecord
 from outpace.request import Sequence
 from outpace.runtime.streams import StreamPass
-from outpace.spec.proposer import Price, Proposer
+from outpace.spec.proposer import Prices, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree
 
 _KEPT = 0.99  # weight of what was seen before, at each observation: about the last hundred count
@@ -184,11 +184,11 @@ class Several(Proposer):
         self._taken = list(map(self._best, range(len(self._ids)))) if picked is None else picked
         return [self._asked[name].trees[number] for number, name in enumerate(self._taken)]
 
-    def streams(self, batch: Batch, price: Price) -> StreamPass | None:
+    def streams(self, batch: Batch, prices: Prices) -> StreamPass | None:
         """See Proposer; the first method's that has some."""
         self._streaming = None
         for name, proposer in self._proposers.items():
-            if (found := proposer.streams(batch, price)) is not None:
+            if (found := proposer.streams(batch, prices)) is not None:
                 self._streaming = name
                 return found
         return None

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from outpace.batch import Batch, BatchEntry, TargetOutput, Verdict
 from outpace.device import Download, indices, upload
@@ -30,13 +31,13 @@ from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, read_draft
 from outpace.models.draft_vocab import DraftVocab
-from outpace.models.streams import Behind, StreamConfig, Streams
+from outpace.models.streams import StreamConfig, Streams
 from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.streams import Anchors, StreamPass, reserve
 from outpace.sampling import SampleRow
 from outpace.spec.drafter import best_tokens
-from outpace.spec.proposer import DraftContext, Price, Proposer
+from outpace.spec.proposer import DraftContext, Prices, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree, grow
 
 KEYS: dict[str, type] = {  # settings of a checkpoint
@@ -44,7 +45,6 @@ KEYS: dict[str, type] = {  # settings of a checkpoint
 }
 _KEPT = 0.98  # weight of what was seen before in what a draft wins: about the last fifty drafts count
 _LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
-_MOST_PRICES = 16  # about so many are asked for in a step, each some microseconds
 _CONSIDERED = 16  # tokens of a stream, of which the best behind each one before are looked for
 _UNKNOWN = 0.5  # acceptance of a draft about which its method says nothing
 
@@ -110,13 +110,13 @@ class Streaming(Proposer):
             for s, limit in zip(sequences, limits, strict=True)
         ]
 
-    def streams(self, batch: Batch, price: Price) -> StreamPass | None:
+    def streams(self, batch: Batch, prices: Prices) -> StreamPass | None:
         """See Proposer."""
         wanted, self._wanted = self._wanted, set()
         anchors = [self._anchors(entry) if entry.sequence.id in wanted else [] for entry in batch.entries]
         if not any(anchors):
             return None
-        return StreamPass(self._streams, anchors, partial(self._choose, batch, anchors, price))
+        return StreamPass(self._streams, anchors, partial(self._choose, batch, anchors, prices))
 
     def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
         """Keeps the streams of the rows where paths ended."""
@@ -141,55 +141,49 @@ class Streaming(Proposer):
     def _candidates(self, sequences: list[Sequence]) -> dict[str, _Candidates]:
         """For each sequence what may come."""
         depth, behind = self._streams.config.num_streams, self._streams.behind
-        said = torch.stack([self._said[s.id] for s in sequences])  # [sequences, streams, hidden]
+        said = torch.cat([self._said[s.id] for s in sequences])  # [sequences * streams, hidden]
+        of_said = None
         if behind is not None:
+            of_said = behind.of_said(said).unflatten(0, (-1, depth))
             last = indices([s.token_ids[-1] for s in sequences], said.device)
-            said[:, 0] = behind(said[:, 0], self._decoder.embed(last))
+            said[::depth] += behind.added(of_said[:, 0], behind.of_before(self._decoder.embed(last)))
         # A stream does not know which tokens come before its own; the last known one stands for them.
         rows = [SampleRow(s, (s.token_ids[-1],) * place) for s in sequences for place in range(depth)]
         number = self._branching if behind is None else max(self._branching, _CONSIDERED)
-        logits = self._head(said.flatten(0, 1))
-        found = best_tokens(logits, rows, number, self._decoder.kernels, self._vocab)
+        found = best_tokens(self._head(said), rows, number, self._decoder.kernels, self._vocab)
         token_ids, probs = (of.unflatten(0, (-1, depth)) for of in found)  # [sequences, streams, tokens]
         chances = probs.unsqueeze(2).expand(-1, -1, probs.shape[2], -1)  # behind each token before
-        if behind is not None:
-            chances = self._weighed(behind, sequences, said, token_ids, chances)
+        if behind is not None and of_said is not None:
+            places = self._vocab.places(token_ids)
+            changes = behind.changes(of_said[:, 1:], places[:, :-1], places[:, 1:])
+            chances = torch.cat((chances[:, :1], self._changed(sequences, probs[:, 1:], changes)), 1)
         best = chances.topk(min(self._branching, probs.shape[2]))
         parts = (Download(of) for of in (token_ids, best.indices, best.values))
         each = zip(*(of.tolist() for of in parts), strict=True)
         return {s.id: _Candidates(*of) for s, of in zip(sequences, each, strict=True)}
 
-    def _weighed(
-        self,
-        behind: Behind,
-        sequences: list[Sequence],
-        said: torch.Tensor,
-        token_ids: torch.Tensor,
-        chances: torch.Tensor,
-    ) -> torch.Tensor:
+    def _changed(self, sequences: list[Sequence], probs: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
         """The chances of candidates behind each one before.
 
         Args:
-            behind: What those change.
             sequences: Whose candidates they are.
-            said: [sequences, streams, hidden].
-            token_ids: [sequences, streams, tokens] int64.
-            chances: [sequences, streams, tokens, tokens], of the last ones behind any.
+            probs: [sequences, streams, tokens], behind any.
+            changes: [sequences, streams, tokens before, tokens], of their logits.
         """
         params = [s.request.sampling for s in sequences]
-        given = [
-            torch.tensor([1.0 if p.is_greedy else p.temperature for p in params]),
-            # Noise goes to tokens beyond these that what came before does not make up for.
-            torch.tensor([token_ids.shape[2] if p.is_greedy else self._branching for p in params]),
-        ]
-        temperature, number = (of.view(-1, 1, 1, 1) for of in upload(given, said.device))
-        place = torch.arange(token_ids.shape[2], device=said.device)
-        chances = chances.where(place < number, 0.0)
-        before = self._decoder.embed(token_ids[:, :-1])
-        changes = behind.changes(said[:, 1:], before, token_ids[:, 1:]) / temperature
-        changes = torch.cat((torch.zeros_like(chances[:, :1]), changes), 1)
-        rest = (1.0 - chances.sum(-1, keepdim=True)).clamp(min=0.0)  # of tokens that are not considered
-        return torch.cat((chances.log() + changes, rest.log()), -1).softmax(-1)[..., :-1]
+        if not all(p.is_greedy for p in params):
+            given = [
+                torch.tensor([1.0 if p.is_greedy else p.temperature for p in params]),
+                # Noise goes to tokens beyond these that what came before does not make up for.
+                torch.tensor([probs.shape[2] if p.is_greedy else self._branching for p in params]),
+            ]
+            temperature, number = upload(given, probs.device)
+            place = torch.arange(probs.shape[2], device=probs.device)
+            probs = probs.where(place < number.view(-1, 1, 1), 0.0)
+            changes = changes / temperature.view(-1, 1, 1, 1)
+        rest = (1.0 - probs.sum(-1, keepdim=True)).clamp(min=0.0)  # of tokens that are not considered
+        every = torch.cat((probs, rest), -1).log().unsqueeze(2)
+        return (every + F.pad(changes, (0, 1))).softmax(-1)[..., :-1]
 
     def _anchors(self, entry: BatchEntry) -> list[int]:
         """Rows of an entry whose streams could make a draft, as far as there is room in the cache."""
@@ -204,69 +198,78 @@ class Streaming(Proposer):
         ]
         return reserve(self._blocks, entry, nodes, num_streams)
 
-    def _choose(self, batch: Batch, anchors: Anchors, price: Price, normed: torch.Tensor) -> Anchors:
+    def _choose(self, batch: Batch, anchors: Anchors, prices: Prices, normed: torch.Tensor) -> Anchors:
         """Drops rows whose streams are not worth their time; each sequence keeps its likeliest.
 
         Args:
             batch: The step.
             anchors: Rows that have room for streams.
-            price: What rows cost.
+            prices: What rows cost.
             normed: [rows, hidden], states where streams begin, after the final norm.
         """
         kept: Anchors = [[] for _ in anchors]
         others: list[tuple[float, int, int]] = []  # chance of ending the path, entry, node
+        several = [entry for entry, nodes in zip(batch.entries, anchors, strict=True) if len(nodes) > 1]
+        acceptance = self._acceptance(several, normed)
         for index, (entry, nodes) in enumerate(zip(batch.entries, anchors, strict=True)):
-            ends = _ends(entry.tree, self._acceptance(entry, normed)) if len(nodes) > 1 else [1.0]
+            ends = _ends(entry.tree, acceptance) if len(nodes) > 1 else [1.0]
             best = max(nodes, key=lambda node: ends[node + 1], default=None)
             kept[index] += [node for node in nodes if node == best]
             others += [(ends[node + 1], index, node) for node in nodes if node != best]
         others.sort(reverse=True)
         num_first = sum(map(len, kept))
-        for _, index, node in others[: self._num_worthwhile([o[0] for o in others], num_first, batch, price)]:
+        for _, index, node in others[
+            : self._num_worthwhile([o[0] for o in others], num_first, batch, prices)
+        ]:
             kept[index].append(node)
         return [sorted(nodes) for nodes in kept]
 
-    def _num_worthwhile(self, chances: list[float], num_first: int, batch: Batch, price: Price) -> int:
+    def _num_worthwhile(self, chances: list[float], num_first: int, batch: Batch, prices: Prices) -> int:
         """How many more rows should have streams.
 
         Args:
             chances: That paths end at them, falling.
             num_first: Rows that have streams anyway.
             batch: The step.
-            price: What rows cost.
+            prices: What rows cost.
         """
         if self._min_prob is not None:
             return bisect_right(chances, -self._min_prob, key=operator.neg)
         config = self._streams.config
         share = config.num_stream_layers / self._decoder.config.num_layers
 
-        def cost(num_anchors: int) -> float:
-            # The last layers have these rows more: where kernels have stairs, that is not what as many
-            # rows cost that are spread over all layers.
-            return share * price(batch.num_rows, num_anchors * config.num_streams)
-
         value = max(self.value, _LEAST_VALUE)
-        won = list(itertools.accumulate((value * chance for chance in chances), initial=0.0))
-        places = range(0, len(won), 1 + len(won) // _MOST_PRICES)
-        return max(places, key=lambda num: (won[num] - cost(num_first + num), num))
+        won = itertools.accumulate((value * chance for chance in chances), initial=0.0)
+        # The last layers have these rows more: where kernels have stairs, that is not what as many rows cost
+        # that are spread over all layers.
+        more = [(num_first + num) * config.num_streams for num in range(len(chances) + 1)]
+        costs = prices(batch.num_rows, more)
+        return max(
+            (tokens - share * cost, num) for num, (tokens, cost) in enumerate(zip(won, costs, strict=True))
+        )[1]
 
-    def _acceptance(self, entry: BatchEntry, normed: torch.Tensor) -> list[float]:
-        """For each node of a tree the probability that it is accepted if its parent is."""
-        tree, early_exit = entry.tree, self._streams.early_exit
-        expected = list(tree.confidence or [_UNKNOWN] * len(tree))
-        if early_exit is None:
-            return expected
-        parents = [entry.first_row + entry.num_known + parent for parent in tree.parents]
-        given = [torch.tensor(parents), torch.tensor(tree.token_ids), torch.tensor(expected)]
-        rows, token_ids, q = upload(given, normed.device)
-        probs: list[float] = early_exit.probs(normed[rows], token_ids, q).tolist()
-        return probs
+    def _acceptance(self, entries: list[BatchEntry], normed: torch.Tensor) -> Iterator[float]:
+        """For the nodes of all their trees the probability that each is accepted if its parent is."""
+        expected = [q for entry in entries for q in entry.tree.confidence or [_UNKNOWN] * len(entry.tree)]
+        if self._streams.early_exit is None or not entries:
+            return iter(expected)
+        parents = [e.first_row + e.num_known + parent for e in entries for parent in e.tree.parents]
+        token_ids = [token_id for entry in entries for token_id in entry.tree.token_ids]
+        given = [torch.tensor(parents), torch.tensor(token_ids), torch.tensor(expected)]
+        rows, tokens, q = upload(given, normed.device)
+        probs: list[float] = self._streams.early_exit.probs(normed[rows], tokens, q).tolist()
+        return iter(probs)
 
 
-def _ends(tree: DraftTree, acceptance: list[float]) -> list[float]:
-    """The probabilities that the accepted path ends at the root, at the first node, and so on."""
+def _ends(tree: DraftTree, acceptance: Iterator[float]) -> list[float]:
+    """The probabilities that the accepted path ends at the root, at the first node, and so on.
+
+    Args:
+        tree: What is verified.
+        acceptance: For its nodes the probability that each is accepted if its parent is, and what follows.
+    """
     reached, goes_on = [1.0], [0.0] * (len(tree) + 1)
-    for parent, prob in zip(tree.parents, acceptance, strict=True):
+    for parent, prob in zip(tree.parents, acceptance, strict=False):
         reached.append(reached[parent + 1] * prob)
         goes_on[parent + 1] += prob
     return [r * max(0.0, 1.0 - g) for r, g in zip(reached, goes_on, strict=True)]
@@ -310,6 +313,6 @@ def create(context: DraftContext) -> Streaming:
 
     checkpoint = read_draft(settings.model, "streaming", model, shapes, decoder.dtype, KEYS, decoder.device)
     config = stream_config(checkpoint.settings)
-    streams = Streams(config, checkpoint.weights, decoder)
+    streams = Streams(config, checkpoint.weights, decoder, checkpoint.vocab)
     branching = settings.draft_branching or config.branching
     return Streaming(streams, checkpoint.vocab, decoder, context.kv, branching, settings.stream_min_prob)

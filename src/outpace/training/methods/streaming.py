@@ -41,7 +41,7 @@ from outpace.models.convert import write_model
 from outpace.models.decoder import rope_table
 from outpace.models.draft_checkpoint import write_draft
 from outpace.models.draft_vocab import DraftVocab
-from outpace.models.streams import TARGETS, StreamConfig, exit_logits, units_behind
+from outpace.models.streams import TARGETS, UNIT_EPS, StreamConfig, exit_logits
 from outpace.models.tokenizer import load_tokenizer
 from outpace.training.losses import Teacher, draft_loss, head_loss
 from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, draw, section
@@ -416,8 +416,11 @@ class Streaming(TrainableDraft):
         if not self.config.token_rank:
             return said
         weights = self._named("token")
-        units = units_behind(weights, said, self._trunk.embed(before))
-        return said + F.linear(units, weights["token.up.weight"]).to(said.dtype)
+        of_said, of_before = (
+            F.linear(F.rms_norm(x.float(), x.shape[-1:], eps=UNIT_EPS), weights[f"token.{name}.weight"])
+            for name, x in (("said", said), ("before", self._trunk.embed(before)))
+        )
+        return said + F.linear(F.silu(of_said + of_before), weights["token.up.weight"]).to(said.dtype)
 
     def _hidden(self, valid: torch.Tensor, batch: TrainBatch) -> torch.Tensor:
         """Which streams are not told the token before, bool like `valid`; to measure on, none."""
