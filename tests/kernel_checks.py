@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from outpace.kernels import Heads, Kernels, RopeTable, Rows, new_cache
+from outpace.kernels import EarlyExit, Heads, Kernels, RopeTable, Rows, TokenChange, new_cache
 from outpace.kernels.reference import ReferenceKernels
 from outpace.models.config import RopeConfig
 from outpace.models.decoder import rope_table
@@ -233,6 +233,60 @@ def noisy_topk_agrees(kernels: Kernels, dtype: torch.dtype, rows: int, vocab: in
         assert ids[:, :1].squeeze(1).equal(kernels.noisy_argmax(logits, *keys))
         assert probs[3].tolist() == [0.5, 0.5, 0, 0, 0, 0]
         assert noisy.any() or ids[2].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def stream_heads_agree(kernels: Kernels, dtype: torch.dtype, hidden: int, rank: int, tokens: int) -> None:
+    """What is worked out for streams beside a pass is what torch makes of it, of each anchor alone."""
+    anchors, streams, vocab, reference = 5, 3, 64, ReferenceKernels()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int, dtype: torch.dtype = dtype, scale: float = 1.0) -> torch.Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).to(dtype)
+
+    of_tokens = [drawn(vocab, rank, dtype=torch.float32) for _ in range(2)]
+    change = TokenChange(*(drawn(rank, hidden, scale=0.1) for _ in range(3)), *of_tokens)
+    states, embeddings = drawn(anchors, streams, hidden), drawn(anchors, hidden)
+    found, expected = states.clone(), states.clone()
+    units = kernels.change_first_(change, found, embeddings)
+    close(units, reference.change_first_(change, expected, embeddings), 1e-4)
+    close(found, expected, 1e-4 if dtype is torch.float32 else 1e-2)
+    assert not torch.equal(found, states)
+
+    places = torch.rand(anchors, streams, vocab, generator=generator).argsort(-1)[..., :tokens].contiguous()
+    probs = torch.rand(anchors, streams, tokens, generator=generator)
+    probs /= probs.sum(-1, keepdim=True) * torch.tensor([1.5, 1.0, 9.0, 1.1, 2.0]).view(-1, 1, 1)
+    probs[1, :, -1], places[1, :, -1], probs[2, 1] = 0.0, -1, 0.0  # fewer that are possible, and none
+    temperature = torch.tensor([1.0, 0.5, 0.7, 1.0, 2.0])
+    index, chances = kernels.likeliest_behind(change, units, places, probs, temperature, 4)
+    expected_index, expected_chances = reference.likeliest_behind(
+        change, units, places, probs, temperature, 4
+    )
+    close(chances, expected_chances, 1e-4)
+    assert torch.equal(index[chances > 0], expected_index[chances > 0])
+    assert not chances[2, 1].any()
+    assert chances[:, 1:].std(2).max() > 0.01, "the token before matters"
+
+    down, up, bias = (drawn(*shape, hidden, dtype=torch.float32, scale=0.1) for shape in ((8,), (8,), ()))
+    weights = EarlyExit(down, up, bias, torch.tensor([0.5, 0.2, 0.0]), drawn(vocab, hidden))
+    x = states.view(-1, hidden)
+    tokens_of = (torch.tensor([3, 0, 3, 11]), torch.tensor([5, 63, 0, 5]), torch.tensor([0.5, 0.0, 1.0, 0.1]))
+    exits = kernels.exit_probs(weights, x, *tokens_of)
+    close(exits, reference.exit_probs(weights, x, *tokens_of), 1e-3)
+    assert exits.std() > 0.1
+
+    for anchor in range(anchors):
+        alone = slice(anchor, anchor + 1)
+        state = states[alone].clone()
+        assert torch.equal(kernels.change_first_(change, state, embeddings[alone]), units[alone])
+        assert torch.equal(state, found[alone])
+        given = (units[alone], places[alone], probs[alone], temperature[alone])
+        _, one = kernels.likeliest_behind(change, *given, 4)
+        assert torch.equal(one, chances[alone])
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Alike but for the order of sums, and as many roundings."""
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def filters_agree(kernels: Kernels, rows: int, vocab: int, device: torch.device = CPU) -> None:

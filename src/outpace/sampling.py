@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from outpace.device import Download, indices, upload
+from outpace.device import Download, indices, tensor_of, upload
 from outpace.errors import InvalidRequestError
 from outpace.kernels import Kernels
 from outpace.kernels.reference_sampling import best_tokens, hash_tokens
@@ -279,11 +279,11 @@ def target_logits(
     _adjust_(target, rows)
     if not all(p.is_greedy for p in params):
         drawn = [_NO_CHANGE if p.is_greedy else p for p in params]
-        limits = [torch.tensor([[p.temperature] for p in drawn], dtype=torch.float32)]
+        limits = [tensor_of([[p.temperature] for p in drawn], np.float32)]
         if any(p.filters for p in drawn):
-            limits.append(torch.tensor([max(p.top_k, 0) for p in drawn], dtype=torch.int64))
-            limits.append(torch.tensor([p.top_p for p in drawn], dtype=torch.float32))
-            limits.append(torch.tensor([p.min_p for p in drawn], dtype=torch.float32))
+            limits.append(tensor_of([max(p.top_k, 0) for p in drawn]))
+            limits.append(tensor_of([p.top_p for p in drawn], np.float32))
+            limits.append(tensor_of([p.min_p for p in drawn], np.float32))
         temperature, *filters = upload(limits, target.device)
         target.div_(temperature)
         if filters:
@@ -326,7 +326,7 @@ class Chooser:
             kernels: Who adds the noise and looks for the best.
             noise: Which noise that is.
         """
-        noisy = torch.tensor([not row.params.is_greedy for row in rows], dtype=torch.bool)
+        noisy = tensor_of([not row.params.is_greedy for row in rows], np.bool_)
         self._keys, self._kernels = upload([*_noise_keys(rows, noise), noisy], device), kernels
 
     def __call__(self, target: torch.Tensor) -> torch.Tensor:
@@ -514,8 +514,7 @@ def _noise_keys(rows: Sequence[SampleRow], noise: Noise) -> tuple[torch.Tensor, 
     if noise is not Noise.CHOICE:
         digests = (hashlib.blake2b(f"{seed}:{noise}".encode(), digest_size=8).digest() for seed in seeds)
         seeds = [int.from_bytes(digest, signed=True) for digest in digests]
-    positions = [row.position for row in rows]
-    return torch.tensor(seeds, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+    return tensor_of(seeds), tensor_of([row.position for row in rows])
 
 
 def _require(holds: bool, param: str, value: object, limit: str) -> None:

@@ -318,6 +318,14 @@ def test_ranked_tokens_are_those_chosen_one_after_the_other(dtype: torch.dtype) 
     checks.noisy_topk_agrees(backend("native", dtype), dtype, 64, 1003)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("hidden", "rank", "tokens"), [(64, 48, 16), (90, 6, 5)])
+def test_what_streams_need_beside_a_pass_is_what_torch_makes_of_it(
+    hidden: int, rank: int, tokens: int, dtype: torch.dtype
+) -> None:
+    checks.stream_heads_agree(backend("native", dtype), dtype, hidden, rank, tokens)
+
+
 @pytest.mark.parametrize(("name", "rows", "vocab"), [("native", 200, 777), ("triton", 12, 777)])
 def test_filters_agree_with_the_reference(name: Name, rows: int, vocab: int) -> None:
     checks.filters_agree(backend(name, torch.float32), rows, vocab)

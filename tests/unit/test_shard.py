@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from checkpoints import finish, write_checkpoint, write_gguf
+from outpace.device import tensor_of
 from outpace.errors import ConfigError
 from outpace.kernels import Rows
 from outpace.kernels.reference import ReferenceKernels
@@ -21,7 +22,7 @@ from outpace.models.decoder import Decoder
 from outpace.models.gguf_file import GGUFFile
 from outpace.models.loader import load_config, load_weights
 from outpace.models.shard import Shard
-from outpace.runtime.kv_cache import KVCache, int32
+from outpace.runtime.kv_cache import KVCache
 from tiny import MODEL
 
 TOKENS = torch.tensor([5, 100, 7, 7, 250, 31, 12, 90])
@@ -31,13 +32,13 @@ def hidden(decoder: Decoder) -> torch.Tensor:
     """States of `TOKENS` as one prompt."""
     number = len(TOKENS)
     rows = Rows(
-        positions=int32(list(range(number))),
-        slots=int32(list(range(number))),
-        parents=int32(list(range(-1, number - 1))),
-        row_starts=int32([0, number]),
-        context_lens=int32([0]),
+        positions=tensor_of(list(range(number)), np.int32),
+        slots=tensor_of(list(range(number)), np.int32),
+        parents=tensor_of(list(range(-1, number - 1)), np.int32),
+        row_starts=tensor_of([0, number], np.int32),
+        context_lens=tensor_of([0], np.int32),
         block_tables=torch.zeros(1, 1, dtype=torch.int32),
-        branching=int32([0]),
+        branching=tensor_of([0], np.int32),
     )
     cache = KVCache(decoder.config, 1, torch.float32, enable_prefix_caching=False)
     return decoder.forward(TOKENS, rows, cache.layers)

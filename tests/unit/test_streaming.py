@@ -408,9 +408,10 @@ def test_dear_rows_leave_streams_only_where_they_pay(checkpoint: Path) -> None:
         assert beside is not None
         return len(beside.choose(normed)[0])
 
-    counts = [
-        kept(lambda rows, more, each=each: [each * num for num in more]) for each in (0.0, 0.05, 0.2, 10.0)
-    ]  # type: ignore[misc]
+    def at(each: float) -> Prices:
+        return lambda rows, more: [each * num for num in more]
+
+    counts = [kept(at(each)) for each in (0.0, 0.05, 0.2, 10.0)]
     assert counts[0] == 6
     fitting = (15 - batch.num_rows) // proposer._streams.config.num_streams
     assert kept(lambda rows, more: [10.0 * (rows + num > 15) for num in more]) == fitting > 1, (
@@ -552,23 +553,30 @@ def test_streams_learn_what_follows_from_a_token_that_they_could_not_know() -> N
 
 def test_what_the_token_before_changes_is_served_as_it_was_trained(conditioned: Path) -> None:
     engine = streaming(conditioned)
-    module, behind = (
+    module, change = (
         trainable(conditioned, token_rank=6, layer_share=0.5),
-        proposer_of(engine)._streams.behind,
+        proposer_of(engine)._streams.change,
     )
-    assert behind is not None
+    assert change is not None
+    decoder = engine.runner.decoder
     said = torch.randn(4, 3, MODEL.hidden_size, generator=torch.Generator().manual_seed(0))
     before = torch.arange(12).view(4, 3)
     expected = module._behind(said, before).detach()
-    decoder = engine.runner.decoder
-    of_said, of_before = behind.of_said(said.flatten(0, 1)), behind.of_before(decoder.embed(before.flatten()))
-    added = behind.added(of_said, of_before).view_as(said)
-    torch.testing.assert_close(said + added, expected)
-    assert float(added.abs().max()) > 0.1
-    places, tokens = before[:, :1], torch.arange(20, 70).expand(4, 1, -1)
-    changes = behind.changes(of_said.unflatten(0, (4, 3))[:, :1], places.unsqueeze(-1), tokens)
-    logits = decoder.logits(added[:, 0])[:, 20:70]
-    torch.testing.assert_close(changes[:, 0, 0], logits, rtol=1e-4, atol=1e-4)
+    changed = said.clone()
+    units = decoder.kernels.change_first_(change, changed, decoder.embed(before[:, 0]))
+    torch.testing.assert_close(changed[:, 0], expected[:, 0])
+    assert torch.equal(changed[:, 1:], said[:, 1:])
+    assert float((expected - said).abs().max()) > 0.1
+    tokens, probs = (
+        torch.arange(20, 70).repeat(4, 3, 1),
+        torch.full((4, 3, 50), 0.02),
+    )  # nothing else is likely
+    tokens[:, 0, 0] = before[:, 1]
+    index, chances = decoder.kernels.likeliest_behind(change, units, tokens, probs, torch.full((4,), 0.5), 50)
+    logits = decoder.logits(expected[:, 1] - said[:, 1])[:, 20:70] / 0.5
+    best = logits.softmax(-1).sort(descending=True)
+    torch.testing.assert_close(chances[:, 1, 0], best.values, rtol=1e-4, atol=1e-7)
+    assert torch.equal(index[:, 1, 0], best.indices)
 
 
 def test_embeddings_learn_at_the_size_of_the_states_that_they_are_added_to() -> None:
@@ -695,11 +703,13 @@ def test_the_early_exit_learns_which_drafted_tokens_come_true(
     answer = [ord("x"), *plain["greedy"][3]]
     early_exit = proposer_of(engine)._streams.early_exit
     assert early_exit is not None
-    states = module._trunk.norm(batch_of(module, [answer]).hidden[module._first][0, 5:35])
-    right = torch.tensor(answer[6:36])
+    states = module._trunk.norm(batch_of(module, [answer]).hidden[module._first][0])
+    rows, right = torch.arange(5, 35), torch.tensor(answer[6:36])
     wrong = (right + 7) % 256
+    kernels = engine.runner.decoder.kernels
     probs = [
-        early_exit.probs(states, tokens, torch.full((30,), q)) for tokens, q in ((right, 0.9), (wrong, 0.01))
+        kernels.exit_probs(early_exit, states, rows, tokens, torch.full((30,), q))
+        for tokens, q in ((right, 0.9), (wrong, 0.01))
     ]
     assert probs[0].mean() > 0.8
     assert probs[1].mean() < 0.2

@@ -14,8 +14,10 @@ from outpace.device import CPU
 from outpace.errors import ConfigError
 from outpace.kernels.base import Heads, Kernels, Layer, LayerAttention, Linear, RopeTable, Rows
 from outpace.kernels.huge_pages import HugePages
+from outpace.kernels.stream_heads import EarlyExit, TokenChange
 
 __all__ = [
+    "EarlyExit",
     "Heads",
     "Kernels",
     "Layer",
@@ -23,6 +25,7 @@ __all__ = [
     "Linear",
     "RopeTable",
     "Rows",
+    "TokenChange",
     "load_kernels",
     "new_cache",
 ]

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
+from outpace.kernels import stream_heads
+from outpace.kernels.stream_heads import EarlyExit, TokenChange
+
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -255,3 +258,66 @@ class Kernels(ABC):
             left.scatter_(1, ids[-1], -torch.inf)
         probs = (torch.cat(values, 1).float() - total).exp().clamp(max=1.0)
         return torch.cat(ids, 1), probs
+
+    def change_first_(
+        self, change: TokenChange, said: torch.Tensor, embeddings: torch.Tensor
+    ) -> torch.Tensor:
+        """Has the first stream of each row say what it says behind the token that is known by now.
+
+        Args:
+            change: What that token changes.
+            said: [anchors, streams, hidden], what streams say behind any; the first ones are overwritten.
+            embeddings: [anchors, hidden], those tokens'.
+
+        Returns:
+            [anchors, streams, rank] float32: V s of each, as it was.
+        """
+        return stream_heads.change_first_(change, said, embeddings)
+
+    def likeliest_behind(
+        self,
+        change: TokenChange,
+        units: torch.Tensor,
+        places: torch.Tensor,
+        probs: torch.Tensor,
+        temperature: torch.Tensor,
+        number: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest candidates of each stream behind each candidate of the stream before.
+
+        Args:
+            change: What tokens before change; nothing in the first stream.
+            units: [anchors, streams, rank] float32, from `change_first_`.
+            places: [anchors, streams, tokens] int64, candidates, in the draft's vocabulary; -1 for one
+                that is not in it, whose probability is 0.
+            probs: [anchors, streams, tokens] float32, how likely they are behind any.
+            temperature: [anchors] float32.
+            number: How many, up to `tokens`.
+
+        Returns:
+            [anchors, streams, tokens, number] twice: int64, where the likeliest are among the candidates, and
+            float32, how likely. In the first stream they are the same behind all.
+        """
+        return stream_heads.likeliest_behind(change, units, places, probs, temperature, number)
+
+    def exit_probs(
+        self,
+        weights: EarlyExit,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        token_ids: torch.Tensor,
+        q: torch.Tensor,
+    ) -> torch.Tensor:
+        """Probabilities that tokens follow rows, as the early exit sees it.
+
+        Args:
+            weights: Its weights.
+            x: [rows, hidden], normed states where streams begin.
+            rows: [tokens] int64, the row that each would follow.
+            token_ids: [tokens] int64.
+            q: [tokens] float32, what drafting gave each.
+
+        Returns:
+            [tokens] float32.
+        """
+        return torch.sigmoid(stream_heads.exit_logits(weights, x[rows], token_ids, q))

@@ -1186,7 +1186,129 @@ void noisy_topk(int64_t* ids, float* probs, const Scalar* logits, const int64_t*
   });
 }
 
+// -------------------------------------------------------------------------------------------- streams
+
+// stream_heads.py says what these compute. Rows are short and few, so all of them take less than a call of torch.
+
+constexpr float kLeastQ = 1e-6f;
+
+template <typename A, typename B>
+float dot(const A* a, const B* b, int n) {
+  vf acc = splat(0.f);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) acc += load(a + i) * load(b + i);
+  float total = sum(acc);
+  for (; i < n; i++) total += widen(a[i]) * widen(b[i]);
+  return total;
+}
+
+// to += factor * x
+template <typename Scalar>
+void add_times(float* to, float factor, const Scalar* x, int n) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(to + i) + factor * load(x + i));
+  for (; i < n; i++) to[i] += factor * widen(x[i]);
+}
+
+// out = silu(a + b)
+void silu_sum(float* out, const float* a, const float* b, int n) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const vf x = load(a + i) + load(b + i);
+    store(out + i, x / (1.f + exp(-x)));
+  }
+  for (; i < n; i++) out[i] = (a[i] + b[i]) / (1.f + std::exp(-a[i] - b[i]));
+}
+
+// out[r] = weight[r] . x / rms(x)
+template <typename Scalar>
+void of_unit(float* out, const Scalar* weight, const Scalar* x, float eps, int hidden, int rank) {
+  const float scale = 1.f / std::sqrt(dot(x, x, hidden) / hidden + eps);
+  for (int r = 0; r < rank; r++) out[r] = scale * dot(x, weight + int64_t(r) * hidden, hidden);
+}
+
+template <typename Scalar>
+void change_first(float* units, Scalar* said, const Scalar* embeddings, const Scalar* of_said, const Scalar* of_before,
+                  const Scalar* up, float eps, int anchors, int streams, int hidden, int rank) {
+  for_rows(anchors, 2 * (streams + 2) * rank * hidden / kLanes, [&](int a) {
+    Scalar* first = said + int64_t(a) * streams * hidden;
+    float* own = units + int64_t(a) * streams * rank;
+    for (int j = 0; j < streams; j++) of_unit(own + j * rank, of_said, first + int64_t(j) * hidden, eps, hidden, rank);
+    std::vector<float> unit(rank), added(hidden);
+    of_unit(unit.data(), of_before, embeddings + int64_t(a) * hidden, eps, hidden, rank);
+    silu_sum(unit.data(), unit.data(), own, rank);
+    for (int r = 0; r < rank; r++) add_times(added.data(), unit[r], up + int64_t(r) * hidden, hidden);
+    for (int i = 0; i < hidden; i++) put(first + i, widen(first[i]) + added[i]);
+  });
+}
+
+// The `number` largest of `chances`, the first of equal ones first.
+void take_best(int64_t* index, float* best, const float* chances, int tokens, int number) {
+  int found = 0;
+  for (int t = 0; t < tokens; t++) {
+    int place = found;
+    while (place > 0 && chances[t] > best[place - 1]) place--;
+    if (place == number) continue;
+    found = std::min(found + 1, number);
+    for (int n = found - 1; n > place; n--) best[n] = best[n - 1], index[n] = index[n - 1];
+    best[place] = chances[t], index[place] = t;
+  }
+}
+
+void likeliest_behind_row(int64_t* index, float* best, const float* unit, const int64_t* before, const int64_t* places,
+                          const float* probs, float temperature, const float* befores, const float* afters, int rank,
+                          int tokens, int number) {
+  float given = 0.f;
+  for (int t = 0; t < tokens; t++) given += probs[t];
+  const float rest = std::log(std::max(1.f - given, 0.f));  // of tokens that are not considered
+  std::vector<float> likely(tokens), chances(tokens), units(rank);
+  for (int t = 0; t < tokens; t++) likely[t] = std::log(probs[t]);
+  for (int b = 0; b < tokens; b++) {
+    silu_sum(units.data(), unit, befores + std::max<int64_t>(before[b], 0) * rank, rank);
+    float top = rest, total = 0.f;
+    for (int t = 0; t < tokens; t++) {
+      chances[t] = likely[t] + dot(units.data(), afters + std::max<int64_t>(places[t], 0) * rank, rank) / temperature;
+      top = std::max(top, chances[t]);
+    }
+    for (int t = 0; t < tokens; t++) total += chances[t] = std::exp(chances[t] - top);
+    const float scale = 1.f / (total + std::exp(rest - top));
+    for (int t = 0; t < tokens; t++) chances[t] *= scale;
+    take_best(index + b * number, best + b * number, chances.data(), tokens, number);
+  }
+}
+
+template <typename Scalar>
+void exit_probs(float* out, const Scalar* x, const Scalar* head, const int64_t* rows, const int64_t* token_ids,
+                const float* q, const float* down, const float* up, const float* bias, const float* scalars, int count,
+                int hidden, int rank) {
+  for_rows(count, (2 * rank + 3) * hidden / kLanes, [&](int n) {
+    const Scalar* row = x + rows[n] * hidden;
+    std::vector<float> h(hidden), weight(bias, bias + hidden);
+    for (int i = 0; i < hidden; i++) h[i] = widen(row[i]);
+    for (int r = 0; r < rank; r++) add_times(h.data(), dot(row, down + int64_t(r) * hidden, hidden), up + int64_t(r) * hidden, hidden);
+    add_times(weight.data(), scalars[1], head + token_ids[n] * hidden, hidden);
+    const float logit = scalars[0] * std::log(std::max(q[n], kLeastQ)) + dot(h.data(), weight.data(), hidden) + scalars[2];
+    out[n] = 1.f / (1.f + std::exp(-logit));
+  });
+}
+
 }  // namespace
+
+extern "C" void likeliest_behind(int64_t* index, float* chances, const float* units, const int64_t* places,
+                                 const float* probs, const float* temperature, const float* befores, const float* afters,
+                                 int anchors, int streams, int rank, int tokens, int number) {
+  for_rows(anchors, streams * tokens * (tokens + 2) * rank / kLanes, [&](int a) {
+    for (int j = 0, row = a * streams; j < streams; j++, row++) {
+      const int64_t from = int64_t(row) * tokens, to = from * number;
+      if (j) {
+        likeliest_behind_row(index + to, chances + to, units + int64_t(row) * rank, places + from - tokens, places + from,
+                             probs + from, temperature[a], befores, afters, rank, tokens, number);
+        continue;
+      }
+      for (int b = 0; b < tokens; b++) take_best(index + to + b * number, chances + to + b * number, probs + from, tokens, number);
+    }
+  });
+}
 
 extern "C" void filter_logits(float* logits, const int64_t* top_k, const float* top_p, const float* min_p, int rows,
                               int vocab) {
@@ -1261,6 +1383,16 @@ extern "C" void keep_freed_memory() {
                                       const int64_t* positions, const uint8_t* noisy, int rows, int vocab,              \
                                       int number) {                                                                     \
     noisy_topk<Scalar>(ids, probs, logits, seeds, positions, noisy, rows, vocab, number);                               \
+  }                                                                                                                     \
+  extern "C" void change_first_##suffix(float* units, Scalar* said, const Scalar* embeddings, const Scalar* of_said,    \
+                                        const Scalar* of_before, const Scalar* up, float eps, int anchors, int streams, \
+                                        int hidden, int rank) {                                                         \
+    change_first<Scalar>(units, said, embeddings, of_said, of_before, up, eps, anchors, streams, hidden, rank);         \
+  }                                                                                                                     \
+  extern "C" void exit_probs_##suffix(float* out, const Scalar* x, const Scalar* head, const int64_t* rows,             \
+                                      const int64_t* token_ids, const float* q, const float* down, const float* up,     \
+                                      const float* bias, const float* scalars, int count, int hidden, int rank) {       \
+    exit_probs<Scalar>(out, x, head, rows, token_ids, q, down, up, bias, scalars, count, hidden, rank);                 \
   }
 
 EXPORT(f32, float)

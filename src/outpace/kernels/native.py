@@ -18,6 +18,7 @@ from outpace.config import BLOCK_SIZE, cache_dir
 from outpace.errors import ConfigError
 from outpace.kernels.base import Heads, Kernels, Layer, LayerAttention, Linear, RopeTable, Rows
 from outpace.kernels.huge_pages import HugePages
+from outpace.kernels.stream_heads import UNIT_EPS, EarlyExit, TokenChange
 
 LANES = 16
 PANEL = 2 * LANES  # outputs of a linear layer that lie together: kPanel of cpu.cpp
@@ -46,6 +47,8 @@ SIGNATURES = {
     "decoder_layer": (*[Pointer] * 8, Int, *[Pointer] * 6, Float),
     "noisy_argmax": (*[Pointer] * 5, Int, Int),
     "noisy_topk": (*[Pointer] * 6, Int, Int, Int),
+    "change_first": (*[Pointer] * 6, Float, Int, Int, Int, Int),
+    "exit_probs": (*[Pointer] * 10, Int, Int, Int),
 }
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -180,6 +183,8 @@ class NativeKernels(Kernels):
                 function.argtypes, function.restype = argtypes, None
         self._lib.filter_logits.argtypes = (Pointer, Pointer, Pointer, Pointer, Int, Int)
         self._lib.filter_logits.restype = None
+        self._lib.likeliest_behind.argtypes = (*[Pointer] * 8, Int, Int, Int, Int, Int)
+        self._lib.likeliest_behind.restype = None
         self._lib.set_num_threads(num_threads)
         self._lib.keep_freed_memory()
         own = SUFFIXES[dtype]
@@ -192,6 +197,8 @@ class NativeKernels(Kernels):
         self._rope_and_cache = getattr(self._lib, f"rope_and_cache_{own}")
         self._attend = getattr(self._lib, f"attend_{own}")
         self._decoder_layer = getattr(self._lib, f"decoder_layer_{own}")
+        self._change_first = getattr(self._lib, f"change_first_{own}")
+        self._exit_probs = getattr(self._lib, f"exit_probs_{own}")
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
         """See `Kernels`."""
@@ -315,6 +322,82 @@ class NativeKernels(Kernels):
             number,
         )
         return ids, probs
+
+    def change_first_(
+        self, change: TokenChange, said: torch.Tensor, embeddings: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Kernels`."""
+        anchors, streams, hidden = said.shape
+        rank = len(change.said)
+        units = torch.empty((anchors, streams, rank), dtype=torch.float32)
+        self._change_first(
+            units.data_ptr(),
+            said.data_ptr(),
+            embeddings.data_ptr(),
+            change.said.data_ptr(),
+            change.before.data_ptr(),
+            change.up.data_ptr(),
+            UNIT_EPS,
+            anchors,
+            streams,
+            hidden,
+            rank,
+        )
+        return units
+
+    def likeliest_behind(
+        self,
+        change: TokenChange,
+        units: torch.Tensor,
+        places: torch.Tensor,
+        probs: torch.Tensor,
+        temperature: torch.Tensor,
+        number: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Kernels`."""
+        shape = (*places.shape, number)
+        index, chances = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.float32)
+        self._lib.likeliest_behind(
+            index.data_ptr(),
+            chances.data_ptr(),
+            units.data_ptr(),
+            places.data_ptr(),
+            probs.data_ptr(),
+            temperature.data_ptr(),
+            change.befores.data_ptr(),
+            change.afters.data_ptr(),
+            *units.shape,
+            places.shape[2],
+            number,
+        )
+        return index, chances
+
+    def exit_probs(
+        self,
+        weights: EarlyExit,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        token_ids: torch.Tensor,
+        q: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `Kernels`."""
+        probs = torch.empty(len(rows), dtype=torch.float32)
+        self._exit_probs(
+            probs.data_ptr(),
+            x.data_ptr(),
+            weights.head.data_ptr(),
+            rows.data_ptr(),
+            token_ids.data_ptr(),
+            q.data_ptr(),
+            weights.down.data_ptr(),
+            weights.up.data_ptr(),
+            weights.bias.data_ptr(),
+            weights.scalars.data_ptr(),
+            len(rows),
+            x.shape[1],
+            len(weights.down),
+        )
+        return probs
 
 
 class NativeLinear:

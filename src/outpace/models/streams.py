@@ -17,14 +17,15 @@ head's rows of drafted tokens only, not the whole head, which in small models is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from outpace.errors import ConfigError
-from outpace.kernels import Kernels, Layer, Linear
+from outpace.kernels import EarlyExit, Kernels, Layer, Linear, TokenChange
+from outpace.kernels.stream_heads import unit
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_vocab import DraftVocab
@@ -36,8 +37,6 @@ FUSED = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-UNIT_EPS = 1e-6  # of the norm that gives s and e unit rms
-_LEAST_Q = 1e-6  # of a draft's probabilities, whose logarithm is taken
 PARTS = tuple(part for parts in FUSED.values() for part in parts)
 TARGETS = tuple(part.split(".")[1] for part in PARTS)
 
@@ -158,112 +157,13 @@ class LayerAdapters:
         )
 
 
-def exit_logits(
-    weights: Mapping[str, torch.Tensor], x: torch.Tensor, head: torch.Tensor, q: torch.Tensor
-) -> torch.Tensor:
-    """The early exit's logits that tokens follow rows; see the formula above.
-
-    Args:
-        weights: `exit.*` as `StreamConfig.weight_shapes` names them, float32.
-        x: [..., hidden], for each token the normed state of the row that it would follow.
-        head: [..., hidden], for each token its row of the output head.
-        q: [...], what drafting gave it.
-
-    Returns:
-        [...] float32.
-    """
-    x = x.float()
-    h = x + (x @ weights["exit.down.weight"].T) @ weights["exit.up.weight"].T
-    a, s, c = weights["exit.scalars"]
-    match = (h * (s * head.float() + weights["exit.bias.weight"])).sum(-1)
-    logits: torch.Tensor = a * q.float().clamp(min=_LEAST_Q).log() + match + c
-    return logits
-
-
-class EarlyExit:
-    """Says before the last layers how likely a drafted token is to follow a row."""
-
-    def __init__(self, weights: dict[str, torch.Tensor], head: torch.Tensor) -> None:
-        """Takes `exit.*` of the weights.
-
-        Args:
-            weights: As `StreamConfig.weight_shapes` names them.
-            head: [vocab, hidden], the output head's weight.
-        """
-        self._weights = {name: weight.float() for name, weight in weights.items() if name.startswith("exit.")}
-        self._head = head
-
-    def probs(self, x: torch.Tensor, token_ids: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """Probabilities that tokens follow rows.
-
-        Args:
-            x: [tokens, hidden], normed states of the rows that each would follow.
-            token_ids: [tokens] int64.
-            q: [tokens] float32, what drafting gave each of them.
-
-        Returns:
-            [tokens] float32.
-        """
-        return torch.sigmoid(exit_logits(self._weights, x, self._head[token_ids], q))
-
-
-class Behind:
-    """What streams say behind tokens that are known, or may come, before theirs.
-
-    In the formula above a token's embedding meets a stream's state only in a sum of `token_rank` numbers, and
-    so does its row of the head. Both are worked out once for each token that can be drafted: when a draft is
-    made, all that the states meet is small.
-    """
-
-    def __init__(self, weights: dict[str, torch.Tensor], decoder: Decoder, vocab: DraftVocab) -> None:
-        """Takes `token.*` of the weights.
-
-        Args:
-            weights: As `StreamConfig.weight_shapes` names them.
-            decoder: The model.
-            vocab: The tokens that streams draft.
-        """
-        kernels = self._kernels = decoder.kernels
-        said, before, up = (weights[f"token.{name}.weight"] for name in ("said", "before", "up"))
-        self._said, self._before, self._up = map(kernels.linear, (said, before, up))
-        self._ones = torch.ones_like(said[0])
-        self._befores = self.of_before(vocab.rows(decoder.embedding)).float()  # [vocab, rank]
-        self._tokens = kernels.linear(up.T.contiguous())(vocab.rows(decoder.head_weight())).float()
-
-    def of_said(self, said: torch.Tensor) -> torch.Tensor:
-        """V s: what streams say, [streams, hidden] -> [streams, rank]."""
-        return self._said(self._kernels.rms_norm(said, self._ones, UNIT_EPS))
-
-    def of_before(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """E e: embeddings of tokens before, [tokens, hidden] -> [tokens, rank]."""
-        return self._before(self._kernels.rms_norm(embeddings, self._ones, UNIT_EPS))
-
-    def added(self, of_said: torch.Tensor, of_before: torch.Tensor) -> torch.Tensor:
-        """S' - s, each stream behind a token: [streams, rank] twice -> [streams, hidden]."""
-        return self._up(F.silu(of_said + of_before))
-
-    def changes(self, of_said: torch.Tensor, before: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """How much likelier streams' tokens become behind others.
-
-        Args:
-            of_said: [..., rank], V s of each stream.
-            before: [..., befores] int64, places in the draft's vocabulary of tokens that may come before.
-            tokens: [..., tokens] int64, places of those that it may say.
-
-        Returns:
-            [..., befores, tokens] float32, what is added to their logits.
-        """
-        units = F.silu(of_said.unsqueeze(-2) + self._befores[before])
-        return units @ self._tokens[tokens].transpose(-1, -2)
-
-
 class Streams:
     """Stream embeddings, adapters and early exit, packed for serving.
 
     Attributes:
         config: Their shape.
         early_exit: Or None where there is none.
-        behind: What tokens before change in what streams say; None where they change nothing.
+        change: What tokens before change in what streams say; None where they change nothing.
     """
 
     def __init__(
@@ -284,8 +184,8 @@ class Streams:
             _adapters(weights, f"layers.{index}.", model, decoder.kernels)
             for index in range(model.num_layers - config.num_stream_layers, model.num_layers)
         )
-        self.early_exit = EarlyExit(weights, decoder.head_weight()) if config.exit_rank else None
-        self.behind = Behind(weights, decoder, vocab) if config.token_rank else None
+        self.early_exit = _early_exit(weights, decoder.head_weight()) if config.exit_rank else None
+        self.change = _token_change(weights, decoder, vocab) if config.token_rank else None
 
     def split(self, layers: Sequence[Layer]) -> tuple[Sequence[Layer], Sequence[Layer]]:
         """A decoder's layers before streams begin, and those that streams go through."""
@@ -299,6 +199,23 @@ class Streams:
     def adapt(self, layers: Sequence[Layer], rows: torch.Tensor) -> list[Layer]:
         """The layers that streams go through, with their adapters for the given rows, [streams] int64."""
         return [own.on(layer, rows, self._kernels) for layer, own in zip(layers, self._adapters, strict=True)]
+
+
+def _early_exit(weights: dict[str, torch.Tensor], head: torch.Tensor) -> EarlyExit:
+    """The early exit's weights."""
+    down, up, bias, scalars = (
+        weights[f"exit.{name}"].float() for name in ("down.weight", "up.weight", "bias.weight", "scalars")
+    )
+    return EarlyExit(down, up.T.contiguous(), bias, scalars, head)
+
+
+def _token_change(weights: dict[str, torch.Tensor], decoder: Decoder, vocab: DraftVocab) -> TokenChange:
+    """What tokens before change, and what it needs of each token."""
+    said, before, up = (weights[f"token.{name}.weight"] for name in ("said", "before", "up"))
+    up = up.T.contiguous()
+    befores = F.linear(unit(vocab.rows(decoder.embedding)), before.float())
+    afters = F.linear(vocab.rows(decoder.head_weight()), up).float()
+    return TokenChange(said, before, up, befores, afters)
 
 
 def _adapters(

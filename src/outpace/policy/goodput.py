@@ -178,9 +178,8 @@ class GoodputPolicy(SpeculationPolicy):
         assert self._view is not None, "a step has its limits before it has rows"
         samples = len(self._ids)
         rate = self._rate or samples / self._plain_s(self._view)
-        seconds = self.cost.target_s(num_rows + np.array([0, *more]), samples, 0, 0)
-        prices: list[float] = (rate * (seconds[1:] - seconds[0])).tolist()
-        return prices
+        before_s, *seconds = (self.cost.target_s(num_rows + num, samples, 0, 0) for num in (0, *more))
+        return [rate * (s - before_s) for s in seconds]
 
     def observe(self, record: StepRecord) -> None:
         """See SpeculationPolicy."""

@@ -9,7 +9,7 @@ import torch
 
 from outpace.batch import Batch, BatchEntry, Scheduled, Verdict
 from outpace.config import BLOCK_SIZE
-from outpace.device import CPU, upload
+from outpace.device import CPU, tensor_of, upload
 from outpace.kernels import Rows, new_cache
 from outpace.models.config import ModelConfig
 from outpace.request import Sequence
@@ -94,7 +94,7 @@ class KVCache:
     def move(self, moves: list[tuple[int, int]]) -> None:
         """Copies physical slots, (from, to) each, over all layers."""
         # Indexing copies the sources before any target is written.
-        source, target = upload(torch.tensor(moves).unbind(1), self.keys.device)
+        source, target = upload(tensor_of(moves).unbind(1), self.keys.device)
         from_block, from_offset = source // BLOCK_SIZE, source % BLOCK_SIZE
         to_block, to_offset = target // BLOCK_SIZE, target % BLOCK_SIZE
         self.keys[:, to_block, :, :, to_offset] = self.keys[:, from_block, :, :, from_offset]
@@ -130,17 +130,12 @@ def _lay_out(entries: tuple[BatchEntry, ...]) -> Batch:
             samples += range(entry.first_row + known - 1, entry.first_row + rows)
     ends = itertools.accumulate((e.num_known + len(e.tree) for e in entries), initial=0)
     layout = Rows(
-        positions=int32(positions),
-        slots=int32(slots),
-        parents=int32(parents),
-        row_starts=int32(list(ends)),
-        context_lens=int32([e.sequence.num_computed for e in entries]),
+        positions=tensor_of(positions, np.int32),
+        slots=tensor_of(slots, np.int32),
+        parents=tensor_of(parents, np.int32),
+        row_starts=tensor_of(list(ends), np.int32),
+        context_lens=tensor_of([e.sequence.num_computed for e in entries], np.int32),
         block_tables=torch.from_numpy(tables),
-        branching=int32([int(not e.tree.is_chain()) for e in entries]),
+        branching=tensor_of([int(not e.tree.is_chain()) for e in entries], np.int32),
     )
-    return Batch(entries, torch.tensor(token_ids), layout, torch.tensor(samples, dtype=torch.int64))
-
-
-def int32(values: list[int]) -> torch.Tensor:
-    """A tensor as the kernels take them."""
-    return torch.tensor(values, dtype=torch.int32)
+    return Batch(entries, tensor_of(token_ids), layout, tensor_of(samples))

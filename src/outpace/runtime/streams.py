@@ -15,12 +15,12 @@ import torch
 
 from outpace.batch import Batch, BatchEntry, StreamOutput, fields_of
 from outpace.config import BLOCK_SIZE
-from outpace.device import upload
+from outpace.device import tensor_of, upload
 from outpace.kernels import Rows
 from outpace.models.decoder import Decoder
 from outpace.models.streams import Streams
 from outpace.runtime.block_manager import BlockManager
-from outpace.runtime.kv_cache import int32, slot_of
+from outpace.runtime.kv_cache import slot_of
 
 Anchors = list[list[int]]  # for each entry of a batch the nodes that get streams; -1 is its last known token
 
@@ -154,13 +154,13 @@ class _Builder:
             parents = self.parents[self.starts[index] : self.starts[index + 1]]
             branching.append(int(any(parent != row - 1 for row, parent in enumerate(parents))))
         return Rows(
-            positions=int32(self.positions),
-            slots=int32(self.slots),
-            parents=int32(self.parents),
-            row_starts=int32(self.starts),
-            context_lens=int32(self.contexts),
+            positions=tensor_of(self.positions, np.int32),
+            slots=tensor_of(self.slots, np.int32),
+            parents=tensor_of(self.parents, np.int32),
+            row_starts=tensor_of(self.starts, np.int32),
+            context_lens=tensor_of(self.contexts, np.int32),
             block_tables=torch.from_numpy(tables),
-            branching=int32(branching),
+            branching=tensor_of(branching, np.int32),
         )
 
 
@@ -202,8 +202,4 @@ def lay_out(batch: Batch, anchors: Anchors, num_streams: int) -> Layout:
             positions += range(positions[node + 1] + 1, positions[node + 1] + 1 + num_streams)
         slots += (slot_of(sequence, context + num_rows + s) for s in range(len(nodes) * num_streams))
         builder.add(context + before, blocks, positions, slots, parents)
-    return Layout(builder.rows(), torch.tensor(own), _int64(streams), _int64(starts), places)
-
-
-def _int64(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+    return Layout(builder.rows(), tensor_of(own), tensor_of(streams), tensor_of(starts), places)

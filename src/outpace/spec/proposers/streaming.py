@@ -22,11 +22,11 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from outpace.batch import Batch, BatchEntry, TargetOutput, Verdict
-from outpace.device import Download, indices, upload
+from outpace.device import Download, indices, tensor_of, upload
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, read_draft
@@ -140,50 +140,43 @@ class Streaming(Proposer):
     @torch.inference_mode()
     def _candidates(self, sequences: list[Sequence]) -> dict[str, _Candidates]:
         """For each sequence what may come."""
-        depth, behind = self._streams.config.num_streams, self._streams.behind
-        said = torch.cat([self._said[s.id] for s in sequences])  # [sequences * streams, hidden]
-        of_said = None
-        if behind is not None:
-            of_said = behind.of_said(said).unflatten(0, (-1, depth))
+        kernels, depth, change = self._decoder.kernels, self._streams.config.num_streams, self._streams.change
+        said = torch.stack([self._said[s.id] for s in sequences])  # [sequences, streams, hidden]
+        units = None
+        if change is not None:
             last = indices([s.token_ids[-1] for s in sequences], said.device)
-            said[::depth] += behind.added(of_said[:, 0], behind.of_before(self._decoder.embed(last)))
+            units = kernels.change_first_(change, said, self._decoder.embed(last))
         # A stream does not know which tokens come before its own; the last known one stands for them.
         rows = [SampleRow(s, (s.token_ids[-1],) * place) for s in sequences for place in range(depth)]
-        number = self._branching if behind is None else max(self._branching, _CONSIDERED)
-        found = best_tokens(self._head(said), rows, number, self._decoder.kernels, self._vocab)
+        number = self._branching if change is None else max(self._branching, _CONSIDERED)
+        found = best_tokens(self._head(said.flatten(0, 1)), rows, number, kernels, self._vocab)
         token_ids, probs = (of.unflatten(0, (-1, depth)) for of in found)  # [sequences, streams, tokens]
-        chances = probs.unsqueeze(2).expand(-1, -1, probs.shape[2], -1)  # behind each token before
-        if behind is not None and of_said is not None:
+        most = min(self._branching, probs.shape[2])
+        if change is not None and units is not None:
+            temperature, probs = self._drawn(sequences, probs)
             places = self._vocab.places(token_ids)
-            changes = behind.changes(of_said[:, 1:], places[:, :-1], places[:, 1:])
-            chances = torch.cat((chances[:, :1], self._changed(sequences, probs[:, 1:], changes)), 1)
-        best = chances.topk(min(self._branching, probs.shape[2]))
-        parts = (Download(of) for of in (token_ids, best.indices, best.values))
-        each = zip(*(of.tolist() for of in parts), strict=True)
+            index, chances = kernels.likeliest_behind(change, units, places, probs, temperature, most)
+        else:  # the same behind each token before
+            chances, index = probs.unsqueeze(2).expand(-1, -1, probs.shape[2], -1).topk(most)
+        each = zip(*(of.tolist() for of in [Download(of) for of in (token_ids, index, chances)]), strict=True)
         return {s.id: _Candidates(*of) for s, of in zip(sequences, each, strict=True)}
 
-    def _changed(self, sequences: list[Sequence], probs: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
-        """The chances of candidates behind each one before.
+    def _drawn(self, sequences: list[Sequence], probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The temperatures, [sequences], and of candidates' probabilities those that noise leaves a chance.
 
         Args:
             sequences: Whose candidates they are.
-            probs: [sequences, streams, tokens], behind any.
-            changes: [sequences, streams, tokens before, tokens], of their logits.
+            probs: [sequences, streams, tokens].
         """
         params = [s.request.sampling for s in sequences]
-        if not all(p.is_greedy for p in params):
-            given = [
-                torch.tensor([1.0 if p.is_greedy else p.temperature for p in params]),
-                # Noise goes to tokens beyond these that what came before does not make up for.
-                torch.tensor([probs.shape[2] if p.is_greedy else self._branching for p in params]),
-            ]
-            temperature, number = upload(given, probs.device)
-            place = torch.arange(probs.shape[2], device=probs.device)
-            probs = probs.where(place < number.view(-1, 1, 1), 0.0)
-            changes = changes / temperature.view(-1, 1, 1, 1)
-        rest = (1.0 - probs.sum(-1, keepdim=True)).clamp(min=0.0)  # of tokens that are not considered
-        every = torch.cat((probs, rest), -1).log().unsqueeze(2)
-        return (every + F.pad(changes, (0, 1))).softmax(-1)[..., :-1]
+        temperature = tensor_of([1.0 if p.is_greedy else p.temperature for p in params], np.float32)
+        if all(p.is_greedy for p in params):
+            return upload([temperature], probs.device)[0], probs
+        # Noise goes to tokens beyond these that what came before does not make up for.
+        number = tensor_of([probs.shape[2] if p.is_greedy else self._branching for p in params])
+        temperature, number = upload([temperature, number], probs.device)
+        place = torch.arange(probs.shape[2], device=probs.device)
+        return temperature, probs.where(place < number.view(-1, 1, 1), 0.0)
 
     def _anchors(self, entry: BatchEntry) -> list[int]:
         """Rows of an entry whose streams could make a draft, as far as there is room in the cache."""
@@ -251,14 +244,14 @@ class Streaming(Proposer):
     def _acceptance(self, entries: list[BatchEntry], normed: torch.Tensor) -> Iterator[float]:
         """For the nodes of all their trees the probability that each is accepted if its parent is."""
         expected = [q for entry in entries for q in entry.tree.confidence or [_UNKNOWN] * len(entry.tree)]
-        if self._streams.early_exit is None or not entries:
+        early_exit = self._streams.early_exit
+        if early_exit is None or not entries:
             return iter(expected)
         parents = [e.first_row + e.num_known + parent for e in entries for parent in e.tree.parents]
         token_ids = [token_id for entry in entries for token_id in entry.tree.token_ids]
-        given = [torch.tensor(parents), torch.tensor(token_ids), torch.tensor(expected)]
-        rows, tokens, q = upload(given, normed.device)
-        probs: list[float] = self._streams.early_exit.probs(normed[rows], tokens, q).tolist()
-        return iter(probs)
+        ids, q = upload([tensor_of([parents, token_ids]), tensor_of(expected, np.float32)], normed.device)
+        probs = self._decoder.kernels.exit_probs(early_exit, normed, ids[0], ids[1], q)
+        return iter(probs.tolist())
 
 
 def _ends(tree: DraftTree, acceptance: Iterator[float]) -> list[float]:

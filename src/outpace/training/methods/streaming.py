@@ -37,11 +37,12 @@ import torch.nn.functional as F
 
 from outpace.config import setting
 from outpace.errors import ConfigError
+from outpace.kernels.stream_heads import EarlyExit, exit_logits, unit
 from outpace.models.convert import write_model
 from outpace.models.decoder import rope_table
 from outpace.models.draft_checkpoint import write_draft
 from outpace.models.draft_vocab import DraftVocab
-from outpace.models.streams import TARGETS, UNIT_EPS, StreamConfig, exit_logits
+from outpace.models.streams import TARGETS, StreamConfig
 from outpace.models.tokenizer import load_tokenizer
 from outpace.training.losses import Teacher, draft_loss, head_loss
 from outpace.training.method import HeadSettings, Recipe, Run, TrainableDraft, TrainBatch, draw, section
@@ -417,7 +418,7 @@ class Streaming(TrainableDraft):
             return said
         weights = self._named("token")
         of_said, of_before = (
-            F.linear(F.rms_norm(x.float(), x.shape[-1:], eps=UNIT_EPS), weights[f"token.{name}.weight"])
+            F.linear(unit(x), weights[f"token.{name}.weight"])
             for name, x in (("said", said), ("before", self._trunk.embed(before)))
         )
         return said + F.linear(F.silu(of_said + of_before), weights["token.up.weight"]).to(said.dtype)
@@ -487,7 +488,10 @@ class Streaming(TrainableDraft):
             ahead = torch.arange(1, said.shape[1] + 1, device=anchors.device)
             parents = (anchors.unsqueeze(1) + ahead).clamp(max=len(begun) - 1)  # [anchors, γ]
             x = self._trunk.norm(begun[parents]).unsqueeze(2)
-        logits = exit_logits(self._named("exit"), x, self._head[places], q)
+        weights = self._named("exit")
+        down, up = weights["exit.down.weight"], weights["exit.up.weight"].T
+        early_exit = EarlyExit(down, up, weights["exit.bias.weight"], weights["exit.scalars"], self._head)
+        logits = exit_logits(early_exit, x, places, q)
         losses = F.binary_cross_entropy_with_logits(logits, came, reduction="none").mean(-1)
         loss: torch.Tensor = (losses * valid).sum() / valid.sum().clamp(min=1)
         return self._settings.stream_weight * loss
