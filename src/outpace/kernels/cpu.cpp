@@ -45,7 +45,7 @@ namespace {
 
 constexpr int kLanes = 16;   // also the cache block: one tile of keys is one block
 constexpr int kChunk = 256;  // positions whose softmax is taken together
-constexpr int kMaxQueries = 8;
+constexpr int kMaxQueries = 12;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 typedef float vf __attribute__((vector_size(64)));
@@ -777,28 +777,32 @@ struct CachedTiles {
 template <typename Scalar>
 struct PathTiles {
   int dim, first;  // the first tile that is laid out: the one where the context ends
-  std::vector<Scalar> keys, values;
+  Scalar *keys, *values;
 
-  PathTiles(const CachedTiles<Scalar>& cached, int path_row) : dim(cached.a.head_dim) {
+  // Lays out the path to `path_row` in `memory`, which takes as many tiles of keys and then of values.
+  PathTiles(const CachedTiles<Scalar>& cached, int path_row, Scalar* memory, int tiles)
+      : dim(cached.a.head_dim), first(cached.a.context_lens[cached.u.sequence] / kLanes), keys(memory) {
     const AttendArgs& a = cached.a;
     const int start = a.row_starts[cached.u.sequence], context = a.context_lens[cached.u.sequence];
-    const int last = a.positions[path_row];
-    first = context / kLanes;
-    keys.resize(int64_t(last / kLanes + 1 - first) * dim * kLanes);
-    values.resize(keys.size());
+    const int size = dim * kLanes;
+    values = keys + int64_t(tiles) * size;
+    std::memset(keys, 0, 2 * int64_t(tiles) * size * sizeof(Scalar));
+    if (context % kLanes) {  // all paths have the context's end; other rows behind it do not count
+      std::memcpy(keys, cached.k(first), size * sizeof(Scalar));
+      std::memcpy(values, cached.v(first), size * sizeof(Scalar));
+    }
     int row = path_row - start;
-    for (int p = last; p >= first * kLanes; p--) {
-      const int slot = p < context ? p : context + row, lane = slot % kLanes;
+    for (int p = a.positions[path_row]; p >= context; p--, row = a.parents[start + row]) {
+      const int slot = context + row, lane = slot % kLanes;
       const Scalar* from_k = cached.k(slot / kLanes) + lane;
       const Scalar* from_v = cached.v(slot / kLanes) + lane * dim;
-      const int64_t tile = int64_t(p / kLanes - first) * dim * kLanes;
+      const int64_t tile = int64_t(p / kLanes - first) * size;
       for (int d = 0; d < dim; d++) keys[tile + d * kLanes + p % kLanes] = from_k[d * kLanes];
-      std::memcpy(&values[tile + (p % kLanes) * dim], from_v, dim * sizeof(Scalar));
-      if (p > context) row = a.parents[start + row];
+      std::memcpy(values + tile + (p % kLanes) * dim, from_v, dim * sizeof(Scalar));
     }
   }
-  const Scalar* k(int tile) const { return keys.data() + int64_t(tile - first) * dim * kLanes; }
-  const Scalar* v(int tile) const { return values.data() + int64_t(tile - first) * dim * kLanes; }
+  const Scalar* k(int tile) const { return keys + int64_t(tile - first) * dim * kLanes; }
+  const Scalar* v(int tile) const { return values + int64_t(tile - first) * dim * kLanes; }
 };
 
 // scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
@@ -870,14 +874,16 @@ template <typename Source>
 void score(int queries, const Source& source, const float* q, int first, int count, int dim, float* scores) {
   static constexpr decltype(&score_tiles<1, Source>) kernels[kMaxQueries] = {
       score_tiles<1, Source>, score_tiles<2, Source>, score_tiles<3, Source>, score_tiles<4, Source>,
-      score_tiles<5, Source>, score_tiles<6, Source>, score_tiles<7, Source>, score_tiles<8, Source>};
+      score_tiles<5, Source>, score_tiles<6, Source>, score_tiles<7, Source>, score_tiles<8, Source>,
+      score_tiles<9, Source>, score_tiles<10, Source>, score_tiles<11, Source>, score_tiles<12, Source>};
   kernels[queries - 1](source, q, first, count, dim, scores);
 }
 template <typename Source>
 void weigh(int queries, const Source& source, const float* weights, int first, int count, int dim, float* sums, bool more) {
   static constexpr decltype(&weigh_tiles<1, Source>) kernels[kMaxQueries] = {
       weigh_tiles<1, Source>, weigh_tiles<2, Source>, weigh_tiles<3, Source>, weigh_tiles<4, Source>,
-      weigh_tiles<5, Source>, weigh_tiles<6, Source>, weigh_tiles<7, Source>, weigh_tiles<8, Source>};
+      weigh_tiles<5, Source>, weigh_tiles<6, Source>, weigh_tiles<7, Source>, weigh_tiles<8, Source>,
+      weigh_tiles<9, Source>, weigh_tiles<10, Source>, weigh_tiles<11, Source>, weigh_tiles<12, Source>};
   kernels[queries - 1](source, weights, first, count, dim, sums, more);
 }
 
@@ -944,8 +950,12 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
   std::vector<PathTiles<Scalar>> paths;
   int fork = std::numeric_limits<int>::max();
   if (a.branching[u.sequence]) {
+    static thread_local std::vector<Scalar> laid_out;
     fork = a.context_lens[u.sequence] / kLanes;
-    for (int row = 0; row < u.rows; row++) paths.emplace_back(cached, u.first_row + row);
+    const int tiles = *std::max_element(highest, highest + queries) / kLanes + 1 - fork, size = 2 * tiles * dim * kLanes;
+    Scalar* memory = room(laid_out, int64_t(u.rows) * size);
+    for (int row = 0; row < u.rows; row++)
+      paths.emplace_back(cached, u.first_row + row, memory + int64_t(row) * size, tiles);
   }
   const int least = *std::min_element(lowest, lowest + queries) / kLanes * kLanes;
   const int end = *std::max_element(highest, highest + queries) + 1;
@@ -981,7 +991,8 @@ std::vector<Unit> plan_units(const AttendArgs& a) {
   std::vector<Unit> units;
   const int group = a.num_heads / a.num_kv_heads;
   for (int s = 0; s < a.sequences; s++) {
-    const int tile_rows = std::max(1, kMaxQueries / group);
+    const int rows = a.row_starts[s + 1] - a.row_starts[s], most = std::max(1, kMaxQueries / group);
+    const int tiles = (rows + most - 1) / most, tile_rows = tiles ? (rows + tiles - 1) / tiles : 1;
     for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
       for (int h = 0; h < a.num_kv_heads; h++)
         for (int g = 0; g < group; g += kMaxQueries)
@@ -1285,7 +1296,7 @@ void exit_probs(float* out, const Scalar* x, const Scalar* head, const int64_t* 
     const Scalar* row = x + rows[n] * hidden;
     std::vector<float> h(hidden), weight(bias, bias + hidden);
     for (int i = 0; i < hidden; i++) h[i] = widen(row[i]);
-    for (int r = 0; r < rank; r++) add_times(h.data(), dot(row, down + int64_t(r) * hidden, hidden), up + int64_t(r) * hidden, hidden);
+    for (int64_t r = 0; r < rank * hidden; r += hidden) add_times(h.data(), dot(row, down + r, hidden), up + r, hidden);
     add_times(weight.data(), scalars[1], head + token_ids[n] * hidden, hidden);
     const float logit = scalars[0] * std::log(std::max(q[n], kLeastQ)) + dot(h.data(), weight.data(), hidden) + scalars[2];
     out[n] = 1.f / (1.f + std::exp(-logit));
@@ -1305,7 +1316,8 @@ extern "C" void likeliest_behind(int64_t* index, float* chances, const float* un
                              probs + from, temperature[a], befores, afters, rank, tokens, number);
         continue;
       }
-      for (int b = 0; b < tokens; b++) take_best(index + to + b * number, chances + to + b * number, probs + from, tokens, number);
+      for (int64_t place = to; place < to + tokens * number; place += number)
+        take_best(index + place, chances + place, probs + from, tokens, number);
     }
   });
 }
