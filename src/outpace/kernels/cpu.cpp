@@ -348,6 +348,23 @@ void for_rows(int rows, int work, const Body& body) {
   });
 }
 
+// ----------------------------------------------------------------------------------------- activation
+
+// silu(gate) * up for 16 of each, rounded between as Hugging Face does.
+template <typename Scalar>
+inline vf silu_mul(const Scalar* gate, const Scalar* up) {
+  const vf g = load(gate);
+  return round_to(gate, g / (1.f + exp(-g))) * load(up);
+}
+
+template <typename Scalar>
+void silu_mul(Scalar* out, const Scalar* gate_up, int rows, int width) {
+  for_rows(rows, width, [&](int r) {
+    const Scalar* gate = gate_up + int64_t(r) * 2 * width;
+    for (int i = 0; i < width; i += kLanes) store(out + int64_t(r) * width + i, silu_mul(gate + i, gate + width + i));
+  });
+}
+
 // --------------------------------------------------------------------------------------------- linear
 
 // Weights lie in panels of kPanel outputs: [panel][group of inputs][output][input of the group], where a group
@@ -569,9 +586,10 @@ void one_row(float* sums, const uint16_t* const* x, const uint16_t* panel, const
   _mm_setcsr(control);
 }
 
-template <>
-void linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint16_t* bias, int rows, int inputs,
-            int outputs) {
+// A linear layer; a gated one's outputs are gates and as many others, and it gives silu(gate) * other.
+template <bool Gated>
+void amx_linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint16_t* bias, int rows, int inputs,
+                int outputs) {
   if (!rows) return;
   const int padded = (inputs + kAmxInputs - 1) / kAmxInputs * kAmxInputs;  // as the weights are
   if (padded > inputs) {
@@ -591,13 +609,10 @@ void linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint
   // Where a panel serves more than two blocks it is taken in parts, which those after the first two find in L1.
   const int parts = blocks > 2 ? (padded + kAmxDepth - 1) / kAmxDepth : 1;
   const int depth = (padded / kAmxInputs + parts - 1) / parts * kAmxInputs;
-  auto multiply_panel = [&](int panel, int next) {
-    static thread_local std::vector<float> buffer;
-    constexpr int kSums = 2 * kAmxRows * kLanes;  // of a block
-    float* all_sums = room(buffer, blocks * kSums);
+  constexpr int kSums = 2 * kAmxRows * kLanes;  // of a block
+  // finish(block) for each block whose sums are there.
+  auto multiply_panel = [&](float* all_sums, int panel, int next, const auto& finish) {
     const uint16_t *weights = packed + panel * size, *weights_next = packed + next * size;
-    const int first = panel * kPanel, columns = std::min(kPanel, outputs - first);
-    const vf offset[2] = {bias ? load(bias + first) : splat(0.f), bias ? load(bias + first + kLanes) : splat(0.f)};
     for (int begin = 0; begin < padded; begin += depth)
       for (int block = 0; block < blocks; block += 2) {
         const int count = std::min(2, blocks - block), end = std::min(begin + depth, padded);
@@ -609,25 +624,54 @@ void linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint
         else
           (count == 2 ? amx_tiles<2> : amx_tiles<1>)(sums, from, weights, weights_next, padded, begin, end, block / 2,
                                                      (blocks + 1) / 2);
-        if (end < padded) continue;
-        for (int b = 0; b < count; b++)
-          for (int r = 0; r < block_rows; r++) {
-            const float* of_row = sums + b * kSums + r * kLanes;
-            const __m512bh row = _mm512_cvtne2ps_pbh(bits<__m512>(load(of_row + kAmxRows * kLanes) + offset[1]),
-                                                     bits<__m512>(load(of_row) + offset[0]));
-            uint16_t* to = out + int64_t(rows_of[b] + r) * outputs + first;
-            if (columns == kPanel)
-              std::memcpy(to, &row, sizeof row);
-            else
-              std::memcpy(to, &row, columns * sizeof(uint16_t));
-          }
+        for (int b = 0; b < count && end == padded; b++) finish(block + b);
       }
   };
-  for_panels(outputs, std::max(kClaimedRows / blocks, 1), [&](int begin, int end, const auto& next) {
+  auto rounded = [&](const float* all_sums, int panel, int block, int row) {
+    const float* sums = all_sums + block * kSums + row * kLanes;
+    vf halves[2] = {load(sums), load(sums + kAmxRows * kLanes)};
+    if (bias)
+      for (int j = 0; j < 2; j++) halves[j] += load(bias + panel * kPanel + j * kLanes);
+    return _mm512_cvtne2ps_pbh(bits<__m512>(halves[1]), bits<__m512>(halves[0]));
+  };
+  const int width = Gated ? outputs / 2 : outputs, panels = width / kPanel;
+  for_panels(width, std::max(kClaimedRows / blocks, 1), [&](int begin, int end, const auto& next) {
+    static thread_local std::vector<float> buffer;
+    float *sums = room(buffer, 2 * blocks * kSums), *gates = sums + blocks * kSums;
     _tile_loadconfig(&config);  // as long as some hundredths of a panel
-    for (int panel = end - 1; panel >= begin; panel--) multiply_panel(panel, next(panel));
+    for (int panel = end - 1; panel >= begin; panel--) {
+      const int columns = std::min(kPanel, width - panel * kPanel);
+      auto to = [&](int block, int row) { return out + int64_t(first_row(block) + row) * width + panel * kPanel; };
+      if constexpr (Gated) {
+        multiply_panel(gates, panel, panels + panel, [](int) {});
+        multiply_panel(sums, panels + panel, next(panel), [&](int block) {
+          for (int r = 0; r < block_rows; r++) {
+            uint16_t pair[2][kPanel];
+            const __m512bh row[2] = {rounded(gates, panel, block, r), rounded(sums, panels + panel, block, r)};
+            std::memcpy(pair, row, sizeof pair);
+            for (int j = 0; j < kPanel; j += kLanes) store(to(block, r) + j, silu_mul(pair[0] + j, pair[1] + j));
+          }
+        });
+      } else {
+        multiply_panel(sums, panel, next(panel), [&](int block) {
+          for (int r = 0; r < block_rows; r++) {
+            const __m512bh row = rounded(sums, panel, block, r);
+            if (columns == kPanel)
+              std::memcpy(to(block, r), &row, sizeof row);
+            else
+              std::memcpy(to(block, r), &row, columns * sizeof(uint16_t));
+          }
+        });
+      }
+    }
     _tile_release();
   });
+}
+
+template <>
+void linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint16_t* bias, int rows, int inputs,
+            int outputs) {
+  amx_linear<false>(out, x, packed, bias, rows, inputs, outputs);
 }
 #endif
 
@@ -656,6 +700,19 @@ void linear(Scalar* out, const Scalar* x, const LinearArgs& a, int rows) {
     Scalar* to = out + a.changed[n] * a.outputs;
     for (int i = 0; i < a.outputs; i++) put(to + i, widen(to[i]) + widen(change[int64_t(n) * a.outputs + i]));
   }
+}
+
+// out = silu(gate) * up of a linear layer whose outputs are gates and as many others; `gate_up` is room for those.
+template <typename Scalar>
+void gated_linear(Scalar* out, Scalar* gate_up, const Scalar* x, const LinearArgs& a, int rows) {
+#ifdef USE_AMX
+  if constexpr (kGroup<Scalar> == 2)
+    if (!a.num_changed && a.outputs % (2 * kPanel) == 0)
+      return amx_linear<true>(out, x, static_cast<const Scalar*>(a.packed), static_cast<const Scalar*>(a.bias), rows,
+                              a.inputs, a.outputs);
+#endif
+  linear(gate_up, x, a, rows);
+  silu_mul(out, gate_up, rows, a.outputs / 2);
 }
 
 // ---------------------------------------------------------------------------------------------- norms
@@ -1008,19 +1065,6 @@ void attend(const AttendArgs& a, const Scalar* qkv, const Scalar* k_cache, const
   Team::instance().run(int(units.size()), [&](int i) { attend_unit(a, units[i], qkv, k_cache, v_cache, out, window); });
 }
 
-// ----------------------------------------------------------------------------------------- activation
-
-template <typename Scalar>
-void silu_mul(Scalar* out, const Scalar* gate_up, int rows, int width) {
-  for_rows(rows, width, [&](int r) {
-    const Scalar* gate = gate_up + int64_t(r) * 2 * width;
-    for (int i = 0; i < width; i += kLanes) {
-      vf g = load(gate + i);
-      store(out + int64_t(r) * width + i, round_to(gate, g / (1.f + exp(-g))) * load(gate + width + i));
-    }
-  });
-}
-
 // ---------------------------------------------------------------------------------------------- layer
 
 // A decoder layer on x, the normed residual stream; x is then that behind the layer. The operations are those above.
@@ -1042,8 +1086,7 @@ void decoder_layer(Scalar* x, Scalar* residual, const RopeArgs& rope, const Atte
   attend<Scalar>(attention, heads, k_cache, v_cache, mixed, window);
   linear(change, mixed, out, rows);
   rms_norm<Scalar>(x, residual, change, residual, post_norm, eps, rows, width);
-  linear(gates, x, gate_up, rows);
-  silu_mul(gated, gates, rows, down.inputs);
+  gated_linear(gated, gates, x, gate_up, rows);
   linear(change, gated, down, rows);
   rms_norm<Scalar>(x, residual, change, residual, next_norm, eps, rows, width);
 }
