@@ -192,9 +192,14 @@ class Streams:
         first = len(layers) - self.config.num_stream_layers
         return layers[:first], layers[first:]
 
-    def start(self, residual: torch.Tensor) -> torch.Tensor:
-        """The streams of rows: [rows, hidden] -> [rows * num_streams, hidden], those of a row together."""
-        return (residual.unsqueeze(1) + self._embeddings).flatten(0, 1)
+    def start_(self, residual: torch.Tensor, rows: torch.Tensor) -> None:
+        """Turns copies of rows into their streams, in place.
+
+        Args:
+            residual: [rows, hidden], the residual stream where streams begin.
+            rows: [streams] int64, where the copies are, those of a row together.
+        """
+        residual.index_add_(0, rows, self._embeddings.repeat(len(rows) // self.config.num_streams, 1))
 
     def adapt(self, layers: Sequence[Layer], rows: torch.Tensor) -> list[Layer]:
         """The layers that streams go through, with their adapters for the given rows, [streams] int64."""

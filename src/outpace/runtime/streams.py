@@ -84,14 +84,12 @@ class StreamPass:
         residual = decoder.embed(placed.token_ids)
         normed = decoder.run(residual, lower, placed.rows, cache)
         layout = lay_out(batch, self.choose(normed), config.num_streams).to(decoder.device)
-        joined = residual.new_empty(len(layout.rows.positions), residual.shape[1])
-        joined[layout.own] = residual
-        joined[layout.streams] = self.streams.start(residual[layout.anchors])
-        upper = self.streams.adapt(upper, layout.streams)
-        hidden = decoder.run(joined, upper, layout.rows, cache[len(lower) :])
-        said = hidden[layout.streams].unflatten(0, (-1, config.num_streams))
-        num_rows = len(layout.streams) * len(upper) / len(decoder.layers)
-        return hidden[layout.own], StreamOutput(said, layout.places, num_rows)
+        joined, (_, streams) = residual[layout.sources], layout.order.split(layout.sizes)
+        self.streams.start_(joined, streams)
+        hidden = decoder.run(joined, self.streams.adapt(upper, streams), layout.rows, cache[len(lower) :])
+        own, said = hidden[layout.order].split(layout.sizes)
+        num_rows = len(said) * len(upper) / len(decoder.layers)
+        return own, StreamOutput(said.unflatten(0, (-1, config.num_streams)), layout.places, num_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,26 +99,24 @@ class Layout:
     Attributes:
         rows: Where they stand. A sequence with streams is two to attention: its known tokens but the last,
             and what follows on those.
-        own: [rows of the batch] int64, where the batch's own rows are among them.
-        streams: [streams] int64, where stream rows are, those of an anchor together.
-        anchors: [anchors] int64, the rows of the batch where streams start.
+        sources: [rows] int64, for each the batch's row that it is, or where it starts as a stream.
+        order: [rows] int64, where the batch's own rows are, then the streams, those of an anchor together.
+        sizes: How many own rows and how many streams.
         places: As `StreamOutput` has them.
     """
 
     rows: Rows
-    own: torch.Tensor
-    streams: torch.Tensor
-    anchors: torch.Tensor
+    sources: torch.Tensor
+    order: torch.Tensor
+    sizes: tuple[int, int]
     places: dict[tuple[int, int], int]
 
     def to(self, device: torch.device) -> Layout:
         """The same with its tensors on a device; on the CPU itself."""
         if device.type == "cpu":
             return self
-        own, streams, anchors, *fields = upload(
-            [self.own, self.streams, self.anchors, *fields_of(self.rows)], device
-        )
-        return Layout(Rows(*fields), own, streams, anchors, self.places)
+        sources, order, *fields = upload([self.sources, self.order, *fields_of(self.rows)], device)
+        return Layout(Rows(*fields), sources, order, self.sizes, self.places)
 
 
 @dataclass(slots=True)
@@ -176,7 +172,7 @@ def lay_out(batch: Batch, anchors: Anchors, num_streams: int) -> Layout:
     builder = _Builder()
     own: list[int] = []
     streams: list[int] = []
-    starts: list[int] = []
+    sources: list[int] = []
     places: dict[tuple[int, int], int] = {}
     for index, (entry, nodes) in enumerate(zip(batch.entries, anchors, strict=True)):
         sequence, known = entry.sequence, entry.num_known
@@ -184,6 +180,7 @@ def lay_out(batch: Batch, anchors: Anchors, num_streams: int) -> Layout:
         context, blocks = sequence.num_computed, sequence.block_ids
         positions, slots, parents = (of[entry.first_row : entry.first_row + num_rows] for of in every)
         own += range(len(builder.positions), len(builder.positions) + num_rows)
+        sources += range(entry.first_row, entry.first_row + num_rows)
         # Those before the last known token are read from the cache, where the pass has written them: so a
         # long prompt stays a chain, which attention walks in place.
         before = known - 1 if nodes else 0
@@ -196,10 +193,11 @@ def lay_out(batch: Batch, anchors: Anchors, num_streams: int) -> Layout:
             len(builder.positions) + len(positions) + len(nodes) * num_streams,
         )
         for node in nodes:
-            places[index, node] = len(starts)
-            starts.append(entry.first_row + known + node)
+            places[index, node] = len(places)
+            sources += (entry.first_row + known + node,) * num_streams
             parents += [node + 1, *range(len(parents), len(parents) + num_streams - 1)]
             positions += range(positions[node + 1] + 1, positions[node + 1] + 1 + num_streams)
         slots += (slot_of(sequence, context + num_rows + s) for s in range(len(nodes) * num_streams))
         builder.add(context + before, blocks, positions, slots, parents)
-    return Layout(builder.rows(), tensor_of(own), tensor_of(streams), tensor_of(starts), places)
+    order, sizes = tensor_of(own + streams), (len(own), len(streams))
+    return Layout(builder.rows(), tensor_of(sources), order, sizes, places)
