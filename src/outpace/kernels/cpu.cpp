@@ -175,10 +175,10 @@ T* room(std::vector<T>& kept, int64_t size) {
 
 // -------------------------------------------------------------------------------------------- threads
 
-// Runs loops on several threads. Chunks are claimed one by one and nobody waits for a thread that has not
-// come, as a barrier of OpenMP would: if something else holds its core, the others do its share. What can
-// still cost is a thread put off in the middle of a chunk. So accounts are kept of what the others save and
-// what waiting for them loses, and where it does not pay the caller works alone for a while.
+// Runs loops on several threads. Each has a share of its own, of chunks side by side, and then helps with those
+// of others: chunks are claimed one by one and nobody waits for a thread that has not come, as a barrier of
+// OpenMP would. What can still cost is a thread put off in the middle of a chunk. So accounts are kept of what
+// the others save and what waiting for them loses, and where it does not pay the caller works alone for a while.
 class Team {
  public:
   static Team& instance() {
@@ -189,11 +189,18 @@ class Team {
   // Threads from now on, the caller included. Those that exist already stay and sleep.
   void resize(int threads) {
     std::lock_guard<std::mutex> busy(busy_);
+    threads = std::min(threads, kMostThreads);
     threads_ = threads;
     for (; workers_ + 1 < threads; workers_++) std::thread([this, n = workers_ + 1] { serve(n); }).detach();
   }
 
   int threads() const { return threads_.load(std::memory_order_relaxed); }
+
+  // Where a thread's share of `count` chunks begins.
+  int share_begin(int share, int count) const { return int64_t(count) * share / threads(); }
+  bool begins_share(int chunk, int count) const {
+    return share_begin((int64_t(chunk) * threads() + count - 1) / count, count) == chunk;
+  }
 
   // body(0) to body(count - 1), each once, in any order.
   template <typename Body>
@@ -203,7 +210,7 @@ class Team {
     });
   }
 
-  // The same in ranges of at most `most`: body(first, end), from the last range to the first, if nobody is late.
+  // The same in ranges of at most `most`: body(first, end), in each share from the last range to the first.
   template <typename Body>
   void run(int count, int most, const Body& body) {
     std::unique_lock<std::mutex> busy(busy_, std::try_to_lock);  // busy: another model's loop
@@ -216,15 +223,17 @@ class Team {
                 std::memory_order_relaxed);
     body_.store(&body, std::memory_order_relaxed);
     most_.store(most, std::memory_order_relaxed);
+    count_.store(count, std::memory_order_relaxed);
     finished_.store(0, std::memory_order_relaxed);
     caller_core_.store(current_core(), std::memory_order_relaxed);
     epoch_++;
-    work_.store(uint64_t(epoch_) << 32 | uint32_t(count));
+    for (int share = threads() - 1; share >= 0; share--)
+      left_[share].store(uint64_t(epoch_) << 32 | uint32_t(share_begin(share + 1, count) - share_begin(share, count)));
     if (sleeping_.load()) {
       std::lock_guard<std::mutex> lock(asleep_);
       wake_.notify_all();
     }
-    const int own = take_part(epoch_);
+    const int own = take_part(epoch_, 0);
     const auto end = Clock::now();
     wait_for(count);
     settle((end - begin) * (count - own) / std::max(own, 1), Clock::now() - end);
@@ -232,6 +241,11 @@ class Team {
 
  private:
   using Clock = std::chrono::steady_clock;
+  static constexpr int kMostThreads = 256;
+  // The loop's epoch, and how many chunks nobody has claimed; on a line of its own, since threads wait there.
+  struct alignas(64) Left : std::atomic<uint64_t> {
+    Left() : std::atomic<uint64_t>(0) {}
+  };
   static constexpr auto kPatience = std::chrono::milliseconds(5);  // of a thread: longer than the gap between steps
   static constexpr auto kStall = std::chrono::microseconds(500);     // of the caller: a chunk takes less than 200
   static constexpr Clock::duration kCredit = std::chrono::milliseconds(10);  // what is saved counts up to this
@@ -265,27 +279,32 @@ class Team {
     balance_ = Clock::duration::zero();
   }
 
-  // Claims chunks of one loop while there are any, fewer at a time towards its end; says how many. The epoch makes
-  // a late thread miss, not meddle.
-  int take_part(uint32_t epoch) {
+  // Claims chunks of one loop while there are any, from share `own` on, fewer at a time towards a share's end; says
+  // how many. The epoch makes a late thread miss, not meddle.
+  int take_part(uint32_t epoch, int own) {
     int done = 0;
-    uint64_t work = work_.load(std::memory_order_acquire);
-    while (work >> 32 == epoch && uint32_t(work)) {
-      auto call = call_.load(std::memory_order_relaxed);
-      const void* body = body_.load(std::memory_order_relaxed);
-      const int left = int(uint32_t(work));
-      const int claimed = std::max(std::min(left / (2 * threads()), most_.load(std::memory_order_relaxed)), 1);
-      if (!work_.compare_exchange_weak(work, work - claimed, std::memory_order_acq_rel)) continue;
-      call(body, left - claimed, left);
-      finished_.fetch_add(claimed, std::memory_order_release);
-      done += claimed;
-      work = work_.load(std::memory_order_acquire);
+    for (int n = 0; n < threads(); n++) {
+      const int share = (own + n) % threads();
+      std::atomic<uint64_t>& all_left = left_[share];
+      uint64_t work = all_left.load(std::memory_order_acquire);
+      while (work >> 32 == epoch && uint32_t(work)) {
+        auto call = call_.load(std::memory_order_relaxed);
+        const void* body = body_.load(std::memory_order_relaxed);
+        const int begin = share_begin(share, count_.load(std::memory_order_relaxed)), left = int(uint32_t(work));
+        const int claimed = std::max(std::min(left / 2, most_.load(std::memory_order_relaxed)), 1);
+        if (!all_left.compare_exchange_weak(work, work - claimed, std::memory_order_acq_rel)) continue;
+        call(body, begin + left - claimed, begin + left);
+        finished_.fetch_add(claimed, std::memory_order_release);
+        done += claimed;
+        work = all_left.load(std::memory_order_acquire);
+      }
     }
     return done;
   }
 
   void serve(int number) {
-    auto is_open = [&] { return uint32_t(work_.load()) && number < threads_.load(); };
+    std::atomic<uint64_t>& own = left_[number];
+    auto is_open = [&] { return uint32_t(own.load()) && number < threads_.load(); };
     for (;;) {
       const auto begin = Clock::now();
       for (int spins = 1; !is_open(); spins++) {
@@ -297,7 +316,7 @@ class Team {
         sleeping_--;
       }
       keep_off_caller();
-      take_part(uint32_t(work_.load() >> 32));
+      take_part(uint32_t(own.load() >> 32), number);
     }
   }
 
@@ -328,10 +347,10 @@ class Team {
   Clock::duration alone_for_ = kShortest;
   Clock::time_point alone_until_{};
   uint32_t epoch_ = 0;
-  std::atomic<uint64_t> work_{0};  // the loop's epoch, and how many of its chunks nobody has claimed
+  Left left_[kMostThreads];  // of each share
   std::atomic<void (*)(const void*, int, int)> call_{nullptr};
   std::atomic<const void*> body_{nullptr};
-  std::atomic<int> most_{1};  // chunks claimed at once
+  std::atomic<int> count_{0}, most_{1};  // chunks, and how many are claimed at once
   std::atomic<int> finished_{0};
   std::atomic<int> caller_core_{-1};
   std::atomic<int> sleeping_{0};
@@ -445,13 +464,14 @@ void linear_tile(Scalar* out, const Laid<Scalar>* x, const Scalar* panel, const 
 }
 
 // body(begin, end, next) for ranges of panels, which it takes from the last to the first; next(panel) is the one that its
-// thread takes after that one, others working on ranges between. The less a panel takes, in rows or tiles of them, the
-// more claiming it would cost: up to `most` are claimed at once.
+// thread takes after that one, or itself at the end of the thread's share. The less a panel takes, in rows or tiles of
+// them, the more claiming it would cost: up to `most` are claimed at once.
 template <typename Body>
 void for_panels(int outputs, int most, const Body& body) {
-  Team::instance().run((outputs + kPanel - 1) / kPanel, most, [&](int begin, int end) {
-    const int behind = begin - 1 - (end - begin) * (Team::instance().threads() - 1);
-    body(begin, end, [=](int panel) { return std::max(panel > begin ? panel - 1 : behind, 0); });
+  const int count = (outputs + kPanel - 1) / kPanel;
+  Team::instance().run(count, most, [&](int begin, int end) {
+    const int last = Team::instance().begins_share(begin, count) ? begin : begin - 1;
+    body(begin, end, [=](int panel) { return panel > begin ? panel - 1 : last; });
   });
 }
 
