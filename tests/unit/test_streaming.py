@@ -447,7 +447,7 @@ def test_streams_that_could_not_be_used_are_not_computed(checkpoint: Path) -> No
     [
         ({"num_stream_layers": 2}, "num_stream_layers of streams must be below the model's 2 layers, got 2"),
         ({"lora_rank": 3}, "lora_rank of streams must be even and at least 0, got 3"),
-        ({"token_rank": -2}, "token_rank of streams must be even and at least 0, got -2"),
+        ({"token_rank": -1}, "token_rank of streams must be at least 0, got -1"),
         ({"num_streams": 0}, "num_streams of streams must be at least 1, got 0"),
         ({"lora_targets": ["x"]}, "lora_targets of streams must be among q_proj, .* got x"),
         ({"lora_rank": 0}, "lora_rank 0 of streams does not go with 4 lora_targets"),

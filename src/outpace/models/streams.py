@@ -72,7 +72,9 @@ class StreamConfig:
         for name in ("num_streams", "num_stream_layers", "branching"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} of streams must be at least 1, got {getattr(self, name)}")
-        for name in ("lora_rank", "exit_rank", "token_rank"):
+        if self.token_rank < 0:
+            raise ConfigError(f"token_rank of streams must be at least 0, got {self.token_rank}")
+        for name in ("lora_rank", "exit_rank"):
             rank = getattr(self, name)
             if rank < 0 or rank % 2:  # kernels take bfloat16 inputs in pairs
                 raise ConfigError(f"{name} of streams must be even and at least 0, got {rank}")

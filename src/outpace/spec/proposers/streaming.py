@@ -45,6 +45,7 @@ KEYS: dict[str, type] = {  # settings of a checkpoint
 }
 _KEPT = 0.98  # weight of what was seen before in what a draft wins: about the last fifty drafts count
 _LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
+_MOST_PRICES = 16  # about so many are asked for in a step, each some microseconds with cold caches
 _CONSIDERED = 16  # tokens of a stream, of which the best behind each one before are looked for
 _UNKNOWN = 0.5  # acceptance of a draft about which its method says nothing
 
@@ -232,14 +233,12 @@ class Streaming(Proposer):
         share = config.num_stream_layers / self._decoder.config.num_layers
 
         value = max(self.value, _LEAST_VALUE)
-        won = itertools.accumulate((value * chance for chance in chances), initial=0.0)
+        won = list(itertools.accumulate((value * chance for chance in chances), initial=0.0))
+        places = range(0, len(won), 1 + len(won) // _MOST_PRICES)
         # The last layers have these rows more: where kernels have stairs, that is not what as many rows cost
         # that are spread over all layers.
-        more = [(num_first + num) * config.num_streams for num in range(len(chances) + 1)]
-        costs = prices(batch.num_rows, more)
-        return max(
-            (tokens - share * cost, num) for num, (tokens, cost) in enumerate(zip(won, costs, strict=True))
-        )[1]
+        costs = prices(batch.num_rows, [(num_first + num) * config.num_streams for num in places])
+        return max((won[num] - share * cost, num) for num, cost in zip(places, costs, strict=True))[1]
 
     def _acceptance(self, entries: list[BatchEntry], normed: torch.Tensor) -> Iterator[float]:
         """For the nodes of all their trees the probability that each is accepted if its parent is."""
