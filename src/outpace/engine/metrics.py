@@ -150,6 +150,10 @@ class Metrics(Collector):
         self._laps = {"between": now - self._last_lap} if self._left_work else {}
         self._last_lap = now
 
+    def resume(self) -> None:
+        """Leaves out what passed since the last step: somebody else had that time."""
+        self._last_lap = time.perf_counter()
+
     def lap(self, phase: str) -> None:
         """Ends a phase: plan, policy, propose, forward, verify or advance. A phase may have several parts."""
         now = time.perf_counter()

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class EvaluateConfig:
         quality: Metrics of the answers, names of `quality.METRICS`; the data then has the references.
         num_prompts: How many of them.
         concurrency: Requests at a time, each a measurement of its own.
-        repeat: How often each measurement is made, in turn with the engine without speculation.
+        repeat: How often each measurement is made; in each, engines work in turn, a second at a time.
         max_tokens: Tokens of an answer at most.
         temperature: Of the answers.
         spec_tokens: Most draft tokens of a sequence in a step; None is the engine's default.
@@ -64,12 +65,15 @@ class EvaluateConfig:
     max_bad_share: float = 0.01
 
 
+_TURN_S = 1.0  # after which another engine has its turn
+
+
 @dataclass
 class _Pass:
     """All prompts answered once by one engine.
 
     Attributes:
-        seconds: How long that took.
+        seconds: How long that took; others' turns do not count, here and below.
         num_steps: Steps of sequences that gave a token.
         num_cut: Answers that were longer than allowed.
         first_s: When the first tokens of each answer came, and
@@ -86,9 +90,8 @@ class _Pass:
     first_s: dict[str, float] = field(default_factory=dict)
     last_s: dict[str, float] = field(default_factory=dict)
 
-    def add(self, output: Output) -> None:
-        """Takes in what a step gave."""
-        now = time.perf_counter()
+    def add(self, output: Output, now: float) -> None:
+        """Takes in what a step gave, so many seconds after the beginning."""
         self.first_s.setdefault(output.request_id, now)
         self.last_s[output.request_id] = now
         self.num_steps += 1
@@ -128,7 +131,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     conversations, questions = read_prompts(config, metrics)
     answerers = [_Answerer(Engine.from_config(c), conversations, config) for c in configs]
     for answerer in answerers:  # what is built on first use
-        answerer.run(1, num_prompts=2)
+        _in_turn([answerer.run(1, num_prompts=2)])
     results, passes = [], []
     for concurrency in config.concurrency:
         rounds, drafts = _measure(answerers, concurrency, config.repeat)
@@ -207,10 +210,13 @@ class _Answerer:
         self.engine, self._config = engine, config
         self._prompts = [encode_chat(engine.tokenizer, messages) for messages in conversations]
 
-    def run(self, concurrency: int, num_prompts: int | None = None) -> _Pass:
+    def run(self, concurrency: int, num_prompts: int | None = None) -> Iterator[_Pass]:
         """Answers the prompts in a closed loop: as soon as one is answered, the next one comes.
 
         No prompt is known from an earlier pass; what prompts have in common is in the cache as when served.
+
+        Yields:
+            The same pass after each turn, as far as it is.
         """
         engine, config = self.engine, self._config
         engine.reset_prefix_cache()
@@ -223,29 +229,45 @@ class _Answerer:
             for number, prompt in enumerate(self._prompts[:num_prompts])
         ]
         result, waiting, num_running = _Pass(texts={group[0].id: "" for group in groups}), iter(groups), 0
-        begin = time.perf_counter()
+        begin, turn = time.perf_counter(), 1
         while len(result.answers) < len(groups) or num_running:
             for group in itertools.islice(waiting, concurrency - num_running):
                 engine.add(group)
                 num_running += 1
-            for output in engine.step():
-                result.add(output)
+            outputs = engine.step()
+            result.seconds = time.perf_counter() - begin
+            for output in outputs:
+                result.add(output, result.seconds)
                 num_running -= output.finish_reason is not None
-        result.seconds = time.perf_counter() - begin
-        return result
+            if result.seconds >= turn * _TURN_S:
+                yield result
+                begin, turn = time.perf_counter() - result.seconds, turn + 1
+                engine.metrics.resume()
+        yield result
+
+
+def _in_turn(runs: list[Iterator[_Pass]]) -> list[_Pass]:
+    """Runs engines in turn, the least far one next: the machine's speed changes within a minute."""
+    passes = [next(run) for run in runs]
+    unfinished = set(range(len(runs)))
+    while unfinished:
+        number = min(unfinished, key=lambda n: len(passes[n].answers))
+        if next(runs[number], None) is None:
+            unfinished.remove(number)
+    return passes
 
 
 def _measure(
     answerers: list[_Answerer], concurrency: int, repeat: int
 ) -> tuple[list[list[_Pass]], dict[str, Any]]:
-    """All engines in turn, since the machine's speed changes: ratios are of neighbours.
+    """Measures all engines side by side.
 
     Returns:
         For each repetition a pass of each engine; and what became of the drafts.
     """
     counts = answerers[1].engine.metrics.drafts
     before = dataclasses.replace(counts, num_accepted_per_depth=list(counts.num_accepted_per_depth))
-    rounds = [[answerer.run(concurrency) for answerer in answerers] for _ in range(repeat)]
+    rounds = [_in_turn([answerer.run(concurrency) for answerer in answerers]) for _ in range(repeat)]
     num_drafts = counts.num_drafts - before.num_drafts
     accepted = counts.num_accepted_tokens - before.num_accepted_tokens
     drafted = counts.num_draft_tokens - before.num_draft_tokens
