@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from outpace.cli import main
+from outpace.config import EngineConfig
 from outpace.engine.engine import Engine
 from outpace.errors import ConfigError
 from outpace.llm import LLM
+from outpace.policy.base import StepRecord
 from outpace.spec.last_hidden import unit_rms
+from outpace.training import evaluate as evaluation
 from outpace.training import trainer
 from outpace.training.data import Corpus, Report, collate
 from outpace.training.method import make_settings
@@ -301,9 +305,15 @@ def test_beams_are_as_wide_as_the_limit_allows(simple: Path, recurrent: Path) ->
 # --- Evaluation -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("turn_s", [1.0, 0.0])
 def test_evaluation_reports_what_the_engine_accepted(
-    simple: Path, chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    chain: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    turn_s: float,
 ) -> None:
+    monkeypatch.setattr(evaluation, "_TURN_S", turn_s)  # 0: engines in turn after each step
     data = write_rows(tmp_path / "data.jsonl", [row(chr(97 + i), "x") for i in range(6)])
     flags = ["--data", data, "--concurrency", "1", "4", "--spec-policy", "fixed", "--spec-tokens", "3"]
     flags += ["--max-tokens", "20", "--num-threads", "1", "--json", str(tmp_path / "out.json")]
@@ -325,3 +335,27 @@ def test_evaluation_reports_what_the_engine_accepted(
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
     num_drafts = sum(result["num_drafts"] for result in report["results"])
     assert sum(step["drafting"] for step in steps) >= num_drafts > 0  # and those of the warm-up
+
+
+def test_what_others_do_between_an_engines_turns_is_not_counted(
+    simple: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_TURN_S", 0.0)
+    engine = Engine.from_config(EngineConfig(str(simple), spec_method="none", num_threads=1))
+    records: list[StepRecord] = []
+    monkeypatch.setattr(engine, "_learn", records.append)
+    config = evaluation.EvaluateConfig(simple, "unread", max_tokens=8)
+    answerer = evaluation._Answerer(
+        engine, [[{"role": "user", "content": letter}] for letter in "ab"], config
+    )
+    begin, others_s = time.perf_counter(), 0.0
+    for result in answerer.run(1):
+        others = time.perf_counter()
+        time.sleep(0.05)
+        others_s += time.perf_counter() - others
+    assert others_s > 0.05 * len(records) > 0.5
+    assert result.seconds + others_s < time.perf_counter() - begin
+    assert (
+        result.first_s["0"] < result.last_s["0"] < result.first_s["1"] < result.last_s["1"] <= result.seconds
+    )
+    assert max(record.seconds.get("between", 0.0) for record in records) < 0.05
