@@ -345,17 +345,14 @@ def test_what_others_do_between_an_engines_turns_is_not_counted(
     records: list[StepRecord] = []
     monkeypatch.setattr(engine, "_learn", records.append)
     config = evaluation.EvaluateConfig(simple, "unread", max_tokens=8)
-    answerer = evaluation._Answerer(
-        engine, [[{"role": "user", "content": letter}] for letter in "ab"], config
-    )
-    begin, others_s = time.perf_counter(), 0.0
-    for result in answerer.run(1):
-        others = time.perf_counter()
+    prompts = [[{"role": "user", "content": letter}] for letter in "ab"]
+    begin, others_s, result = time.perf_counter(), 0.0, evaluation._Pass()
+    for turn in evaluation._Answerer(engine, prompts, config).run(1):
+        others, result = time.perf_counter(), turn
         time.sleep(0.05)
         others_s += time.perf_counter() - others
     assert others_s > 0.05 * len(records) > 0.5
     assert result.seconds + others_s < time.perf_counter() - begin
-    assert (
-        result.first_s["0"] < result.last_s["0"] < result.first_s["1"] < result.last_s["1"] <= result.seconds
-    )
+    (first, second), (end, last) = result.first_s.values(), result.last_s.values()
+    assert first < end < second < last <= result.seconds
     assert max(record.seconds.get("between", 0.0) for record in records) < 0.05
