@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from outpace.kernels import stream_heads
-from outpace.kernels.stream_heads import EarlyExit, TokenChange
+from outpace.kernels.stream_heads import EarlyExit, TokenChange, exit_logits, unit
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
@@ -272,7 +272,10 @@ class Kernels(ABC):
         Returns:
             [anchors, streams, rank] float32: V s of each, as it was.
         """
-        return stream_heads.change_first_(change, said, embeddings)
+        units = F.linear(unit(said), change.said.float())
+        of_before = F.linear(unit(embeddings), change.before.float())
+        said[:, 0] += (F.silu(units[:, 0] + of_before) @ change.up.float()).to(said.dtype)
+        return units
 
     def likeliest_behind(
         self,
@@ -298,7 +301,14 @@ class Kernels(ABC):
             [anchors, streams, tokens, number] twice: int64, where the likeliest are among the candidates, and
             float32, how likely. In the first stream they are the same behind all.
         """
-        return stream_heads.likeliest_behind(change, units, places, probs, temperature, number)
+        places = places.clamp(min=0)
+        before = F.silu(units[:, 1:].unsqueeze(2) + change.befores[places[:, :-1]])
+        changes = before @ change.afters[places[:, 1:]].transpose(-1, -2) / temperature.view(-1, 1, 1, 1)
+        rest = (1.0 - probs.sum(-1, keepdim=True)).clamp(min=0.0)  # of tokens that are not considered
+        logits = torch.cat((probs, rest), -1).log().unsqueeze(2).repeat(1, 1, probs.shape[2], 1)
+        logits[:, 1:, :, :-1] += changes
+        chances, index = logits.softmax(-1)[..., :-1].topk(number)
+        return index, chances
 
     def exit_probs(
         self,
@@ -320,4 +330,4 @@ class Kernels(ABC):
         Returns:
             [tokens] float32.
         """
-        return torch.sigmoid(stream_heads.exit_logits(weights, x[rows], token_ids, q))
+        return torch.sigmoid(exit_logits(weights, x[rows], token_ids, q))

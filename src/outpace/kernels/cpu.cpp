@@ -1262,7 +1262,7 @@ void noisy_topk(int64_t* ids, float* probs, const Scalar* logits, const int64_t*
 
 // -------------------------------------------------------------------------------------------- streams
 
-// stream_heads.py says what these compute. Rows are short and few, so all of them take less than a call of torch.
+// `Kernels` in base.py says what these compute. Rows are short and few, so all of them take less than a call of torch.
 
 constexpr float kLeastQ = 1e-6f;
 

@@ -1,7 +1,7 @@
-"""What is worked out beside a pass for Speculative Streaming, in plain torch.
+"""What is worked out beside a pass for Speculative Streaming: weights, and what training shares with serving.
 
-models/streams.py has the formulas. All of it is small: on a CPU the twenty calls of torch that each of these
-takes cost more than their arithmetic, so native.py has them in one call each.
+models/streams.py has the formulas, `Kernels` what is served. All of it is small: on a CPU the twenty calls of
+torch that each takes cost more than their arithmetic, so native.py has them in one call each.
 """
 
 from __future__ import annotations
@@ -59,33 +59,6 @@ class EarlyExit:
 def unit(x: torch.Tensor) -> torch.Tensor:
     """Rows of x, [..., hidden], with unit rms, in float32."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=UNIT_EPS)
-
-
-def change_first_(change: TokenChange, said: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """See `Kernels.change_first_`."""
-    units = F.linear(unit(said), change.said.float())
-    of_before = F.linear(unit(embeddings), change.before.float())
-    said[:, 0] += (F.silu(units[:, 0] + of_before) @ change.up.float()).to(said.dtype)
-    return units
-
-
-def likeliest_behind(
-    change: TokenChange,
-    units: torch.Tensor,
-    places: torch.Tensor,
-    probs: torch.Tensor,
-    temperature: torch.Tensor,
-    number: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Kernels.likeliest_behind`."""
-    places = places.clamp(min=0)
-    before = F.silu(units[:, 1:].unsqueeze(2) + change.befores[places[:, :-1]])
-    changes = before @ change.afters[places[:, 1:]].transpose(-1, -2) / temperature.view(-1, 1, 1, 1)
-    rest = (1.0 - probs.sum(-1, keepdim=True)).clamp(min=0.0)  # of tokens that are not considered
-    logits = torch.cat((probs, rest), -1).log().unsqueeze(2).repeat(1, 1, probs.shape[2], 1)
-    logits[:, 1:, :, :-1] += changes
-    chances, index = logits.softmax(-1)[..., :-1].topk(number)
-    return index, chances
 
 
 def exit_logits(weights: EarlyExit, x: torch.Tensor, tokens: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
