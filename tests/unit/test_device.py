@@ -235,9 +235,9 @@ def test_from_the_batch_to_its_tokens_the_host_waits_once(
     downloads: list[torch.Tensor], buckets: tuple[int, ...], masked: bool, synthetic: bool
 ) -> None:
     kernels = Shapes()
-    runner = a_runner(kernels, buckets)
+    runner, kv = a_runner(kernels, buckets)
     params = [SamplingParams(temperature=0), EVERYTHING, replace(EVERYTHING, temperature=0)]
-    batch = a_batch(params, kv=runner._cache)
+    batch = a_batch(params, kv=kv)
     verifier: Verifier = SyntheticVerifier(kernels, [0.5]) if synthetic else MatchVerifier(kernels)
     with Apart() as apart:
         target = runner.forward(batch)
@@ -252,8 +252,8 @@ def test_from_the_batch_to_its_tokens_the_host_waits_once(
 
 def test_a_plain_step_takes_two_copies_to_the_device_and_one_back(downloads: list[torch.Tensor]) -> None:
     kernels = Shapes()
-    runner = a_runner(kernels, (64,))
-    batch = a_batch([SamplingParams(temperature=0)] * 3, kv=runner._cache)
+    runner, kv = a_runner(kernels, (64,))
+    batch = a_batch([SamplingParams(temperature=0)] * 3, kv=kv)
     with pytest.raises(ArrivedError), Apart() as apart:
         MatchVerifier(kernels).verify(batch, runner.forward(batch))
     assert apart.num_copies == 2  # the batch, and what noise depends on
@@ -267,16 +267,16 @@ def test_candidates_of_a_draft_come_to_the_host_together(downloads: list[torch.T
     assert len(downloads) == 2  # tokens and probabilities of all ranks
 
 
-def a_runner(kernels: Kernels, buckets: tuple[int, ...]) -> ModelRunner:
-    """A runner of the tiny model on the device without values."""
+def a_runner(kernels: Kernels, buckets: tuple[int, ...]) -> tuple[ModelRunner, KVCache]:
+    """A runner of the tiny model on the device without values, and its cache."""
     weights = {name: torch.empty(shape, device=META) for name, shape in MODEL.weight_shapes().items()}
     decoder = Decoder(MODEL, weights, torch.float32, kernels)
     kv = KVCache(MODEL, 32, torch.float32, enable_prefix_caching=False, device=META)
     if not buckets:
-        return ModelRunner(decoder, kv)
+        return ModelRunner(decoder, kv), kv
     graphs = Graphs(decoder, kv, buckets, max_sequences=8, max_model_len=64, recorder=run_as_it_is)
     record_all(graphs)
-    return ModelRunner(decoder, kv, graphs)
+    return ModelRunner(decoder, kv, graphs), kv
 
 
 # --- Random weights -------------------------------------------------------------------------------------
@@ -291,5 +291,5 @@ def test_dummy_weights_are_complete_always_the_same_and_keep_states_in_range() -
     decoder = Decoder(MODEL, dict(weights), torch.float32, engine.runner.decoder.kernels)
     batch = a_batch([SamplingParams()])
     kv = KVCache(MODEL, 32, torch.float32, enable_prefix_caching=False)
-    hidden = decoder.forward(batch.token_ids, batch.rows, kv.layers)
+    hidden = decoder.forward(batch.token_ids, batch.rows, decoder.stack(kv.layers))
     assert 0.5 < float(hidden.std()) < 2

@@ -19,7 +19,7 @@ import torch
 import kernel_checks as checks
 from kernel_checks import DTYPES, GROUPED, TREE, chain, random_like
 from outpace.errors import ConfigError
-from outpace.kernels import Heads, Kernels, Layer, Linear, RopeTable, Rows, load_kernels, native
+from outpace.kernels import Heads, Kernels, Layer, LayerStack, Linear, RopeTable, Rows, load_kernels, native
 from outpace.models.config import RopeConfig
 from outpace.models.decoder import rope_table
 from outpace.sampling import SamplingParams
@@ -230,7 +230,7 @@ def test_a_linear_row_has_the_same_bits_with_any_number_of_threads(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("extras", "window"), [(False, None), (True, 9)])
 @pytest.mark.parametrize(("inner", "sequences"), [(96, MIXED), (80, MIXED), (96, [(530, chain(1))])])
-def test_a_native_layer_has_the_bits_of_its_operations_one_by_one(
+def test_native_layers_have_the_bits_of_their_operations_one_by_one(
     dtype: torch.dtype,
     extras: bool,
     window: int | None,
@@ -268,15 +268,21 @@ def test_a_native_layer_has_the_bits_of_its_operations_one_by_one(
     )
     rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 8192))
     results = []
-    for decoder_layer in (kernels.decoder_layer, partial(Kernels.decoder_layer, kernels)):
-        cache = tuple(
-            weight(60, heads.num_kv_heads, *shape, seed=9)
-            for shape in ((heads.head_dim, 16), (16, heads.head_dim))
-        )
-        x, residual = weight(num_rows, width, seed=10), weight(num_rows, width, seed=11)
+    for stack_of in (kernels.stack, partial(LayerStack, kernels)):
+        cache = [
+            (
+                weight(60, heads.num_kv_heads, heads.head_dim, 16, seed=seed),
+                weight(60, heads.num_kv_heads, 16, heads.head_dim, seed=seed),
+            )
+            for seed in (9, 10, 13)
+        ]
+        residual = weight(num_rows, width, seed=11)
         attend = kernels.attention(heads, rope, 1e-5, rows)
-        out = decoder_layer(layer, attend, (cache[0], cache[1]), x, residual, layer.input_norm, 1e-5)
-        results.append((out, residual, *cache))
+        stack = stack_of([layer] * 3, cache, weight(width, seed=12), 1e-5)
+        between = stack.run(attend, residual, end=1)
+        results.append(
+            (between, stack.run(attend, residual, 1), residual, *(of for pair in cache for of in pair))
+        )
     assert all(torch.equal(at_once, one_by_one) for at_once, one_by_one in zip(*results, strict=True))
     assert results[0][0].isfinite().all()
 

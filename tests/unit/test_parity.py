@@ -45,6 +45,7 @@ def our_logits(
         (torch.zeros(*shape, config.head_dim, BLOCK_SIZE), torch.zeros(*shape, BLOCK_SIZE, config.head_dim))
         for _ in range(config.num_layers)
     ]
+    stack = decoder.stack(cache)
     logits, done = [], 0
     for length in chunks:
         positions = torch.arange(done, done + length, dtype=torch.int32)
@@ -57,7 +58,7 @@ def our_logits(
             block_tables=table[None],
             branching=torch.zeros(1, dtype=torch.int32),
         )
-        hidden = decoder.forward(token_ids[done : done + length], rows, cache)
+        hidden = decoder.forward(token_ids[done : done + length], rows, stack)
         logits.append(decoder.logits(hidden))
         done += length
     return torch.cat(logits)

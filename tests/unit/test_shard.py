@@ -41,7 +41,7 @@ def hidden(decoder: Decoder) -> torch.Tensor:
         branching=tensor_of([0], np.int32),
     )
     cache = KVCache(decoder.config, 1, torch.float32, enable_prefix_caching=False)
-    return decoder.forward(TOKENS, rows, cache.layers)
+    return decoder.forward(TOKENS, rows, decoder.stack(cache.layers))
 
 
 def totals(size: int) -> list[Callable[[torch.Tensor], torch.Tensor]]:

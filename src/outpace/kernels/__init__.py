@@ -12,16 +12,28 @@ import torch
 from outpace.config import BLOCK_SIZE
 from outpace.device import CPU
 from outpace.errors import ConfigError
-from outpace.kernels.base import Heads, Kernels, Layer, LayerAttention, Linear, RopeTable, Rows
+from outpace.kernels.base import (
+    Cache,
+    Heads,
+    Kernels,
+    Layer,
+    LayerAttention,
+    LayerStack,
+    Linear,
+    RopeTable,
+    Rows,
+)
 from outpace.kernels.huge_pages import HugePages
 from outpace.kernels.stream_heads import EarlyExit, TokenChange
 
 __all__ = [
+    "Cache",
     "EarlyExit",
     "Heads",
     "Kernels",
     "Layer",
     "LayerAttention",
+    "LayerStack",
     "Linear",
     "RopeTable",
     "Rows",

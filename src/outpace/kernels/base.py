@@ -10,7 +10,7 @@ break it, unless they are asked not to.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from outpace.kernels.stream_heads import EarlyExit, TokenChange, exit_logits, unit
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+Cache = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values of each layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,49 @@ class Layer:
     window: int | None
 
 
+class LayerStack:
+    """Layers, one after the other, over their caches."""
+
+    def __init__(
+        self, kernels: Kernels, layers: Sequence[Layer], cache: Cache, last_norm: torch.Tensor, eps: float
+    ) -> None:
+        """Joins what `Kernels.stack` is given."""
+        self._kernels, self._cache, self._last_norm, self._eps = kernels, cache, last_norm, eps
+        self.layers = (*layers,)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def run(
+        self, attend: LayerAttention, residual: torch.Tensor, first: int = 0, end: int | None = None
+    ) -> torch.Tensor:
+        """Runs some of the layers, at least one.
+
+        Args:
+            attend: Of this pass.
+            residual: [rows, hidden], the residual stream before them, and after the call behind them.
+            first: The first of them.
+            end: That after the last of them; None runs all that follow.
+
+        Returns:
+            [rows, hidden], the norm of the residual stream behind them, with the weight of the last norm.
+        """
+        kernels, eps, layers = self._kernels, self._eps, self.layers[first:end]
+        x = kernels.rms_norm(residual, layers[0].input_norm, eps)
+        next_norms = [*(layer.input_norm for layer in layers[1:]), self._last_norm]
+        for layer, next_norm, keys_and_values in zip(layers, next_norms, self._cache[first:], strict=False):
+            mixed = attend(layer.qkv(x), *keys_and_values, layer.q_norm, layer.k_norm, layer.window)
+            x = kernels.add_rms_norm(layer.out(mixed), residual, layer.post_norm, eps)
+            change = layer.down(kernels.silu_mul(layer.gate_up(x)))
+            x = kernels.add_rms_norm(change, residual, next_norm, eps)
+        return x
+
+    def ending_in(self, layers: Sequence[Layer]) -> LayerStack:
+        """The stack with its last layers replaced by these."""
+        kept = self.layers[: len(self) - len(layers)]
+        return type(self)(self._kernels, (*kept, *layers), self._cache, self._last_norm, self._eps)
+
+
 class Kernels(ABC):
     """One backend.
 
@@ -163,34 +207,16 @@ class Kernels(ABC):
 
         return changed
 
-    def decoder_layer(
-        self,
-        layer: Layer,
-        attend: LayerAttention,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        next_norm: torch.Tensor,
-        eps: float,
-    ) -> torch.Tensor:
-        """Runs a layer.
+    def stack(self, layers: Sequence[Layer], cache: Cache, last_norm: torch.Tensor, eps: float) -> LayerStack:
+        """Layers that many passes run over the same cache.
 
         Args:
-            layer: Its weights.
-            attend: Of this pass.
-            cache: The layer's keys and values.
-            x: [rows, hidden], the residual stream before it, normed; may be overwritten.
-            residual: [rows, hidden], the residual stream before it, and after the call behind it.
-            next_norm: Weight of the norm that follows.
+            layers: Their weights, at least one.
+            cache: For each of them its keys and values, at least.
+            last_norm: Weight of the norm behind the last.
             eps: Of the norms.
-
-        Returns:
-            [rows, hidden], the residual stream behind it, normed.
         """
-        mixed = attend(layer.qkv(x), *cache, layer.q_norm, layer.k_norm, layer.window)
-        x = self.add_rms_norm(layer.out(mixed), residual, layer.post_norm, eps)
-        change = layer.down(self.silu_mul(layer.gate_up(x)))
-        return self.add_rms_norm(change, residual, next_norm, eps)
+        return LayerStack(self, layers, cache, last_norm, eps)
 
     @abstractmethod
     def filter_logits_(

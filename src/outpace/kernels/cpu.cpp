@@ -1085,30 +1085,41 @@ void attend(const AttendArgs& a, const Scalar* qkv, const Scalar* k_cache, const
   Team::instance().run(int(units.size()), [&](int i) { attend_unit(a, units[i], qkv, k_cache, v_cache, out, window); });
 }
 
-// ---------------------------------------------------------------------------------------------- layer
+// --------------------------------------------------------------------------------------------- layers
 
-// A decoder layer on x, the normed residual stream; x is then that behind the layer. The operations are those above.
+struct LayerArgs {
+  const void *input_norm, *q_norm, *k_norm, *post_norm;  // weights; those of q and k may be null
+  const LinearArgs *qkv, *out, *gate_up, *down;
+  void *k_cache, *v_cache;
+  int32_t window;
+};
+
+// Decoder layers one after the other, of the operations above: `residual` is then behind the last, and x its norm.
 template <typename Scalar>
-void decoder_layer(Scalar* x, Scalar* residual, const RopeArgs& rope, const AttendArgs& attention, Scalar* k_cache,
-                   Scalar* v_cache, const Scalar* q_norm, const Scalar* k_norm, int window, const LinearArgs& qkv,
-                   const LinearArgs& out, const LinearArgs& gate_up, const LinearArgs& down, const Scalar* post_norm,
-                   const Scalar* next_norm, float eps) {
+void decoder_layers(Scalar* x, Scalar* residual, const RopeArgs& rope, const AttendArgs& attention,
+                    const LayerArgs* layers, int count, const Scalar* last_norm, float eps) {
   static thread_local std::vector<Scalar> buffer;
   const int64_t rows = rope.rows;
-  const int width = out.outputs;
-  Scalar* heads = room(buffer, rows * (qkv.outputs + out.inputs + width + gate_up.outputs + down.inputs));
-  Scalar* mixed = heads + rows * qkv.outputs;
-  Scalar* change = mixed + rows * out.inputs;
-  Scalar* gates = change + rows * width;
-  Scalar* gated = gates + rows * gate_up.outputs;
-  linear(heads, x, qkv, rows);
-  rope_and_cache(rope, heads, k_cache, v_cache, q_norm, k_norm);
-  attend<Scalar>(attention, heads, k_cache, v_cache, mixed, window);
-  linear(change, mixed, out, rows);
-  rms_norm<Scalar>(x, residual, change, residual, post_norm, eps, rows, width);
-  gated_linear(gated, gates, x, gate_up, rows);
-  linear(change, gated, down, rows);
-  rms_norm<Scalar>(x, residual, change, residual, next_norm, eps, rows, width);
+  const int width = layers->out->outputs;
+  auto norm = [](const void* weight) { return static_cast<const Scalar*>(weight); };
+  rms_norm<Scalar>(x, residual, nullptr, nullptr, norm(layers->input_norm), eps, rows, width);
+  for (const LayerArgs* a = layers; a < layers + count; a++) {
+    Scalar* heads = room(buffer, rows * (a->qkv->outputs + a->out->inputs + width + a->gate_up->outputs + a->down->inputs));
+    Scalar* mixed = heads + rows * a->qkv->outputs;
+    Scalar* change = mixed + rows * a->out->inputs;
+    Scalar* gates = change + rows * width;
+    Scalar* gated = gates + rows * a->gate_up->outputs;
+    Scalar *keys = static_cast<Scalar*>(a->k_cache), *values = static_cast<Scalar*>(a->v_cache);
+    linear(heads, x, *a->qkv, rows);
+    rope_and_cache(rope, heads, keys, values, norm(a->q_norm), norm(a->k_norm));
+    attend<Scalar>(attention, heads, keys, values, mixed, a->window);
+    linear(change, mixed, *a->out, rows);
+    rms_norm<Scalar>(x, residual, change, residual, norm(a->post_norm), eps, rows, width);
+    gated_linear(gated, gates, x, *a->gate_up, rows);
+    linear(change, gated, *a->down, rows);
+    const Scalar* next_norm = a + 1 < layers + count ? norm(a[1].input_norm) : last_norm;
+    rms_norm<Scalar>(x, residual, change, residual, next_norm, eps, rows, width);
+  }
 }
 
 // ------------------------------------------------------------------------------------------- sampling
@@ -1443,12 +1454,9 @@ extern "C" void keep_freed_memory() {
   extern "C" void silu_mul_##suffix(Scalar* out, const Scalar* gate_up, int rows, int width) {                           \
     silu_mul<Scalar>(out, gate_up, rows, width);                                                                         \
   }                                                                                                                     \
-  extern "C" void decoder_layer_##suffix(                                                                               \
-      Scalar* x, Scalar* residual, const RopeArgs* rope, const AttendArgs* attention, Scalar* k_cache, Scalar* v_cache, \
-      const Scalar* q_norm, const Scalar* k_norm, int window, const LinearArgs* qkv, const LinearArgs* out,             \
-      const LinearArgs* gate_up, const LinearArgs* down, const Scalar* post_norm, const Scalar* next_norm, float eps) { \
-    decoder_layer<Scalar>(x, residual, *rope, *attention, k_cache, v_cache, q_norm, k_norm, window, *qkv, *out, *gate_up,\
-                          *down, post_norm, next_norm, eps);                                                            \
+  extern "C" void decoder_layers_##suffix(Scalar* x, Scalar* residual, const RopeArgs* rope, const AttendArgs* attention, \
+                                          const LayerArgs* layers, int count, const Scalar* last_norm, float eps) {      \
+    decoder_layers<Scalar>(x, residual, *rope, *attention, layers, count, last_norm, eps);                              \
   }                                                                                                                     \
   extern "C" void noisy_argmax_##suffix(int64_t* out, const Scalar* logits, const int64_t* seeds,                        \
                                         const int64_t* positions, const uint8_t* noisy, int rows, int vocab) {           \

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +17,17 @@ import torch.nn.functional as F
 
 from outpace.config import BLOCK_SIZE, cache_dir
 from outpace.errors import ConfigError
-from outpace.kernels.base import Heads, Kernels, Layer, LayerAttention, Linear, RopeTable, Rows
+from outpace.kernels.base import (
+    Cache,
+    Heads,
+    Kernels,
+    Layer,
+    LayerAttention,
+    LayerStack,
+    Linear,
+    RopeTable,
+    Rows,
+)
 from outpace.kernels.huge_pages import HugePages
 from outpace.kernels.stream_heads import UNIT_EPS, EarlyExit, TokenChange
 
@@ -44,7 +55,7 @@ SIGNATURES = {
     "silu_mul": (Pointer, Pointer, Int, Int),
     "rope_and_cache": (Pointer, Pointer, Pointer, Pointer, Pointer, Pointer),
     "attend": (Pointer, Pointer, Pointer, Pointer, Pointer, Int),
-    "decoder_layer": (*[Pointer] * 8, Int, *[Pointer] * 6, Float),
+    "decoder_layers": (*[Pointer] * 5, Int, Pointer, Float),
     "noisy_argmax": (*[Pointer] * 5, Int, Int),
     "noisy_topk": (*[Pointer] * 6, Int, Int, Int),
     "change_first": (*[Pointer] * 6, Float, Int, Int, Int, Int),
@@ -100,6 +111,24 @@ class AttendArgs(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("scale", Float),
+    )
+
+
+class LayerArgs(ctypes.Structure):
+    """`LayerArgs` of cpu.cpp."""
+
+    _fields_ = (
+        ("input_norm", Pointer),
+        ("q_norm", Pointer),
+        ("k_norm", Pointer),
+        ("post_norm", Pointer),
+        ("qkv", Pointer),
+        ("out", Pointer),
+        ("gate_up", Pointer),
+        ("down", Pointer),
+        ("k_cache", Pointer),
+        ("v_cache", Pointer),
+        ("window", ctypes.c_int32),
     )
 
 
@@ -196,7 +225,7 @@ class NativeKernels(Kernels):
         self._silu_mul = getattr(self._lib, f"silu_mul_{own}")
         self._rope_and_cache = getattr(self._lib, f"rope_and_cache_{own}")
         self._attend = getattr(self._lib, f"attend_{own}")
-        self._decoder_layer = getattr(self._lib, f"decoder_layer_{own}")
+        self.decoder_layers = getattr(self._lib, f"decoder_layers_{own}")
         self._change_first = getattr(self._lib, f"change_first_{own}")
         self._exit_probs = getattr(self._lib, f"exit_probs_{own}")
 
@@ -215,38 +244,11 @@ class NativeKernels(Kernels):
             return super().changed(linear, down, up, rows)
         return parts[0].changed(parts[1], parts[2], rows)
 
-    def decoder_layer(
-        self,
-        layer: Layer,
-        attend: LayerAttention,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        x: torch.Tensor,
-        residual: torch.Tensor,
-        next_norm: torch.Tensor,
-        eps: float,
-    ) -> torch.Tensor:
-        """See `Kernels`. One call into C++ instead of eight, each of which takes Python as long as a norm."""
-        linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
-        addresses = [linear.address for linear in linears if isinstance(linear, NativeLinear)]
-        if len(addresses) < len(linears):  # a shard's are added up between
-            return super().decoder_layer(layer, attend, cache, x, residual, next_norm, eps)
-        assert isinstance(attend, NativeAttention)
-        self._decoder_layer(
-            x.data_ptr(),
-            residual.data_ptr(),
-            attend.rope_address,
-            attend.args_address,
-            cache[0].data_ptr(),
-            cache[1].data_ptr(),
-            _address(layer.q_norm),
-            _address(layer.k_norm),
-            layer.window or 0,
-            *addresses,
-            layer.post_norm.data_ptr(),
-            next_norm.data_ptr(),
-            eps,
-        )
-        return x
+    def stack(self, layers: Sequence[Layer], cache: Cache, last_norm: torch.Tensor, eps: float) -> LayerStack:
+        """See `Kernels`."""
+        if any(len(_linears(layer)) < 4 for layer in layers):
+            return super().stack(layers, cache, last_norm, eps)
+        return NativeStack(self, layers, cache, last_norm, eps)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """See `Kernels`."""
@@ -434,6 +436,63 @@ class NativeLinear:
         low_rank = (down._args.packed, up._args.packed, rows.data_ptr())
         args = LinearArgs(own.packed, own.bias, *low_rank, own.inputs, own.outputs, rank, len(rows))
         return NativeLinear(self._run, args, (self, down, up, rows))
+
+
+class NativeStack(LayerStack):
+    """Layers that one call into C++ runs.
+
+    Between two layers, whose weights leave nothing in the caches, Python would take a tenth of their time: so
+    all that can be known before a pass is.
+    """
+
+    def __init__(
+        self,
+        kernels: NativeKernels,
+        layers: Sequence[Layer],
+        cache: Cache,
+        last_norm: torch.Tensor,
+        eps: float,
+    ) -> None:
+        super().__init__(kernels, layers, cache, last_norm, eps)
+        self._run = kernels.decoder_layers
+        self._args = (LayerArgs * len(layers))(*map(_layer_args, layers, cache))
+        self._last_norm_address = last_norm.data_ptr()
+
+    def run(
+        self, attend: LayerAttention, residual: torch.Tensor, first: int = 0, end: int | None = None
+    ) -> torch.Tensor:
+        """See `LayerStack`."""
+        assert isinstance(attend, NativeAttention)
+        x = torch.empty_like(residual)
+        self._run(
+            x.data_ptr(),
+            residual.data_ptr(),
+            attend.rope_address,
+            attend.args_address,
+            ctypes.byref(self._args, first * ctypes.sizeof(LayerArgs)),
+            (len(self) if end is None else end) - first,
+            self._last_norm_address,
+            self._eps,
+        )
+        return x
+
+
+def _layer_args(layer: Layer, cache: tuple[torch.Tensor, torch.Tensor]) -> LayerArgs:
+    return LayerArgs(
+        layer.input_norm.data_ptr(),
+        _address(layer.q_norm),
+        _address(layer.k_norm),
+        layer.post_norm.data_ptr(),
+        *(linear.address for linear in _linears(layer)),
+        *(of.data_ptr() for of in cache),
+        layer.window or 0,
+    )
+
+
+def _linears(layer: Layer) -> list[NativeLinear]:
+    """All four, or fewer: those of a shard whose outputs are added up are more than linear."""
+    every = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    return [linear for linear in every if isinstance(linear, NativeLinear)]
 
 
 class NativeAttention(LayerAttention):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from outpace.kernels import Heads, Kernels, Layer, Linear, RopeTable, Rows
+from outpace.kernels import Cache, Heads, Kernels, Layer, LayerAttention, LayerStack, Linear, RopeTable, Rows
 from outpace.models.config import ModelConfig, RopeConfig
 from outpace.models.draft_vocab import DraftVocab
 
@@ -87,10 +87,9 @@ class Decoder:
         """Where its weights are."""
         return self._embedding.device
 
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """All of them, the first one first."""
-        return self._layers
+    def stack(self, cache: Cache) -> LayerStack:
+        """Its layers over a cache, which has keys and values of each, as `LayerAttention` states them."""
+        return self.kernels.stack(self._layers, cache, self._norm, self.config.rms_norm_eps)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the first layer: [rows] int64 -> [rows, hidden]."""
@@ -111,48 +110,22 @@ class Decoder:
         ).T.contiguous()
 
     @torch.inference_mode()
-    def forward(
-        self, token_ids: torch.Tensor, rows: Rows, cache: list[tuple[torch.Tensor, torch.Tensor]]
-    ) -> torch.Tensor:
+    def forward(self, token_ids: torch.Tensor, rows: Rows, stack: LayerStack) -> torch.Tensor:
         """Runs all layers and writes the keys and values of every row.
 
         Args:
             token_ids: [rows] int64.
             rows: Where they stand.
-            cache: Per layer the key and value cache, at least; shapes as `LayerAttention` states them.
+            stack: The layers.
 
         Returns:
             [rows, hidden]: hidden states after the final norm.
         """
-        return self.run(self.embed(token_ids), self._layers, rows, cache)
+        return stack.run(self.attention(rows), self.embed(token_ids))
 
-    @torch.inference_mode()
-    def run(
-        self,
-        residual: torch.Tensor,
-        layers: Sequence[Layer],
-        rows: Rows,
-        cache: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    ) -> torch.Tensor:
-        """Runs some layers, at least one.
-
-        Args:
-            residual: [rows, hidden], the residual stream before the first of them; after the call it is the
-                one behind the last.
-            layers: Which, in order.
-            rows: Where the rows stand.
-            cache: For each of the layers its cache, at least.
-
-        Returns:
-            [rows, hidden]: the final norm of the residual stream behind them.
-        """
-        kernels, eps = self.kernels, self.config.rms_norm_eps
-        attend = kernels.attention(self._heads, self._rope, eps, rows)
-        x = kernels.rms_norm(residual, layers[0].input_norm, eps)
-        norms = [*(layer.input_norm for layer in layers[1:]), self._norm]  # that follow the layers
-        for layer, norm, keys_and_values in zip(layers, norms, cache, strict=False):
-            x = kernels.decoder_layer(layer, attend, keys_and_values, x, residual, norm, eps)
-        return x
+    def attention(self, rows: Rows) -> LayerAttention:
+        """Attention of a pass."""
+        return self.kernels.attention(self._heads, self._rope, self.config.rms_norm_eps, rows)
 
     def head(self, vocab: DraftVocab) -> Linear:
         """The output head for some tokens: [rows, hidden] -> [rows, tokens of `vocab`]."""

@@ -17,14 +17,13 @@ head's rows of drafted tokens only, not the whole head, which in small models is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from outpace.errors import ConfigError
-from outpace.kernels import EarlyExit, Kernels, Layer, Linear, TokenChange
+from outpace.kernels import EarlyExit, Kernels, Layer, LayerStack, Linear, TokenChange
 from outpace.kernels.stream_heads import unit
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
@@ -189,11 +188,6 @@ class Streams:
         self.early_exit = _early_exit(weights, decoder.head_weight()) if config.exit_rank else None
         self.change = _token_change(weights, decoder, vocab) if config.token_rank else None
 
-    def split(self, layers: Sequence[Layer]) -> tuple[Sequence[Layer], Sequence[Layer]]:
-        """A decoder's layers before streams begin, and those that streams go through."""
-        first = len(layers) - self.config.num_stream_layers
-        return layers[:first], layers[first:]
-
     def start_(self, residual: torch.Tensor, rows: torch.Tensor) -> None:
         """Turns copies of rows into their streams, in place.
 
@@ -203,9 +197,15 @@ class Streams:
         """
         residual.index_add_(0, rows, self._embeddings.repeat(len(rows) // self.config.num_streams, 1))
 
-    def adapt(self, layers: Sequence[Layer], rows: torch.Tensor) -> list[Layer]:
-        """The layers that streams go through, with their adapters for the given rows, [streams] int64."""
-        return [own.on(layer, rows, self._kernels) for layer, own in zip(layers, self._adapters, strict=True)]
+    def adapt(self, stack: LayerStack, rows: torch.Tensor) -> LayerStack:
+        """The model's layers, the last with their adapters for the rows of streams, [streams] int64."""
+        if not self.config.lora_rank:
+            return stack
+        last = stack.layers[-self.config.num_stream_layers :]
+        changed = [
+            own.on(layer, rows, self._kernels) for layer, own in zip(last, self._adapters, strict=True)
+        ]
+        return stack.ending_in(changed)
 
 
 def _early_exit(weights: dict[str, torch.Tensor], head: torch.Tensor) -> EarlyExit:

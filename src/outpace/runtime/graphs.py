@@ -170,6 +170,7 @@ class Graphs:
         """
         self.sizes = tuple(sizes)
         self._decoder, self._cache, self._recorder = decoder, cache, recorder
+        self._stack = decoder.stack(cache.layers)
         self._limits = max_sequences, max_model_len
         num_blocks = -(-max_model_len // BLOCK_SIZE)
         self._buckets = {size: Bucket(size, max_sequences, num_blocks) for size in self.sizes}
@@ -202,7 +203,7 @@ class Graphs:
         self._inputs[: len(staged)].copy_(staged)
 
         def program() -> None:
-            hidden.copy_(self._decoder.forward(tokens, rows, self._cache.layers))
+            hidden.copy_(self._decoder.forward(tokens, rows, self._stack))
 
         self._programs[size] = self._recorder(program)
 

@@ -21,7 +21,8 @@ class ModelRunner:
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache, graphs: Graphs | None = None) -> None:
-        self.decoder, self.graphs, self._cache = decoder, graphs, cache
+        self.decoder, self.graphs = decoder, graphs
+        self._stack = decoder.stack(cache.layers)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -43,12 +44,12 @@ class ModelRunner:
         if recorded is not None:
             hidden, sample_rows = recorded
             return TargetOutput(self._logits(hidden, sample_rows), hidden)
-        layers, beside = self._cache.layers, None
+        beside = None
         placed = batch.to(self.decoder.device)
         if streams is None:
-            hidden = self.decoder.forward(placed.token_ids, placed.rows, layers)
+            hidden = self.decoder.forward(placed.token_ids, placed.rows, self._stack)
         else:
-            hidden, beside = streams.forward(self.decoder, batch, placed, layers)
+            hidden, beside = streams.forward(self.decoder, batch, placed, self._stack)
         return TargetOutput(self._logits(hidden, placed.sample_rows), hidden, beside)
 
     def beside(self, decoder: Decoder, cache: KVCache) -> ModelRunner:

@@ -7,7 +7,7 @@ of the sequence's own rows; nothing keeps what is written there, and `KVCache.co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from outpace.batch import Batch, BatchEntry, StreamOutput, fields_of
 from outpace.config import BLOCK_SIZE
 from outpace.device import tensor_of, upload
-from outpace.kernels import Rows
+from outpace.kernels import LayerStack, Rows
 from outpace.models.decoder import Decoder
 from outpace.models.streams import Streams
 from outpace.runtime.block_manager import BlockManager
@@ -66,7 +66,7 @@ class StreamPass:
         decoder: Decoder,
         batch: Batch,
         placed: Batch,
-        cache: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        stack: LayerStack,
     ) -> tuple[torch.Tensor, StreamOutput]:
         """Runs all layers. The batch's own rows get the bits that they get without streams.
 
@@ -74,21 +74,22 @@ class StreamPass:
             decoder: The model.
             batch: Its own rows, on the host.
             placed: The same on the decoder's device.
-            cache: Per layer the key and value cache.
+            stack: Its layers.
 
         Returns:
             [rows, hidden], hidden states of the batch's rows after the final norm, and what streams say.
         """
         config = self.streams.config
-        lower, upper = self.streams.split(decoder.layers)
+        first = len(stack) - config.num_stream_layers
         residual = decoder.embed(placed.token_ids)
-        normed = decoder.run(residual, lower, placed.rows, cache)
+        normed = stack.run(decoder.attention(placed.rows), residual, end=first)
         layout = lay_out(batch, self.choose(normed), config.num_streams).to(decoder.device)
         joined, (_, streams) = residual[layout.sources], layout.order.split(layout.sizes)
         self.streams.start_(joined, streams)
-        hidden = decoder.run(joined, self.streams.adapt(upper, streams), layout.rows, cache[len(lower) :])
+        adapted = self.streams.adapt(stack, streams)
+        hidden = adapted.run(decoder.attention(layout.rows), joined, first)
         own, said = hidden[layout.order].split(layout.sizes)
-        num_rows = len(said) * len(upper) / len(decoder.layers)
+        num_rows = len(said) * config.num_stream_layers / len(stack)
         return own, StreamOutput(said.unflatten(0, (-1, config.num_streams)), layout.places, num_rows)
 
 

@@ -6,7 +6,6 @@ rank 0, which finishes what runs first.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -51,6 +50,8 @@ def _end_with_rank_0(directory: Path) -> None:
 
 
 def _serve(task: dict[str, Any], status: int) -> None:
+    import torch
+
     from outpace.models.shard import Shard
     from outpace.runtime.kv_cache import KVCache
     from outpace.runtime.parallel import Part, Ranks, read_integers, receive
@@ -62,13 +63,14 @@ def _serve(task: dict[str, Any], status: int) -> None:
     ranks.join()
     (num_blocks,) = read_integers(_PIPE, 1).tolist()
     cache = KVCache(decoder.config, num_blocks, decoder.dtype, False, decoder.device)
-    first_layers = functools.cache(decoder.first_layers)  # all of them, or those that draft
+    stack = decoder.stack(cache.layers)
     while True:
         step = receive(_PIPE)
         if step.moves:
             cache.move(step.moves)
         batch = step.batch.to(decoder.device)
-        first_layers(step.num_layers).forward(batch.token_ids, batch.rows, cache.layers)
+        with torch.inference_mode():  # all layers, or those that draft
+            stack.run(decoder.attention(batch.rows), decoder.embed(batch.token_ids), end=step.num_layers)
 
 
 if __name__ == "__main__":
