@@ -326,8 +326,13 @@ class Chooser:
             kernels: Who adds the noise and looks for the best.
             noise: Which noise that is.
         """
-        noisy = tensor_of([not row.params.is_greedy for row in rows], np.bool_)
-        self._keys, self._kernels = upload([*_noise_keys(rows, noise), noisy], device), kernels
+        self._kernels = kernels
+        noisy = [not row.params.is_greedy for row in rows]
+        if any(noisy):
+            self._keys = upload([*_noise_keys(rows, noise), tensor_of(noisy, np.bool_)], device)
+        else:
+            unused = torch.zeros(len(rows), dtype=torch.int64, device=device)
+            self._keys = [unused, unused, unused.bool()]
 
     def __call__(self, target: torch.Tensor) -> torch.Tensor:
         """[rows, vocab] from `target_logits` -> [rows] int64, on the device: the host does not wait."""

@@ -285,6 +285,23 @@ class Kernels(ABC):
         probs = (torch.cat(values, 1).float() - total).exp().clamp(max=1.0)
         return torch.cat(ids, 1), probs
 
+    def start_streams(
+        self, residual: torch.Tensor, sources: torch.Tensor, rows: torch.Tensor, embeddings: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows of the last layers: the batch's own, and copies of some of those that become streams.
+
+        Args:
+            residual: [batch rows, hidden].
+            sources: [rows] int64, which of these each row begins as.
+            rows: [anchors * streams] int64, those that are streams, of an anchor together and in order.
+            embeddings: [streams, hidden], what is added to each.
+
+        Returns:
+            [rows, hidden].
+        """
+        started = residual.index_select(0, sources)
+        return started.index_add_(0, rows, embeddings.repeat(len(rows) // len(embeddings), 1))
+
     def change_first_(
         self, change: TokenChange, said: torch.Tensor, embeddings: torch.Tensor
     ) -> torch.Tensor:

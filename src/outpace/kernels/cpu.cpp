@@ -1313,6 +1313,18 @@ void of_unit(float* out, const Scalar* weight, const Scalar* x, float eps, int h
 }
 
 template <typename Scalar>
+void start_streams(Scalar* out, const Scalar* residual, const int64_t* sources, const int64_t* rows,
+                   const Scalar* embeddings, int count, int num_streams, int streams, int hidden) {
+  for (int n = 0; n < count; n++)
+    std::memcpy(out + int64_t(n) * hidden, residual + sources[n] * hidden, hidden * sizeof(Scalar));
+  for (int n = 0; n < num_streams; n++) {
+    Scalar* to = out + rows[n] * hidden;
+    const Scalar* added = embeddings + int64_t(n % streams) * hidden;
+    for (int i = 0; i < hidden; i++) put(to + i, widen(to[i]) + widen(added[i]));
+  }
+}
+
+template <typename Scalar>
 void change_first(float* units, Scalar* said, const Scalar* embeddings, const Scalar* of_said, const Scalar* of_before,
                   const Scalar* up, float eps, int anchors, int streams, int hidden, int rank) {
   for_rows(anchors, 2 * (streams + 2) * rank * hidden / kLanes, [&](int a) {
@@ -1466,6 +1478,11 @@ extern "C" void keep_freed_memory() {
                                       const int64_t* positions, const uint8_t* noisy, int rows, int vocab,              \
                                       int number) {                                                                     \
     noisy_topk<Scalar>(ids, probs, logits, seeds, positions, noisy, rows, vocab, number);                               \
+  }                                                                                                                     \
+  extern "C" void start_streams_##suffix(Scalar* out, const Scalar* residual, const int64_t* sources,                    \
+                                         const int64_t* rows, const Scalar* embeddings, int count, int num_streams,     \
+                                         int streams, int hidden) {                                                     \
+    start_streams<Scalar>(out, residual, sources, rows, embeddings, count, num_streams, streams, hidden);               \
   }                                                                                                                     \
   extern "C" void change_first_##suffix(float* units, Scalar* said, const Scalar* embeddings, const Scalar* of_said,    \
                                         const Scalar* of_before, const Scalar* up, float eps, int anchors, int streams, \

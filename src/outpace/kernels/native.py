@@ -58,6 +58,7 @@ SIGNATURES = {
     "decoder_layers": (*[Pointer] * 5, Int, Pointer, Float),
     "noisy_argmax": (*[Pointer] * 5, Int, Int),
     "noisy_topk": (*[Pointer] * 6, Int, Int, Int),
+    "start_streams": (*[Pointer] * 5, Int, Int, Int, Int),
     "change_first": (*[Pointer] * 6, Float, Int, Int, Int, Int),
     "exit_probs": (*[Pointer] * 10, Int, Int, Int),
 }
@@ -226,6 +227,7 @@ class NativeKernels(Kernels):
         self._rope_and_cache = getattr(self._lib, f"rope_and_cache_{own}")
         self._attend = getattr(self._lib, f"attend_{own}")
         self.decoder_layers = getattr(self._lib, f"decoder_layers_{own}")
+        self._start_streams = getattr(self._lib, f"start_streams_{own}")
         self._change_first = getattr(self._lib, f"change_first_{own}")
         self._exit_probs = getattr(self._lib, f"exit_probs_{own}")
 
@@ -324,6 +326,25 @@ class NativeKernels(Kernels):
             number,
         )
         return ids, probs
+
+    def start_streams(
+        self, residual: torch.Tensor, sources: torch.Tensor, rows: torch.Tensor, embeddings: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Kernels`."""
+        hidden = residual.shape[1]
+        out = residual.new_empty((len(sources), hidden))
+        self._start_streams(
+            out.data_ptr(),
+            residual.data_ptr(),
+            sources.data_ptr(),
+            rows.data_ptr(),
+            embeddings.data_ptr(),
+            len(sources),
+            len(rows),
+            len(embeddings),
+            hidden,
+        )
+        return out
 
     def change_first_(
         self, change: TokenChange, said: torch.Tensor, embeddings: torch.Tensor

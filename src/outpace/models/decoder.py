@@ -93,7 +93,7 @@ class Decoder:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the first layer: [rows] int64 -> [rows, hidden]."""
-        return self._embedding[token_ids]
+        return self._embedding.index_select(0, token_ids)
 
     @property
     def embedding(self) -> torch.Tensor:

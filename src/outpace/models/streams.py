@@ -188,14 +188,9 @@ class Streams:
         self.early_exit = _early_exit(weights, decoder.head_weight()) if config.exit_rank else None
         self.change = _token_change(weights, decoder, vocab) if config.token_rank else None
 
-    def start_(self, residual: torch.Tensor, rows: torch.Tensor) -> None:
-        """Turns copies of rows into their streams, in place.
-
-        Args:
-            residual: [rows, hidden], the residual stream where streams begin.
-            rows: [streams] int64, where the copies are, those of a row together.
-        """
-        residual.index_add_(0, rows, self._embeddings.repeat(len(rows) // self.config.num_streams, 1))
+    def start(self, residual: torch.Tensor, sources: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of the layers that streams go through, as `Kernels.start_streams` has them."""
+        return self._kernels.start_streams(residual, sources, rows, self._embeddings)
 
     def adapt(self, stack: LayerStack, rows: torch.Tensor) -> LayerStack:
         """The model's layers, the last with their adapters for the rows of streams, [streams] int64."""

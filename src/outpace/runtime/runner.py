@@ -66,7 +66,9 @@ class ModelRunner:
         """Ends what was started for it: nothing here."""
 
     def _logits(self, hidden: torch.Tensor, sample_rows: torch.Tensor) -> torch.Tensor:
-        return self.decoder.logits(hidden if len(sample_rows) == len(hidden) else hidden[sample_rows])
+        if len(sample_rows) < len(hidden):
+            hidden = hidden.index_select(0, sample_rows)
+        return self.decoder.logits(hidden)
 
 
 def build_runner(config: EngineConfig, decoder: Decoder, cache: KVCache) -> ModelRunner:

@@ -248,8 +248,8 @@ class Streaming(Proposer):
             return iter(expected)
         parents = [e.first_row + e.num_known + parent for e in entries for parent in e.tree.parents]
         token_ids = [token_id for entry in entries for token_id in entry.tree.token_ids]
-        ids, q = upload([tensor_of([parents, token_ids]), tensor_of(expected, np.float32)], normed.device)
-        probs = self._decoder.kernels.exit_probs(early_exit, normed, ids[0], ids[1], q)
+        of_tokens = [tensor_of(parents), tensor_of(token_ids), tensor_of(expected, np.float32)]
+        probs = self._decoder.kernels.exit_probs(early_exit, normed, *upload(of_tokens, normed.device))
         return iter(probs.tolist())
 
 
