@@ -252,6 +252,12 @@ def stream_heads_agree(kernels: Kernels, dtype: torch.dtype, hidden: int, rank: 
     close(found, expected, 1e-4 if dtype is torch.float32 else 1e-2)
     assert not torch.equal(found, states)
 
+    sources, rows = torch.tensor([0, 1, 1, 1, 2, 4, 4, 4]), torch.tensor([1, 2, 3, 5, 6, 7])
+    started = kernels.start_streams(embeddings, sources, rows, states[0])
+    assert torch.equal(started, reference.start_streams(embeddings, sources, rows, states[0]))
+    assert torch.equal(started[[0, 4]], embeddings[[0, 2]])
+    assert torch.equal(started[6], embeddings[4] + states[0, 1])
+
     places = torch.rand(anchors, streams, vocab, generator=generator).argsort(-1)[..., :tokens].contiguous()
     probs = torch.rand(anchors, streams, tokens, generator=generator)
     probs /= probs.sum(-1, keepdim=True) * torch.tensor([1.5, 1.0, 9.0, 1.1, 2.0]).view(-1, 1, 1)

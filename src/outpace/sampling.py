@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import math
 from collections.abc import Collection, Sequence
@@ -329,10 +330,9 @@ class Chooser:
         self._kernels = kernels
         noisy = [not row.params.is_greedy for row in rows]
         if any(noisy):
-            self._keys = upload([*_noise_keys(rows, noise), tensor_of(noisy, np.bool_)], device)
+            self._keys = (*upload([*_noise_keys(rows, noise), tensor_of(noisy, np.bool_)], device),)
         else:
-            unused = torch.zeros(len(rows), dtype=torch.int64, device=device)
-            self._keys = [unused, unused, unused.bool()]
+            self._keys = _no_noise(len(rows), device)
 
     def __call__(self, target: torch.Tensor) -> torch.Tensor:
         """[rows, vocab] from `target_logits` -> [rows] int64, on the device: the host does not wait."""
@@ -520,6 +520,14 @@ def _noise_keys(rows: Sequence[SampleRow], noise: Noise) -> tuple[torch.Tensor, 
         digests = (hashlib.blake2b(f"{seed}:{noise}".encode(), digest_size=8).digest() for seed in seeds)
         seeds = [int.from_bytes(digest, signed=True) for digest in digests]
     return tensor_of(seeds), tensor_of([row.position for row in rows])
+
+
+@functools.cache
+def _no_noise(num_rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Seeds and positions that nobody looks at, and that no row is noisy."""
+    with torch.inference_mode(False):
+        unused = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        return unused, unused, unused.bool()
 
 
 def _require(holds: bool, param: str, value: object, limit: str) -> None:

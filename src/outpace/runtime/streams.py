@@ -84,12 +84,15 @@ class StreamPass:
         residual = decoder.embed(placed.token_ids)
         normed = stack.run(decoder.attention(placed.rows), residual, end=first)
         layout = lay_out(batch, self.choose(normed), config.num_streams).to(decoder.device)
-        _, streams = layout.order.split(layout.sizes)
-        joined = self.streams.start(residual, layout.sources, streams)
-        hidden = self.streams.adapt(stack, streams).run(decoder.attention(layout.rows), joined, first)
-        own, said = hidden.index_select(0, layout.order).split(layout.sizes)
-        num_rows = len(said) * config.num_stream_layers / len(stack)
-        return own, StreamOutput(said.unflatten(0, (-1, config.num_streams)), layout.places, num_rows)
+        num_own, order = len(residual), layout.order
+        joined = self.streams.start(residual, layout.sources, order[num_own:])
+        adapted = self.streams.adapt(stack, order[num_own:])
+        hidden = adapted.run(decoder.attention(layout.rows), joined, first)
+        if not layout.is_in_order:
+            hidden = hidden.index_select(0, order)
+        said = hidden[num_own:].view(-1, config.num_streams, hidden.shape[1])
+        num_rows = len(said) * config.num_streams * config.num_stream_layers / len(stack)
+        return hidden[:num_own], StreamOutput(said, layout.places, num_rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +104,14 @@ class Layout:
             and what follows on those.
         sources: [rows] int64, for each the batch's row that it is, or where it starts as a stream.
         order: [rows] int64, where the batch's own rows are, then the streams, those of an anchor together.
-        sizes: How many own rows and how many streams.
+        is_in_order: Whether they lie so already.
         places: As `StreamOutput` has them.
     """
 
     rows: Rows
     sources: torch.Tensor
     order: torch.Tensor
-    sizes: tuple[int, int]
+    is_in_order: bool
     places: dict[tuple[int, int], int]
 
     def to(self, device: torch.device) -> Layout:
@@ -116,7 +119,7 @@ class Layout:
         if device.type == "cpu":
             return self
         sources, order, *fields = upload([self.sources, self.order, *fields_of(self.rows)], device)
-        return Layout(Rows(*fields), sources, order, self.sizes, self.places)
+        return Layout(Rows(*fields), sources, order, self.is_in_order, self.places)
 
 
 @dataclass(slots=True)
@@ -199,5 +202,5 @@ def lay_out(batch: Batch, anchors: Anchors, num_streams: int) -> Layout:
             positions += range(positions[node + 1] + 1, positions[node + 1] + 1 + num_streams)
         slots += (slot_of(sequence, context + num_rows + s) for s in range(len(nodes) * num_streams))
         builder.add(context + before, blocks, positions, slots, parents)
-    order, sizes = tensor_of(own + streams), (len(own), len(streams))
-    return Layout(builder.rows(), tensor_of(sources), order, sizes, places)
+    is_in_order = own[-1] < len(own)
+    return Layout(builder.rows(), tensor_of(sources), tensor_of(own + streams), is_in_order, places)

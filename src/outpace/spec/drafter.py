@@ -165,39 +165,34 @@ def likely_tokens(
     kernels: Kernels,
     vocab: DraftVocab | None = None,
 ) -> list[list[tuple[int, float]]]:
-    """`best_tokens` as lists: for each row its tokens and their probabilities."""
-    found = [Download(of) for of in best_tokens(logits, rows, number, kernels, vocab)]
-    token_ids, probs = (of.tolist() for of in found)
+    """For each row the tokens whose places `best_places` gives, and their probabilities."""
+    places, probs, vocab = best_places(logits, rows, number, kernels, vocab or DraftVocab(logits.shape[1]))
+    found = Download(vocab.ids(places)), Download(probs)
     return [  # what the filters left out is chosen when nothing else remains
         [pair for rank, pair in enumerate(zip(*of_row, strict=True)) if pair[1] or not rank]
-        for of_row in zip(token_ids, probs, strict=True)
+        for of_row in zip(*(of.tolist() for of in found), strict=True)
     ]
 
 
-def best_tokens(
-    logits: torch.Tensor,
-    rows: Ordered[SampleRow],
-    number: int,
-    kernels: Kernels,
-    vocab: DraftVocab | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row the tokens that would be chosen first, second and so on, with their probabilities.
+def best_places(
+    logits: torch.Tensor, rows: Ordered[SampleRow], number: int, kernels: Kernels, vocab: DraftVocab
+) -> tuple[torch.Tensor, torch.Tensor, DraftVocab]:
+    """For each row where the tokens are that would be chosen first, second and so on.
 
     Args:
-        logits: [rows, vocab].
+        logits: [rows, tokens of `vocab`].
         rows: What each is for.
         number: Most tokens of a row.
         kernels: Who filters and chooses.
-        vocab: Which tokens the logits are of; None where they are of all.
+        vocab: Which tokens the logits are of.
 
     Returns:
-        [rows, tokens] int64 and [rows, tokens] float32, on the device.
+        [rows, tokens] int64 and their probabilities, [rows, tokens] float32, on the device; and the
+        vocabulary that these are places of, `vocab` or the target's.
     """
-    vocab = vocab or DraftVocab(logits.shape[1])
     if any(row.params.adjusts or not row.params.is_greedy for row in rows):
         # Penalties and noise go by token ids. Where there are none the best of the few is the best of all.
         logits, vocab = vocab.spread(logits), DraftVocab(vocab.target_size)
     wanted = target_logits(logits, rows, kernels=kernels)
     chooser = Chooser(rows, wanted.device, kernels=kernels)
-    index, chances = chooser.best(wanted, min(number, wanted.shape[1]))
-    return vocab.ids(index), chances
+    return *chooser.best(wanted, min(number, wanted.shape[1])), vocab

@@ -36,7 +36,7 @@ from outpace.request import Sequence
 from outpace.runtime.kv_cache import KVCache
 from outpace.runtime.streams import Anchors, StreamPass, reserve
 from outpace.sampling import SampleRow
-from outpace.spec.drafter import best_tokens
+from outpace.spec.drafter import best_places
 from outpace.spec.proposer import DraftContext, Prices, Proposer
 from outpace.tree import EMPTY_TREE, DraftTree, grow
 
@@ -150,12 +150,14 @@ class Streaming(Proposer):
         # A stream does not know which tokens come before its own; the last known one stands for them.
         rows = [SampleRow(s, (s.token_ids[-1],) * place) for s in sequences for place in range(depth)]
         number = self._branching if change is None else max(self._branching, _CONSIDERED)
-        found = best_tokens(self._head(said.flatten(0, 1)), rows, number, kernels, self._vocab)
-        token_ids, probs = (of.unflatten(0, (-1, depth)) for of in found)  # [sequences, streams, tokens]
+        *found, vocab = best_places(self._head(said.flatten(0, 1)), rows, number, kernels, self._vocab)
+        places, probs = (of.view(-1, depth, of.shape[1]) for of in found)  # [sequences, streams, tokens]
+        token_ids = vocab.ids(places)
         most = min(self._branching, probs.shape[2])
         if change is not None and units is not None:
             temperature, probs = self._drawn(sequences, probs)
-            places = self._vocab.places(token_ids)
+            if vocab is not self._vocab:
+                places = self._vocab.places(token_ids)
             index, chances = kernels.likeliest_behind(change, units, places, probs, temperature, most)
         else:  # the same behind each token before
             chances, index = probs.unsqueeze(2).expand(-1, -1, probs.shape[2], -1).topk(most)
