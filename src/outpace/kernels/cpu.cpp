@@ -850,6 +850,10 @@ constexpr int kFewQueries = 4;
 constexpr int kMostByVectors = 12;
 constexpr int kDims = 32;  // of queries and keys that one instruction of AMX takes
 
+// As what AMX takes queries and the weights of values; vectors take floats.
+template <typename Scalar>
+using Factor = std::conditional_t<kByAmx<Scalar>, uint16_t, float>;
+
 inline vf times_plus(vf x, float y, vf sum) {
 #ifdef __AVX512F__
   return bits<vf>(_mm512_fmadd_ps(bits<__m512>(x), _mm512_set1_ps(y), bits<__m512>(sum)));
@@ -1002,7 +1006,8 @@ void score(int queries, const Source& source, const float* q, int first, int cou
   kernels[queries - 1](source, q, first, count, dim, scores);
 }
 template <typename Source>
-void weigh(int queries, const Source& source, const float* weights, int first, int count, int dim, float* sums, bool more) {
+void weigh(int queries, const Source& source, const float* weights, int first, int count, int dim, float* sums,
+           bool more = false) {
   static constexpr decltype(&weigh_tiles<1, Source>) kernels[kMostByVectors] = {
       weigh_tiles<1, Source>, weigh_tiles<2, Source>, weigh_tiles<3, Source>, weigh_tiles<4, Source>,
       weigh_tiles<5, Source>, weigh_tiles<6, Source>, weigh_tiles<7, Source>, weigh_tiles<8, Source>,
@@ -1036,7 +1041,7 @@ inline void pair_up(uint16_t* to, __m512i both) {
 }
 
 // q is [queries, padded dims].
-void score_by_amx(const CachedTiles<uint16_t>& source, const uint16_t* q, int first, int count, int dim, float* scores) {
+void score(int, const CachedTiles<uint16_t>& source, const uint16_t* q, int first, int count, int dim, float* scores) {
   static thread_local std::vector<uint16_t> buffer;
   const int padded = (dim + kDims - 1) / kDims * kDims, size = padded * kLanes;
   uint16_t* keys = room(buffer, kTilesAtOnce * size);
@@ -1084,7 +1089,7 @@ void score_by_amx(const CachedTiles<uint16_t>& source, const uint16_t* q, int fi
 }
 
 // weights are [queries, kChunk].
-void weigh_by_amx(const CachedTiles<uint16_t>& source, const uint16_t* weights, int first, int count, int dim, float* sums) {
+void weigh(int, const CachedTiles<uint16_t>& source, const uint16_t* weights, int first, int count, int dim, float* sums) {
   constexpr int kParts = 4;  // of 16 dims
   alignas(64) uint16_t values[kTilesAtOnce][kLanes / 2][kParts][2 * kLanes];
   const int stride = dim * sizeof(float), line = sizeof values[0][0];
@@ -1132,22 +1137,30 @@ void weigh_by_amx(const CachedTiles<uint16_t>& source, const uint16_t* weights, 
 }
 #endif
 
-// On AMX denormal numbers are zeros, as inputs and as results: so they are in all of a unit's arithmetic.
-template <bool IsOn>
-class WithoutDenormals {
+// What the arithmetic of a unit needs while it lasts: nothing without AMX.
+template <bool ByAmx>
+struct Arithmetic {
+  explicit Arithmetic(int) {}
+};
+
 #ifdef USE_AMX
- public:
-  WithoutDenormals() : control_(_mm_getcsr()) {
-    if (IsOn) _mm_setcsr(control_ | 0x8040);
+// AMX takes denormal numbers for zeros, as inputs and as results: so does all else. Tiles are for so many queries, or none.
+template <>
+struct Arithmetic<true> {
+  explicit Arithmetic(int tile_queries) : control_(_mm_getcsr()), has_tiles_(tile_queries) {
+    _mm_setcsr(control_ | 0x8040);
+    if (has_tiles_) _tile_loadconfig(&attention_config(tile_queries));
   }
-  ~WithoutDenormals() {
-    if (IsOn) _mm_setcsr(control_);
+  ~Arithmetic() {
+    if (has_tiles_) _tile_release();
+    _mm_setcsr(control_);
   }
 
  private:
   unsigned control_;
-#endif
+  bool has_tiles_;
 };
+#endif
 
 // Softmax state of a query: the largest score, and the sum of exponentials.
 struct Softmax {
@@ -1155,7 +1168,7 @@ struct Softmax {
 };
 
 // A query's scores of `count` tiles, the first at position `begin`, become exponentials; 0 outside [lowest, highest].
-inline Softmax exponentials(float* scores, int begin, int count, int lowest, int highest, float scale) {
+inline Softmax exponentials(float* scores, float*, int begin, int count, int lowest, int highest, float scale) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vf top = splat(-kInf);
   for (int i = 0; i < count; i++) {
@@ -1228,10 +1241,10 @@ template <typename Scalar>
 void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache,
                  Scalar* out, int window) {
   constexpr int kMost = kMaxQueries<Scalar>;
-  const WithoutDenormals<kByAmx<Scalar>> guard;
   static thread_local std::vector<float> buffer;
   const int dim = a.head_dim, queries = u.rows * u.heads;
   const bool by_amx = kByAmx<Scalar> && queries > kFewQueries;
+  const Arithmetic<kByAmx<Scalar>> arithmetic(by_amx ? queries : 0);
   const int width = (a.num_heads + 2 * a.num_kv_heads) * dim;
   float* q = room(buffer, queries * (3 * dim + kChunk));
   float* values = q + queries * dim;
@@ -1241,20 +1254,14 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
   int lowest[kMost], highest[kMost];
   std::fill_n(values, queries * dim, 0.f);
   const int padded = (dim + kDims - 1) / kDims * kDims;
-  static thread_local std::vector<Scalar> rounded;
-  Scalar* bf16_q = by_amx ? room(rounded, queries * (padded + kChunk)) : nullptr;
-  Scalar* weights = by_amx ? bf16_q + queries * padded : nullptr;
-#ifdef USE_AMX
-  if (by_amx) _tile_loadconfig(&attention_config(queries));
-#endif
+  static thread_local std::vector<Factor<Scalar>> factors;
+  Factor<Scalar>* amx_q = by_amx ? room(factors, queries * (padded + kChunk)) : nullptr;
+  Factor<Scalar>* weights = by_amx ? amx_q + queries * padded : nullptr;
   for (int n = 0; n < queries; n++) {
     int row = u.first_row + n / u.heads;
     const Scalar* from = qkv + int64_t(row) * width + (u.first_head + n % u.heads) * dim;
     for (int d = 0; d < dim; d += kLanes) store(q + n * dim + d, load(from + d));
-    if (by_amx) {
-      std::memcpy(bf16_q + n * padded, from, dim * sizeof(Scalar));
-      std::fill(bf16_q + n * padded + dim, bf16_q + (n + 1) * padded, Scalar(0));
-    }
+    if (by_amx) std::fill(std::copy_n(from, dim, amx_q + n * padded), amx_q + (n + 1) * padded, 0);
     highest[n] = a.positions[row];
     lowest[n] = window > 0 ? std::max(0, highest[n] - window + 1) : 0;
   }
@@ -1278,42 +1285,23 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
     const int shared = std::min(std::max(fork - first, 0), count);
     // How many tiles of the row's own come behind the shared ones.
     auto own = [&](int row) { return std::max(0, std::min(count, highest[row * u.heads] / kLanes + 1 - first) - shared); };
-    bool is_left = shared;
-#ifdef USE_AMX
-    if constexpr (kByAmx<Scalar>)
-      if (by_amx && shared) score_by_amx(cached, bf16_q, first, shared, dim, scores), is_left = false;
-#endif
-    if (is_left) score(queries, cached, q, first, shared, dim, scores);
+    if (shared && by_amx) score(queries, cached, amx_q, first, shared, dim, scores);
+    if (shared && !by_amx) score(queries, cached, q, first, shared, dim, scores);
     for (int row = 0; row < int(paths.size()); row++)
       if (own(row))
         score(u.heads, paths[row], q + row * u.heads * dim, first + shared, own(row), dim,
               scores + row * u.heads * kChunk + shared * kLanes);
     for (int n = 0; n < queries; n++)
-    {
-      const int own_count = paths.empty() ? count : shared + own(n / u.heads);
-#ifdef USE_AMX
-      if constexpr (kByAmx<Scalar>) {
-        Scalar* rounded_too = by_amx ? weights + n * kChunk : nullptr;
-        chunks[n] = exponentials(scores + n * kChunk, rounded_too, begin, own_count, lowest[n], highest[n], a.scale);
-        continue;
-      }
-#endif
-      chunks[n] = exponentials(scores + n * kChunk, begin, own_count, lowest[n], highest[n], a.scale);
-    }
-#ifdef USE_AMX
-    if constexpr (kByAmx<Scalar>)
-      if (by_amx && shared) weigh_by_amx(cached, weights, first, shared, dim, chunk_values);
-#endif
-    if (is_left) weigh(queries, cached, scores, first, shared, dim, chunk_values, false);
+      chunks[n] = exponentials(scores + n * kChunk, by_amx ? weights + n * kChunk : nullptr, begin,
+                               paths.empty() ? count : shared + own(n / u.heads), lowest[n], highest[n], a.scale);
+    if (shared && by_amx) weigh(queries, cached, weights, first, shared, dim, chunk_values);
+    if (shared && !by_amx) weigh(queries, cached, scores, first, shared, dim, chunk_values);
     for (int row = 0; row < int(paths.size()); row++)
       if (own(row))
         weigh(u.heads, paths[row], scores + row * u.heads * kChunk + shared * kLanes, first + shared, own(row), dim,
               chunk_values + row * u.heads * dim, shared > 0);
     for (int n = 0; n < queries; n++) fold(states[n], values + n * dim, chunks[n], chunk_values + n * dim, dim);
   }
-#ifdef USE_AMX
-  if (by_amx) _tile_release();
-#endif
   for (int n = 0; n < queries; n++) {
     Scalar* to = out + (int64_t(u.first_row + n / u.heads) * a.num_heads + u.first_head + n % u.heads) * dim;
     float inverse = 1.f / states[n].sum;

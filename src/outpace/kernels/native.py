@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import os
@@ -496,6 +497,14 @@ class NativeStack(LayerStack):
             self._eps,
         )
         return x
+
+    def ending_in(self, layers: Sequence[Layer]) -> NativeStack:
+        """See `LayerStack`."""
+        first, other = len(self) - len(layers), copy.copy(self)
+        other.layers = (*self.layers[:first], *layers)
+        other._args = type(self._args).from_buffer_copy(self._args)
+        other._args[first:] = list(map(_layer_args, layers, self._cache[first:]))
+        return other
 
 
 def _layer_args(layer: Layer, cache: tuple[torch.Tensor, torch.Tensor]) -> LayerArgs:
