@@ -250,13 +250,13 @@ def test_from_the_batch_to_its_tokens_the_host_waits_once(
     assert (tokens.device, tokens.shape) == (META, (3 * (1 + len(TREE)),))
 
 
-def test_a_plain_step_takes_two_copies_to_the_device_and_one_back(downloads: list[torch.Tensor]) -> None:
+def test_a_greedy_step_takes_one_copy_to_the_device_and_one_back(downloads: list[torch.Tensor]) -> None:
     kernels = Shapes()
     runner, kv = a_runner(kernels, (64,))
     batch = a_batch([SamplingParams(temperature=0)] * 3, kv=kv)
     with pytest.raises(ArrivedError), Apart() as apart:
         MatchVerifier(kernels).verify(batch, runner.forward(batch))
-    assert apart.num_copies == 2  # the batch, and what noise depends on
+    assert apart.num_copies == 1  # the batch
     assert len(downloads) == 1
 
 

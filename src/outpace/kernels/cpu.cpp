@@ -4,8 +4,7 @@
 //   1. A row's arithmetic depends on that row alone. It is never split by the number of threads, by the
 //      other rows of the batch, or by how many rows share a register tile.
 //   2. Sums run in an order fixed by the row's own length: 16 lanes over positions mod 16, tiles in order,
-//      chunks of kChunk positions in order; a linear layer's inputs in order. On AMX these, and dims and
-//      positions in attention, in the hardware's order, which `one_row` states.
+//      chunks of kChunk positions in order; a linear layer's inputs in order, or as `one_row` has them.
 //
 // Portable C++17 with the vector extensions of GCC and Clang: 16 floats are one AVX-512 register, two AVX
 // ones or four NEON ones. Intrinsics only for bf16 products where there are fast ones (`dot_group`, AMX), and
@@ -46,6 +45,7 @@ namespace {
 
 constexpr int kLanes = 16;   // also the cache block: one tile of keys is one block
 constexpr int kChunk = 256;  // positions whose softmax is taken together
+constexpr int kMaxQueries = 12;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 typedef float vf __attribute__((vector_size(64)));
@@ -834,35 +834,7 @@ struct AttendArgs {
   float scale;
 };
 
-// Whether attention multiplies in the order of AMX, and on it where that pays.
-#ifdef USE_AMX
-template <typename Scalar>
-constexpr bool kByAmx = std::is_same_v<Scalar, uint16_t>;
-#else
-template <typename Scalar>
-constexpr bool kByAmx = false;
-#endif
-
-// Queries that share a register tile at most, and for how few of them vectors do it.
-template <typename Scalar>
-constexpr int kMaxQueries = kByAmx<Scalar> ? 16 : 12;
-constexpr int kFewQueries = 4;
-constexpr int kMostByVectors = 12;
-constexpr int kDims = 32;  // of queries and keys that one instruction of AMX takes
-
-// As what AMX takes queries and the weights of values; vectors take floats.
-template <typename Scalar>
-using Factor = std::conditional_t<kByAmx<Scalar>, uint16_t, float>;
-
-inline vf times_plus(vf x, float y, vf sum) {
-#ifdef __AVX512F__
-  return bits<vf>(_mm512_fmadd_ps(bits<__m512>(x), _mm512_set1_ps(y), bits<__m512>(sum)));
-#else
-  return x * y + sum;
-#endif
-}
-
-// They are `rows` rows of one sequence times `heads` heads of one kv head.
+// The queries that share a register tile: `rows` rows of one sequence times `heads` heads of one kv head.
 struct Unit {
   int sequence, kv_head, first_row, rows, first_head, heads;
 };
@@ -914,30 +886,20 @@ struct PathTiles {
   const Scalar* v(int tile) const { return values + int64_t(tile - first) * dim * kLanes; }
 };
 
-// scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T. That of
-// AMX has a chain of sums over even dims and one over odd ones in each kDims, see `one_row`.
+// scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
 // Meanwhile fetches what comes next: blocks are scattered, so the hardware does not foresee them.
 template <int N, int T, typename Scalar>
 inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* const* next, int dim, float* scores) {
   vf acc[N][T];
   for (int n = 0; n < N; n++)
     for (int t = 0; t < T; t++) acc[n][t] = splat(0.f);
-  auto add = [&](vf(&sums)[N][T], int d) {
+  for (int d = 0; d < dim; d++) {
     vf key[T];
     for (int t = 0; t < T; t++) key[t] = load(k[t] + d * kLanes);
     for (int t = 0; t < 2 * T; t++) __builtin_prefetch(next[t] + d * kLanes);
     for (int n = 0; n < N; n++)
-      for (int t = 0; t < T; t++) sums[n][t] = times_plus(key[t], q[n * dim + d], sums[n][t]);
-  };
-  if constexpr (kByAmx<Scalar>)
-    for (int first = 0; first < dim; first += kDims) {
-      vf even[N][T] = {}, odd[N][T] = {};
-      for (int d = first; d < std::min(first + kDims, dim); d += 2) add(even, d), add(odd, d + 1);
-      for (int n = 0; n < N; n++)
-        for (int t = 0; t < T; t++) acc[n][t] += even[n][t] + odd[n][t];
-    }
-  else
-    for (int d = 0; d < dim; d++) add(acc, d);
+      for (int t = 0; t < T; t++) acc[n][t] += key[t] * q[n * dim + d];
+  }
   for (int n = 0; n < N; n++)
     for (int t = 0; t < T; t++) store(scores + n * kChunk + t * kLanes, acc[n][t]);
 }
@@ -972,21 +934,13 @@ void weigh_tiles(const Source& source, const float* weights, int first, int coun
     }
     for (int i = 0; i < count; i++) {
       const auto* v = source.v(first + i) + d;
-      auto add = [&](vf(&to)[N][2], int j) {
+      for (int j = 0; j < kLanes; j++) {
         vf left = load(v + j * dim), right = wide ? load(v + j * dim + kLanes) : splat(0.f);
         for (int n = 0; n < N; n++) {
           float p = weights[n * kChunk + i * kLanes + j];
-          to[n][0] = times_plus(left, p, to[n][0]);
-          to[n][1] = times_plus(right, p, to[n][1]);
+          acc[n][0] += left * p;
+          acc[n][1] += right * p;
         }
-      };
-      if constexpr (kByAmx<std::remove_cv_t<std::remove_reference_t<decltype(*v)>>>) {
-        vf even[N][2] = {}, odd[N][2] = {};
-        for (int j = 0; j < kLanes; j += 2) add(even, j), add(odd, j + 1);
-        for (int n = 0; n < N; n++)
-          for (int side = 0; side < 2; side++) acc[n][side] += even[n][side] + odd[n][side];
-      } else {
-        for (int j = 0; j < kLanes; j++) add(acc, j);
       }
     }
     for (int n = 0; n < N; n++) {
@@ -996,171 +950,23 @@ void weigh_tiles(const Source& source, const float* weights, int first, int coun
   }
 }
 
-// The two for up to kMostByVectors queries.
+// The two for up to kMaxQueries queries.
 template <typename Source>
 void score(int queries, const Source& source, const float* q, int first, int count, int dim, float* scores) {
-  static constexpr decltype(&score_tiles<1, Source>) kernels[kMostByVectors] = {
+  static constexpr decltype(&score_tiles<1, Source>) kernels[kMaxQueries] = {
       score_tiles<1, Source>, score_tiles<2, Source>, score_tiles<3, Source>, score_tiles<4, Source>,
       score_tiles<5, Source>, score_tiles<6, Source>, score_tiles<7, Source>, score_tiles<8, Source>,
       score_tiles<9, Source>, score_tiles<10, Source>, score_tiles<11, Source>, score_tiles<12, Source>};
   kernels[queries - 1](source, q, first, count, dim, scores);
 }
 template <typename Source>
-void weigh(int queries, const Source& source, const float* weights, int first, int count, int dim, float* sums,
-           bool more = false) {
-  static constexpr decltype(&weigh_tiles<1, Source>) kernels[kMostByVectors] = {
+void weigh(int queries, const Source& source, const float* weights, int first, int count, int dim, float* sums, bool more) {
+  static constexpr decltype(&weigh_tiles<1, Source>) kernels[kMaxQueries] = {
       weigh_tiles<1, Source>, weigh_tiles<2, Source>, weigh_tiles<3, Source>, weigh_tiles<4, Source>,
       weigh_tiles<5, Source>, weigh_tiles<6, Source>, weigh_tiles<7, Source>, weigh_tiles<8, Source>,
       weigh_tiles<9, Source>, weigh_tiles<10, Source>, weigh_tiles<11, Source>, weigh_tiles<12, Source>};
   kernels[queries - 1](source, weights, first, count, dim, sums, more);
 }
-
-#ifdef USE_AMX
-// The two on AMX, for bf16 queries and weights. It wants two dims of a key side by side, and a dim of the values at two
-// positions: tiles are laid out so as they come, which takes less than the products do without it. 16 positions at a time.
-constexpr int kTilesAtOnce = 4;
-
-// Tiles 0 to 3 are sums, 4 has queries, 5 weights of 16 positions, 6 keys, 7 values.
-const AmxConfig& attention_config(int queries) {
-  static const std::vector<AmxConfig> configs = [] {
-    std::vector<AmxConfig> all;
-    for (int n = 0; n <= kMaxQueries<uint16_t>; n++) {
-      AmxConfig& config = all.emplace_back(n);
-      config.row_bytes[5] = kLanes * sizeof(uint16_t), config.rows[7] = kLanes / 2;
-    }
-    return all;
-  }();
-  return configs[queries];
-}
-
-// to = {both[0], both[16], both[1], both[17], ...}
-inline void pair_up(uint16_t* to, __m512i both) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_store_si512(to, _mm512_permutexvar_epi16(order, both));
-}
-
-// q is [queries, padded dims].
-void score(int, const CachedTiles<uint16_t>& source, const uint16_t* q, int first, int count, int dim, float* scores) {
-  static thread_local std::vector<uint16_t> buffer;
-  const int padded = (dim + kDims - 1) / kDims * kDims, size = padded * kLanes;
-  uint16_t* keys = room(buffer, kTilesAtOnce * size);
-  for (int t = 0; t < count; t += kTilesAtOnce) {
-    const int some = std::min(kTilesAtOnce, count - t);
-    for (int i = 0; i < some; i++) {
-      const int tile = first + t + i;
-      const uint16_t *k = source.k(tile), *v = source.v(tile), *next = source.k(std::min(tile + kTilesAtOnce, first + count - 1));
-      uint16_t* to = keys + i * size;
-      for (int d = 0; d < dim; d += 2) {
-        pair_up(to + d * kLanes, _mm512_loadu_si512(k + d * kLanes));
-        __builtin_prefetch(v + d * kLanes);
-        __builtin_prefetch(next + d * kLanes);
-      }
-      std::fill(to + dim * kLanes, to + size, 0);
-    }
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int d = 0; d < padded; d += kDims) {
-      const uint16_t* from = keys + d * kLanes;
-      _tile_loadd(4, q + d, padded * sizeof(uint16_t));
-      _tile_loadd(6, from, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if (some > 1) {
-        _tile_loadd(6, from + size, 64);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      if (some > 2) {
-        _tile_loadd(6, from + 2 * size, 64);
-        _tile_dpbf16ps(2, 4, 6);
-      }
-      if (some > 3) {
-        _tile_loadd(6, from + 3 * size, 64);
-        _tile_dpbf16ps(3, 4, 6);
-      }
-    }
-    float* to = scores + t * kLanes;
-    _tile_stored(0, to, kChunk * sizeof(float));
-    if (some > 1) _tile_stored(1, to + kLanes, kChunk * sizeof(float));
-    if (some > 2) _tile_stored(2, to + 2 * kLanes, kChunk * sizeof(float));
-    if (some > 3) _tile_stored(3, to + 3 * kLanes, kChunk * sizeof(float));
-  }
-}
-
-// weights are [queries, kChunk].
-void weigh(int, const CachedTiles<uint16_t>& source, const uint16_t* weights, int first, int count, int dim, float* sums) {
-  constexpr int kParts = 4;  // of 16 dims
-  alignas(64) uint16_t values[kTilesAtOnce][kLanes / 2][kParts][2 * kLanes];
-  const int stride = dim * sizeof(float), line = sizeof values[0][0];
-  for (int d = 0; d < dim; d += kParts * kLanes) {
-    const int some = std::min(kParts, (dim - d) / kLanes);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int t = 0; t < count; t += kTilesAtOnce) {
-      const int tiles = std::min(kTilesAtOnce, count - t);
-      for (int i = 0; i < tiles; i++) {
-        const uint16_t* v = source.v(first + t + i) + d;
-        for (int j = 0; j < kLanes / 2; j++)
-          for (int part = 0; part < some; part++) {
-            const uint16_t* from = v + 2 * j * dim + part * kLanes;
-            auto half = [](const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); };
-            pair_up(values[i][j][part], _mm512_inserti64x4(_mm512_castsi256_si512(half(from)), half(from + dim), 1));
-          }
-      }
-      for (int i = 0; i < tiles; i++) {
-        _tile_loadd(5, weights + (t + i) * kLanes, kChunk * sizeof(uint16_t));
-        _tile_loadd(7, values[i][0][0], line);
-        _tile_dpbf16ps(0, 5, 7);
-        if (some > 1) {
-          _tile_loadd(7, values[i][0][1], line);
-          _tile_dpbf16ps(1, 5, 7);
-        }
-        if (some > 2) {
-          _tile_loadd(7, values[i][0][2], line);
-          _tile_dpbf16ps(2, 5, 7);
-        }
-        if (some > 3) {
-          _tile_loadd(7, values[i][0][3], line);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-      }
-    }
-    float* to = sums + d;
-    _tile_stored(0, to, stride);
-    if (some > 1) _tile_stored(1, to + kLanes, stride);
-    if (some > 2) _tile_stored(2, to + 2 * kLanes, stride);
-    if (some > 3) _tile_stored(3, to + 3 * kLanes, stride);
-  }
-}
-#endif
-
-// What the arithmetic of a unit needs while it lasts: nothing without AMX.
-template <bool ByAmx>
-struct Arithmetic {
-  explicit Arithmetic(int) {}
-};
-
-#ifdef USE_AMX
-// AMX takes denormal numbers for zeros, as inputs and as results: so does all else. Tiles are for so many queries, or none.
-template <>
-struct Arithmetic<true> {
-  explicit Arithmetic(int tile_queries) : control_(_mm_getcsr()), has_tiles_(tile_queries) {
-    _mm_setcsr(control_ | 0x8040);
-    if (has_tiles_) _tile_loadconfig(&attention_config(tile_queries));
-  }
-  ~Arithmetic() {
-    if (has_tiles_) _tile_release();
-    _mm_setcsr(control_);
-  }
-
- private:
-  unsigned control_;
-  bool has_tiles_;
-};
-#endif
 
 // Softmax state of a query: the largest score, and the sum of exponentials.
 struct Softmax {
@@ -1168,7 +974,7 @@ struct Softmax {
 };
 
 // A query's scores of `count` tiles, the first at position `begin`, become exponentials; 0 outside [lowest, highest].
-inline Softmax exponentials(float* scores, float*, int begin, int count, int lowest, int highest, float scale) {
+inline Softmax exponentials(float* scores, int begin, int count, int lowest, int highest, float scale) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vf top = splat(-kInf);
   for (int i = 0; i < count; i++) {
@@ -1190,43 +996,6 @@ inline Softmax exponentials(float* scores, float*, int begin, int count, int low
   return result;
 }
 
-#ifdef USE_AMX
-// The same rounded to bf16, as which AMX multiplies them: to 4e-5 before that. In `rounded` too, unless it is null.
-inline Softmax exponentials(float* scores, uint16_t* rounded, int begin, int count, int lowest, int highest, float scale) {
-  const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  vf top = splat(-kInf);
-  for (int i = 0; i < count; i++) {
-    const int first = begin + i * kLanes;
-    vf score = load(scores + i * kLanes);
-    if (first < lowest || first + kLanes - 1 > highest) {
-      score = select((lane + first >= lowest) & (lane + first <= highest), score, splat(-kInf));
-      store(scores + i * kLanes, score);
-    }
-    top = bits<vf>(_mm512_max_ps(bits<__m512>(top), bits<__m512>(score)));
-  }
-  const float highest_score = max(top), shift = highest_score == -kInf ? 0.f : highest_score * scale * 1.44269504f;
-  vf total = splat(0.f);
-  for (int i = 0; i < count; i++) {
-    // 2^x: its integer part goes to the exponent, 2^f of the rest is a polynomial
-    const vf x = times_plus(load(scores + i * kLanes), scale * 1.44269504f, splat(-shift));
-    const __m512 clamped = _mm512_max_ps(bits<__m512>(x), _mm512_set1_ps(-150.f));
-    const __m512 whole = _mm512_roundscale_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const vf f = bits<vf>(clamped) - bits<vf>(whole);
-    vf power = splat(9.6181291e-3f);
-    for (float c : {5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
-      power = bits<vf>(_mm512_fmadd_ps(bits<__m512>(power), bits<__m512>(f), _mm512_set1_ps(c)));
-    const vf p = round_to(rounded, bits<vf>(_mm512_scalef_ps(bits<__m512>(power), whole)));
-    if (rounded) store(rounded + i * kLanes, p);
-    store(scores + i * kLanes, p);
-    total += p;
-  }
-  Softmax result;
-  result.max = highest_score == -kInf ? -kInf : highest_score * scale;
-  result.sum = sum(total);
-  return result;
-}
-#endif
-
 // Folds the next chunk into a query's running softmax; chunks come in order of position.
 inline void fold(Softmax& state, float* values, const Softmax& chunk, const float* chunk_values, int dim) {
   if (chunk.max == -kInf) return;
@@ -1240,28 +1009,20 @@ inline void fold(Softmax& state, float* values, const Softmax& chunk, const floa
 template <typename Scalar>
 void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache,
                  Scalar* out, int window) {
-  constexpr int kMost = kMaxQueries<Scalar>;
   static thread_local std::vector<float> buffer;
   const int dim = a.head_dim, queries = u.rows * u.heads;
-  const bool by_amx = kByAmx<Scalar> && queries > kFewQueries;
-  const Arithmetic<kByAmx<Scalar>> arithmetic(by_amx ? queries : 0);
   const int width = (a.num_heads + 2 * a.num_kv_heads) * dim;
   float* q = room(buffer, queries * (3 * dim + kChunk));
   float* values = q + queries * dim;
   float* chunk_values = values + queries * dim;
   float* scores = chunk_values + queries * dim;
-  Softmax states[kMost], chunks[kMost];
-  int lowest[kMost], highest[kMost];
+  Softmax states[kMaxQueries], chunks[kMaxQueries];
+  int lowest[kMaxQueries], highest[kMaxQueries];
   std::fill_n(values, queries * dim, 0.f);
-  const int padded = (dim + kDims - 1) / kDims * kDims;
-  static thread_local std::vector<Factor<Scalar>> factors;
-  Factor<Scalar>* amx_q = by_amx ? room(factors, queries * (padded + kChunk)) : nullptr;
-  Factor<Scalar>* weights = by_amx ? amx_q + queries * padded : nullptr;
   for (int n = 0; n < queries; n++) {
     int row = u.first_row + n / u.heads;
     const Scalar* from = qkv + int64_t(row) * width + (u.first_head + n % u.heads) * dim;
     for (int d = 0; d < dim; d += kLanes) store(q + n * dim + d, load(from + d));
-    if (by_amx) std::fill(std::copy_n(from, dim, amx_q + n * padded), amx_q + (n + 1) * padded, 0);
     highest[n] = a.positions[row];
     lowest[n] = window > 0 ? std::max(0, highest[n] - window + 1) : 0;
   }
@@ -1285,17 +1046,15 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
     const int shared = std::min(std::max(fork - first, 0), count);
     // How many tiles of the row's own come behind the shared ones.
     auto own = [&](int row) { return std::max(0, std::min(count, highest[row * u.heads] / kLanes + 1 - first) - shared); };
-    if (shared && by_amx) score(queries, cached, amx_q, first, shared, dim, scores);
-    if (shared && !by_amx) score(queries, cached, q, first, shared, dim, scores);
+    if (shared) score(queries, cached, q, first, shared, dim, scores);
     for (int row = 0; row < int(paths.size()); row++)
       if (own(row))
         score(u.heads, paths[row], q + row * u.heads * dim, first + shared, own(row), dim,
               scores + row * u.heads * kChunk + shared * kLanes);
     for (int n = 0; n < queries; n++)
-      chunks[n] = exponentials(scores + n * kChunk, by_amx ? weights + n * kChunk : nullptr, begin,
-                               paths.empty() ? count : shared + own(n / u.heads), lowest[n], highest[n], a.scale);
-    if (shared && by_amx) weigh(queries, cached, weights, first, shared, dim, chunk_values);
-    if (shared && !by_amx) weigh(queries, cached, scores, first, shared, dim, chunk_values);
+      chunks[n] = exponentials(scores + n * kChunk, begin, paths.empty() ? count : shared + own(n / u.heads), lowest[n],
+                               highest[n], a.scale);
+    if (shared) weigh(queries, cached, scores, first, shared, dim, chunk_values, false);
     for (int row = 0; row < int(paths.size()); row++)
       if (own(row))
         weigh(u.heads, paths[row], scores + row * u.heads * kChunk + shared * kLanes, first + shared, own(row), dim,
@@ -1309,24 +1068,24 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
   }
 }
 
-std::vector<Unit> plan_units(const AttendArgs& a, int max_queries) {
+std::vector<Unit> plan_units(const AttendArgs& a) {
   std::vector<Unit> units;
   const int group = a.num_heads / a.num_kv_heads;
   for (int s = 0; s < a.sequences; s++) {
-    const int rows = a.row_starts[s + 1] - a.row_starts[s], most = std::max(1, max_queries / group);
+    const int rows = a.row_starts[s + 1] - a.row_starts[s], most = std::max(1, kMaxQueries / group);
     const int tiles = (rows + most - 1) / most, tile_rows = tiles ? (rows + tiles - 1) / tiles : 1;
     for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
       for (int h = 0; h < a.num_kv_heads; h++)
-        for (int g = 0; g < group; g += kMostByVectors)
+        for (int g = 0; g < group; g += kMaxQueries)
           units.push_back({s, h, row, std::min(tile_rows, a.row_starts[s + 1] - row), h * group + g,
-                           std::min(group - g, kMostByVectors)});
+                           std::min(group - g, kMaxQueries)});
   }
   return units;
 }
 
 template <typename Scalar>
 void attend(const AttendArgs& a, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache, Scalar* out, int window) {
-  const std::vector<Unit> units = plan_units(a, kMaxQueries<Scalar>);
+  const std::vector<Unit> units = plan_units(a);
   Team::instance().run(int(units.size()), [&](int i) { attend_unit(a, units[i], qkv, k_cache, v_cache, out, window); });
 }
 
