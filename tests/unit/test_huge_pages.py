@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import resource
+import sys
 
 import pytest
 import torch
 
 from outpace.kernels import huge_pages, new_cache
-from outpace.kernels.huge_pages import HugePages
+from outpace.kernels.huge_pages import HugePages, populate
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -56,3 +58,19 @@ def test_a_system_without_huge_pages_gets_a_plain_copy(monkeypatch: pytest.Monke
     copy = HugePages().copy(tensor)
     assert copy.is_contiguous()
     assert torch.equal(copy, tensor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems find memory when it is written")
+def test_populated_memory_is_there_before_it_is_written() -> None:
+    def num_faults(tensor: torch.Tensor) -> int:
+        before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+        tensor.fill_(1)
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+
+    size = 64 << 20
+    untouched, populated = (HugePages().zeros((size,), torch.uint8) for _ in range(2))
+    thread = populate(populated)
+    assert thread is not None
+    thread.join()
+    assert not populated.any()
+    assert num_faults(populated) < num_faults(untouched) / 4

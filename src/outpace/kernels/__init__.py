@@ -23,7 +23,7 @@ from outpace.kernels.base import (
     RopeTable,
     Rows,
 )
-from outpace.kernels.huge_pages import HugePages
+from outpace.kernels.huge_pages import HugePages, populate
 from outpace.kernels.stream_heads import EarlyExit, TokenChange
 
 __all__ = [
@@ -114,7 +114,9 @@ def new_cache(
     if device.type == "cpu":
         pages = HugePages()
         keys = pages.zeros((*shape, head_dim, BLOCK_SIZE), dtype)
-        return keys, pages.zeros((*shape, BLOCK_SIZE, head_dim), dtype)
+        values = pages.zeros((*shape, BLOCK_SIZE, head_dim), dtype)
+        populate(keys, values)
+        return keys, values
     values = torch.zeros(*shape, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
     return torch.zeros_like(values).transpose(-1, -2), values
 

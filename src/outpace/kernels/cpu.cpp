@@ -115,8 +115,15 @@ inline float max(vf x) {
   for (int i = 1; i < kLanes; i++) m = std::max(m, x[i]);
   return m;
 }
-inline vf select(vi condition, vf a, vf b) { return bits<vf>((condition & bits<vi>(a)) | (~condition & bits<vi>(b))); }
-inline vf max(vf a, vf b) { return select(a > b, a, b); }
+inline vf select(vi condition, vf a, vf b) { return condition ? a : b; }
+// Where one is no number or they are equal, b.
+inline vf max(vf a, vf b) {
+#ifdef __AVX512F__
+  return bits<vf>(_mm512_max_ps(bits<__m512>(a), bits<__m512>(b)));
+#else
+  return select(a > b, a, b);
+#endif
+}
 inline bool any(vi condition) {
 #ifdef __AVX512F__
   return _mm512_test_epi32_mask(bits<__m512i>(condition), bits<__m512i>(condition));
@@ -124,6 +131,15 @@ inline bool any(vi condition) {
   int32_t all = 0;
   for (int i = 0; i < kLanes; i++) all |= condition[i];
   return all;
+#endif
+}
+
+// x 2^n for integers n that keep it a normal number.
+inline vf times_power_of_2(vf x, vf n) {
+#ifdef __AVX512F__
+  return bits<vf>(_mm512_scalef_ps(bits<__m512>(x), bits<__m512>(n)));
+#else
+  return x * bits<vf>((__builtin_convertvector(n, vi) + 127) << 23);
 #endif
 }
 
@@ -141,8 +157,7 @@ inline vf exp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-  return select(x < -87.f, splat(0.f), p * bits<vf>(exponent));
+  return select(x < -87.f, splat(0.f), times_power_of_2(p, n));
 }
 
 // Natural logarithm of normal positive floats, to about 1 ulp (Cephes logf).
@@ -852,38 +867,44 @@ struct CachedTiles {
   }
   const Scalar* k(int tile) const { return keys + offset(tile); }
   const Scalar* v(int tile) const { return values + offset(tile); }
+  const Scalar* v_at(int slot) const { return v(slot / kLanes) + slot % kLanes * a.head_dim; }
 };
 
-// The end of a path through a tree, laid out by position as plain decoding would have cached it.
-template <typename Scalar>
-struct PathTiles {
-  int dim, first;  // the first tile that is laid out: the one where the context ends
-  Scalar *keys, *values;
+// Where the rows of a unit have the keys and values of their positions. Up to `fork` all have them where plain decoding
+// would, the others have a path of their own through a tree.
+struct Paths {
+  int fork, width;         // whole tiles; positions behind them of the longest path
+  std::vector<int> slots;  // [rows, width], logical ones; -1 behind a path's end
 
-  // Lays out the path to `path_row` in `memory`, which takes as many tiles of keys and then of values.
-  PathTiles(const CachedTiles<Scalar>& cached, int path_row, Scalar* memory, int tiles)
-      : dim(cached.a.head_dim), first(cached.a.context_lens[cached.u.sequence] / kLanes), keys(memory) {
-    const AttendArgs& a = cached.a;
-    const int start = a.row_starts[cached.u.sequence], context = a.context_lens[cached.u.sequence];
-    const int size = dim * kLanes;
-    values = keys + int64_t(tiles) * size;
-    std::memset(keys, 0, 2 * int64_t(tiles) * size * sizeof(Scalar));
-    if (context % kLanes) {  // all paths have the context's end; other rows behind it do not count
-      std::memcpy(keys, cached.k(first), size * sizeof(Scalar));
-      std::memcpy(values, cached.v(first), size * sizeof(Scalar));
-    }
-    int row = path_row - start;
-    for (int p = a.positions[path_row]; p >= context; p--, row = a.parents[start + row]) {
-      const int slot = context + row, lane = slot % kLanes;
-      const Scalar* from_k = cached.k(slot / kLanes) + lane;
-      const Scalar* from_v = cached.v(slot / kLanes) + lane * dim;
-      const int64_t tile = int64_t(p / kLanes - first) * size;
-      for (int d = 0; d < dim; d++) keys[tile + d * kLanes + p % kLanes] = from_k[d * kLanes];
-      std::memcpy(values + tile + (p % kLanes) * dim, from_v, dim * sizeof(Scalar));
+  explicit Paths(const AttendArgs& a, const Unit& u) : fork(std::numeric_limits<int>::max() / kLanes), width(0) {
+    if (!a.branching[u.sequence]) return;
+    const int start = a.row_starts[u.sequence], context = a.context_lens[u.sequence];
+    const int* parents = a.parents + start;
+    int chain = 0;  // rows that have but one path
+    while (chain < a.row_starts[u.sequence + 1] - start && parents[chain] == chain - 1) chain++;
+    fork = (context + chain) / kLanes;
+    const int begin = this->begin(), *positions = a.positions + u.first_row;
+    width = std::max(0, *std::max_element(positions, positions + u.rows) + 1 - begin);
+    slots.assign(int64_t(u.rows) * width, -1);
+    for (int r = 0; r < u.rows; r++) {
+      int p = positions[r], row = u.first_row + r - start;
+      int* own = slots.data() + int64_t(r) * width;
+      for (; p >= begin && row >= 0; row = parents[row]) own[p-- - begin] = context + row;
+      for (; p >= begin; p--) own[p - begin] = p;
     }
   }
-  const Scalar* k(int tile) const { return keys + int64_t(tile - first) * dim * kLanes; }
-  const Scalar* v(int tile) const { return values + int64_t(tile - first) * dim * kLanes; }
+  int begin() const { return fork * kLanes; }
+  // Of a row of the unit, for positions from `begin` on.
+  const int* of(int row) const { return slots.data() + int64_t(row) * width; }
+  // Those that they come in.
+  std::vector<int> tiles() const {
+    std::vector<int> all;
+    for (int slot : slots)
+      if (slot >= 0) all.push_back(slot / kLanes);
+    std::sort(all.begin(), all.end());
+    all.erase(std::unique(all.begin(), all.end()), all.end());
+    return all;
+  }
 };
 
 // scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
@@ -905,26 +926,26 @@ inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* cons
 }
 
 // Scores of N queries against `count` tiles from `first` on: [N, kChunk].
-template <int N, typename Source>
-void score_tiles(const Source& source, const float* q, int first, int count, int dim, float* scores) {
-  using Scalar = std::remove_const_t<std::remove_pointer_t<decltype(source.k(0))>>;
-  auto later = [&](int t) { return source.k(first + std::min(t, count - 1)); };
+template <int N, typename Scalar>
+void score_tiles(const CachedTiles<Scalar>& cached, const float* q, int first, int count, int dim, float* scores) {
+  auto later = [&](int t) { return cached.k(first + std::min(t, count - 1)); };
   int t = 0;
   for (; t + 1 < count; t += 2) {
-    const Scalar* k[2] = {source.k(first + t), source.k(first + t + 1)};
-    const Scalar* next[4] = {source.v(first + t), source.v(first + t + 1), later(t + 2), later(t + 3)};
+    const Scalar* k[2] = {cached.k(first + t), cached.k(first + t + 1)};
+    const Scalar* next[4] = {cached.v(first + t), cached.v(first + t + 1), later(t + 2), later(t + 3)};
     dot_tiles<N, 2>(q, k, next, dim, scores + t * kLanes);
   }
   if (t < count) {
-    const Scalar* k[1] = {source.k(first + t)};
-    const Scalar* next[2] = {source.v(first + t), source.k(first + t)};
+    const Scalar* k[1] = {cached.k(first + t)};
+    const Scalar* next[2] = {cached.v(first + t), cached.k(first + t)};
     dot_tiles<N, 1>(q, k, next, dim, scores + t * kLanes);
   }
 }
 
-// Values weighted by [N, kChunk]: sums[n], [dim] each, which `more` goes on with.
-template <int N, typename Source>
-void weigh_tiles(const Source& source, const float* weights, int first, int count, int dim, float* sums, bool more) {
+// Values weighted by [N, kChunk]: sums[n], [dim] each, from 0 unless there are `more`. Those of a position are at
+// position(i), and `some` of them at a time have theirs one after the other, in order.
+template <int N, int Some, typename Position>
+void weigh_positions(const Position& position, int count, const float* weights, int dim, bool more, float* sums) {
   for (int d = 0; d < dim; d += 2 * kLanes) {
     const bool wide = d + kLanes < dim;
     vf acc[N][2];
@@ -933,11 +954,11 @@ void weigh_tiles(const Source& source, const float* weights, int first, int coun
       acc[n][1] = more && wide ? load(sums + n * dim + d + kLanes) : splat(0.f);
     }
     for (int i = 0; i < count; i++) {
-      const auto* v = source.v(first + i) + d;
-      for (int j = 0; j < kLanes; j++) {
+      const auto* v = position(i) + d;
+      for (int j = 0; j < Some; j++) {
         vf left = load(v + j * dim), right = wide ? load(v + j * dim + kLanes) : splat(0.f);
         for (int n = 0; n < N; n++) {
-          float p = weights[n * kChunk + i * kLanes + j];
+          float p = weights[n * kChunk + i * Some + j];
           acc[n][0] += left * p;
           acc[n][1] += right * p;
         }
@@ -950,22 +971,11 @@ void weigh_tiles(const Source& source, const float* weights, int first, int coun
   }
 }
 
-// The two for up to kMaxQueries queries.
-template <typename Source>
-void score(int queries, const Source& source, const float* q, int first, int count, int dim, float* scores) {
-  static constexpr decltype(&score_tiles<1, Source>) kernels[kMaxQueries] = {
-      score_tiles<1, Source>, score_tiles<2, Source>, score_tiles<3, Source>, score_tiles<4, Source>,
-      score_tiles<5, Source>, score_tiles<6, Source>, score_tiles<7, Source>, score_tiles<8, Source>,
-      score_tiles<9, Source>, score_tiles<10, Source>, score_tiles<11, Source>, score_tiles<12, Source>};
-  kernels[queries - 1](source, q, first, count, dim, scores);
-}
-template <typename Source>
-void weigh(int queries, const Source& source, const float* weights, int first, int count, int dim, float* sums, bool more) {
-  static constexpr decltype(&weigh_tiles<1, Source>) kernels[kMaxQueries] = {
-      weigh_tiles<1, Source>, weigh_tiles<2, Source>, weigh_tiles<3, Source>, weigh_tiles<4, Source>,
-      weigh_tiles<5, Source>, weigh_tiles<6, Source>, weigh_tiles<7, Source>, weigh_tiles<8, Source>,
-      weigh_tiles<9, Source>, weigh_tiles<10, Source>, weigh_tiles<11, Source>, weigh_tiles<12, Source>};
-  kernels[queries - 1](source, weights, first, count, dim, sums, more);
+// body(n) where n is known to the compiler, from 1 to kMaxQueries.
+template <int Known = 1, typename Body>
+inline void with_known(int n, const Body& body) {
+  if (n == Known) return body(std::integral_constant<int, Known>());
+  if constexpr (Known < kMaxQueries) with_known<Known + 1>(n, body);
 }
 
 // Softmax state of a query: the largest score, and the sum of exponentials.
@@ -978,17 +988,19 @@ inline Softmax exponentials(float* scores, int begin, int count, int lowest, int
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vf top = splat(-kInf);
   for (int i = 0; i < count; i++) {
-    vi position = lane + (begin + i * kLanes);
-    vf scaled = load(scores + i * kLanes) * splat(scale);
-    scaled = select((position >= lowest) & (position <= highest), scaled, splat(-kInf));
-    store(scores + i * kLanes, scaled);
-    top = max(top, scaled);
+    const int first = begin + i * kLanes;
+    vf score = load(scores + i * kLanes);
+    if (first < lowest || first + kLanes - 1 > highest) {
+      score = select((lane + first >= lowest) & (lane + first <= highest), score, splat(-kInf));
+      store(scores + i * kLanes, score);
+    }
+    top = max(top, score);
   }
   Softmax result;
-  result.max = max(top);
+  result.max = max(top) * scale;
   vf total = splat(0.f), shift = splat(result.max == -kInf ? 0.f : result.max);
   for (int i = 0; i < count; i++) {
-    vf p = exp(load(scores + i * kLanes) - shift);
+    vf p = exp(load(scores + i * kLanes) * scale - shift);
     store(scores + i * kLanes, p);
     total += p;
   }
@@ -1012,10 +1024,13 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
   static thread_local std::vector<float> buffer;
   const int dim = a.head_dim, queries = u.rows * u.heads;
   const int width = (a.num_heads + 2 * a.num_kv_heads) * dim;
-  float* q = room(buffer, queries * (3 * dim + kChunk));
+  const CachedTiles<Scalar> cached{a, k_cache, v_cache, u};
+  const Paths paths(a, u);
+  float* q = room(buffer, queries * (3 * dim + kChunk + paths.width));
   float* values = q + queries * dim;
   float* chunk_values = values + queries * dim;
   float* scores = chunk_values + queries * dim;
+  float* path_scores = scores + queries * kChunk;
   Softmax states[kMaxQueries], chunks[kMaxQueries];
   int lowest[kMaxQueries], highest[kMaxQueries];
   std::fill_n(values, queries * dim, 0.f);
@@ -1026,39 +1041,42 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
     highest[n] = a.positions[row];
     lowest[n] = window > 0 ? std::max(0, highest[n] - window + 1) : 0;
   }
-  const CachedTiles<Scalar> cached{a, k_cache, v_cache, u};
-  // Rows of a tree share the tiles that lie wholly before it; from there on each has its own path.
-  std::vector<PathTiles<Scalar>> paths;
-  int fork = std::numeric_limits<int>::max();
-  if (a.branching[u.sequence]) {
-    static thread_local std::vector<Scalar> laid_out;
-    fork = a.context_lens[u.sequence] / kLanes;
-    const int tiles = *std::max_element(highest, highest + queries) / kLanes + 1 - fork, size = 2 * tiles * dim * kLanes;
-    Scalar* memory = room(laid_out, int64_t(u.rows) * size);
-    for (int row = 0; row < u.rows; row++)
-      paths.emplace_back(cached, u.first_row + row, memory + int64_t(row) * size, tiles);
+  auto score = [&](int first, int count) {
+    with_known(queries, [&](auto n) { score_tiles<n>(cached, q, first, count, dim, scores); });
+  };
+  for (int tile : paths.tiles()) {
+    score(tile, 1);
+    for (int n = 0; n < queries; n++)
+      for (int i = 0; i < paths.width; i++)
+        if (const int slot = paths.of(n / u.heads)[i]; slot / kLanes == tile)
+          path_scores[n * paths.width + i] = scores[n * kChunk + slot % kLanes];
   }
   const int least = *std::min_element(lowest, lowest + queries) / kLanes * kLanes;
   const int end = *std::max_element(highest, highest + queries) + 1;
   for (int chunk = least / kChunk * kChunk; chunk < end; chunk += kChunk) {
     const int begin = std::max(chunk, least), first = begin / kLanes;
     const int count = (std::min(chunk + kChunk, end) - begin + kLanes - 1) / kLanes;
-    const int shared = std::min(std::max(fork - first, 0), count);
-    // How many tiles of the row's own come behind the shared ones.
-    auto own = [&](int row) { return std::max(0, std::min(count, highest[row * u.heads] / kLanes + 1 - first) - shared); };
-    if (shared) score(queries, cached, q, first, shared, dim, scores);
-    for (int row = 0; row < int(paths.size()); row++)
-      if (own(row))
-        score(u.heads, paths[row], q + row * u.heads * dim, first + shared, own(row), dim,
-              scores + row * u.heads * kChunk + shared * kLanes);
+    const int shared = std::min(std::max(paths.fork - first, 0), count);
+    if (shared) score(first, shared);
+    // Behind the shared tiles each row has positions of its own.
+    const int behind = shared * kLanes, skipped = begin + behind - paths.begin();
+    auto num_own = [&](int row) { return std::min(highest[row * u.heads] + 1, begin + count * kLanes) - (begin + behind); };
+    for (int n = 0; n < queries && shared < count; n++)
+      if (const int some = num_own(n / u.heads); some > 0)
+        std::copy_n(path_scores + n * paths.width + skipped, some, scores + n * kChunk + behind);
     for (int n = 0; n < queries; n++)
-      chunks[n] = exponentials(scores + n * kChunk, begin, paths.empty() ? count : shared + own(n / u.heads), lowest[n],
-                               highest[n], a.scale);
-    if (shared) weigh(queries, cached, scores, first, shared, dim, chunk_values, false);
-    for (int row = 0; row < int(paths.size()); row++)
-      if (own(row))
-        weigh(u.heads, paths[row], scores + row * u.heads * kChunk + shared * kLanes, first + shared, own(row), dim,
-              chunk_values + row * u.heads * dim, shared > 0);
+      chunks[n] = exponentials(scores + n * kChunk, begin, count, lowest[n], highest[n], a.scale);
+    if (shared)
+      with_known(queries, [&](auto n) {
+        auto tile = [&](int i) { return cached.v(first + i); };
+        weigh_positions<n, kLanes>(tile, shared, scores, dim, false, chunk_values);
+      });
+    for (int row = 0; row < u.rows && shared < count; row++)
+      with_known(u.heads, [&](auto n) {
+        auto position = [&](int i) { return cached.v_at(paths.of(row)[skipped + i]); };
+        weigh_positions<n, 1>(position, std::max(num_own(row), 0), scores + row * u.heads * kChunk + behind, dim, shared > 0,
+                              chunk_values + row * u.heads * dim);
+      });
     for (int n = 0; n < queries; n++) fold(states[n], values + n * dim, chunks[n], chunk_values + n * dim, dim);
   }
   for (int n = 0; n < queries; n++) {

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
+import sys
+import threading
 from collections.abc import Sequence
 
 import torch
 
 _LINE = 64  # bytes: where a tensor may begin
 _CHUNK = 1 << 28  # bytes asked for at once; what is not touched takes no memory
+_POPULATE_WRITE = 23  # of madvise(2), which `mmap` has no name for
 
 
 class HugePages:
@@ -43,3 +47,26 @@ class HugePages:
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A contiguous copy, likewise."""
         return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def populate(*tensors: torch.Tensor) -> threading.Thread | None:
+    """Has the system find the memory of tensors meanwhile, which else the first to write there waits for.
+
+    Their contents stay. Where the system cannot do that nothing happens.
+
+    Returns:
+        The thread that waits for the system; None where there is none.
+    """
+    if sys.platform != "linux":
+        return None
+    madvise = ctypes.CDLL(None).madvise  # that of `mmap` would hold up all other threads
+
+    def wait() -> None:
+        for tensor in tensors:
+            begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            size = tensor.data_ptr() + tensor.nbytes - begin
+            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _POPULATE_WRITE)
+
+    thread = threading.Thread(target=wait, name="populate", daemon=True)
+    thread.start()
+    return thread
