@@ -77,7 +77,7 @@ class Loaded:
         config = replace(self.engine.config, **settings)
         blocks = num_blocks or self.engine.kv.blocks.num_blocks
         decoder = self.decoder
-        kv = KVCache(self.model, blocks, decoder.dtype, config.enable_prefix_caching, decoder.device)
+        kv = KVCache.of(decoder, blocks, config.enable_prefix_caching)
         runner = build_runner(config, decoder, kv)
         return Engine(config, self.model, self.engine.tokenizer, kv, runner, self.engine.verifier)
 

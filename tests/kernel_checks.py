@@ -95,15 +95,27 @@ def attention_agrees(
     values = random_like(num_blocks, heads.num_kv_heads, BLOCK, heads.head_dim, dtype=dtype, seed=2)
     results = []
     for backend, where in ((kernels, device), (ReferenceKernels(), CPU)):
-        k_cache, v_cache = new_cache((1, num_blocks, heads.num_kv_heads), heads.head_dim, dtype, where)
-        caches = (k_cache[0].copy_(keys), v_cache[0].copy_(values))
+        shape = (1, num_blocks, heads.num_kv_heads)
+        k_cache, v_cache = new_cache(shape, heads.head_dim, dtype, where, backend.cache_group)
+        caches = (k_cache[0].copy_(grouped(keys, k_cache)), v_cache[0].copy_(grouped(values, v_cache)))
         norm = random_like(heads.head_dim, dtype=dtype, seed=3, device=where) if normed else None
         rows = lay_out(sequences, num_blocks, device=where)
         qkv = random_like(num_rows, width, dtype=dtype, device=where)
         out = attend(backend, heads, rows, qkv, caches, window, norm)
-        results.append([x.cpu().float() for x in (out, *caches)])
+        results.append([x.cpu().float() for x in (out, *map(ungrouped, caches))])
     for fast, slow in zip(*results, strict=True):
         torch.testing.assert_close(fast, slow, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def grouped(tensor: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """Keys [..., head_dim, 16] or values [..., 16, head_dim] as a cache has them."""
+    width, group = tensor.shape[-2], cache.shape[-1]
+    return tensor.reshape(*tensor.shape[:-2], width // group, group, -1).transpose(-1, -2)
+
+
+def ungrouped(cache: torch.Tensor) -> torch.Tensor:
+    """The reverse."""
+    return cache.transpose(-1, -2).flatten(-3, -2)
 
 
 def rows_attend_to_the_same_bits(
@@ -121,7 +133,8 @@ def rows_attend_to_the_same_bits(
     noise = random_like(64, width, dtype=dtype, seed=9, device=device)
 
     def cache(filled: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = new_cache((1, num_blocks, heads.num_kv_heads), heads.head_dim, dtype, device)
+        shape = (1, num_blocks, heads.num_kv_heads)
+        keys, values = new_cache(shape, heads.head_dim, dtype, device, kernels.cache_group)
         caches = (keys[0], values[0])
         if filled:
             run([(0, chain(filled))], tokens[:filled], caches)

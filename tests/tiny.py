@@ -115,7 +115,7 @@ def tiny_engine(
     )
     decoder = Decoder(MODEL, weights, kind, backend)
     blocks = num_blocks or choose_num_blocks(config, cached_models(config, MODEL), kind)
-    kv = KVCache(MODEL, blocks, kind, config.enable_prefix_caching)
+    kv = KVCache.of(decoder, blocks, config.enable_prefix_caching)
     verifier = load_verifier(config.speculative, backend)
     graphs = None
     if buckets:

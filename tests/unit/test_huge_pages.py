@@ -43,9 +43,9 @@ def test_a_copy_outlives_its_maker() -> None:
 
 
 def test_a_cache_is_zeros_of_its_shape() -> None:
-    keys, values = new_cache((2, 5, 3), 32, torch.bfloat16)
-    assert keys.shape == (2, 5, 3, 32, 16)
-    assert values.shape == (2, 5, 3, 16, 32)
+    keys, values = new_cache((2, 5, 3), 32, torch.bfloat16, group=2)
+    assert keys.shape == (2, 5, 3, 16, 16, 2)
+    assert values.shape == (2, 5, 3, 8, 32, 2)
     assert not keys.any()
     assert not values.any()
     keys.fill_(1)

@@ -267,12 +267,12 @@ def test_native_layers_have_the_bits_of_their_operations_one_by_one(
         window=window,
     )
     rope = RopeTable(rope_table(RopeConfig(), heads.head_dim, 8192))
-    results = []
+    results, group = [], kernels.cache_group
     for stack_of in (kernels.stack, partial(LayerStack, kernels)):
         cache = [
             (
-                weight(60, heads.num_kv_heads, heads.head_dim, 16, seed=seed),
-                weight(60, heads.num_kv_heads, 16, heads.head_dim, seed=seed),
+                weight(60, heads.num_kv_heads, heads.head_dim // group, 16, group, seed=seed),
+                weight(60, heads.num_kv_heads, 16 // group, heads.head_dim, group, seed=seed),
             )
             for seed in (9, 10, 13)
         ]

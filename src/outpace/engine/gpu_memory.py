@@ -112,7 +112,7 @@ def _measure_passes(config: EngineConfig, decoder: Decoder, verifier: Verifier) 
     device = decoder.device
     num_seqs, max_rows = config.max_num_seqs, config.max_num_batched_tokens
     num_blocks = -(-max_rows // BLOCK_SIZE) + num_seqs
-    cache = KVCache(decoder.config, num_blocks, decoder.dtype, False, device)
+    cache = KVCache.of(decoder, num_blocks, False)
     runner = ModelRunner(decoder, cache)
     longest = config.max_model_len or decoder.config.max_position_embeddings
     prompt = Point(1, min(max_rows, longest), 0, 0, samples=False)
@@ -126,7 +126,7 @@ def _measure_passes(config: EngineConfig, decoder: Decoder, verifier: Verifier) 
 
 def _measure_graphs(config: EngineConfig, decoder: Decoder) -> int:
     """Bytes that all recorded passes will keep."""
-    cache = KVCache(decoder.config, 1, decoder.dtype, False, decoder.device)
+    cache = KVCache.of(decoder, 1, False)
     graphs = plan_graphs(config, decoder, cache)
     if graphs is None:
         return 0

@@ -97,7 +97,11 @@ def load_kernels(
 
 
 def new_cache(
-    shape: tuple[int, int, int], head_dim: int, dtype: torch.dtype, device: torch.device = CPU
+    shape: tuple[int, int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device = CPU,
+    group: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Makes a cache of keys and values, all zeros: what is masked is multiplied by 0, which would keep a NaN.
 
@@ -107,18 +111,20 @@ def new_cache(
         dtype: The model's.
         device: Where. A CPU reads a dimension of a block's 16 keys as one vector, a GPU a key: there keys lie
             in memory as values do.
+        group: Of the kernels that are to use it, see `Kernels`.
 
     Returns:
-        Keys [layers, blocks, kv_heads, head_dim, 16] and values [layers, blocks, kv_heads, 16, head_dim].
+        Keys [layers, blocks, kv_heads, head_dim / group, 16, group] and values [layers, blocks, kv_heads,
+        16 / group, head_dim, group].
     """
     if device.type == "cpu":
         pages = HugePages()
-        keys = pages.zeros((*shape, head_dim, BLOCK_SIZE), dtype)
-        values = pages.zeros((*shape, BLOCK_SIZE, head_dim), dtype)
+        keys = pages.zeros((*shape, head_dim // group, BLOCK_SIZE, group), dtype)
+        values = pages.zeros((*shape, BLOCK_SIZE // group, head_dim, group), dtype)
         populate(keys, values)
         return keys, values
-    values = torch.zeros(*shape, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
-    return torch.zeros_like(values).transpose(-1, -2), values
+    values = torch.zeros(*shape, BLOCK_SIZE, head_dim, 1, dtype=dtype, device=device)
+    return torch.zeros_like(values).transpose(-2, -3), values
 
 
 def _load_triton(choice: str, device: torch.device, batch_invariant: bool) -> Kernels:

@@ -86,9 +86,8 @@ class LayerAttention(ABC):
 
         Args:
             qkv: [rows, (num_heads + 2 * num_kv_heads) * head_dim]; overwritten.
-            k_cache: [blocks, num_kv_heads, head_dim, 16], written at the pass's slots; as `new_cache` lays it
-                out for the device.
-            v_cache: [blocks, num_kv_heads, 16, head_dim], likewise.
+            k_cache: A layer's, as `new_cache` has it for these kernels; written at the pass's slots.
+            v_cache: Likewise.
             q_norm: [head_dim] weight of the RMS norm of q heads, or None.
             k_norm: The same for k heads.
             window: Sliding window in positions, or None.
@@ -164,11 +163,14 @@ class Kernels(ABC):
         build: What it was built from, for whom its speed matters.
         tile_rows: How many rows share a tile of its linear layers at most: one more row makes one more tile,
             and takes longer than the rows after it. 1 where nothing is known of tiles.
+        cache_group: Dims of a cache's keys that lie side by side, and positions of its values: as many as one
+            instruction multiplies and sums.
     """
 
     name: str
     build: str
     tile_rows: int = 1
+    cache_group: int = 1
 
     @abstractmethod
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:

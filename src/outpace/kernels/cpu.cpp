@@ -45,7 +45,6 @@ namespace {
 
 constexpr int kLanes = 16;   // also the cache block: one tile of keys is one block
 constexpr int kChunk = 256;  // positions whose softmax is taken together
-constexpr int kMaxQueries = 12;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 typedef float vf __attribute__((vector_size(64)));
@@ -105,16 +104,21 @@ inline void put(uint16_t* p, float x) {
 inline vf round_to(const float*, vf x) { return x; }
 inline vf round_to(const uint16_t*, vf x) { return bits<vf>(lengthen(narrow(x)) << 16); }
 
+#ifdef __AVX512F__
+inline float sum(vf x) { return _mm512_reduce_add_ps(bits<__m512>(x)); }
+inline float max(vf x) { return _mm512_reduce_max_ps(bits<__m512>(x)); }
+#else
 inline float sum(vf x) {
-  float s = 0;
-  for (int i = 0; i < kLanes; i++) s += x[i];
-  return s;
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
 }
 inline float max(vf x) {
   float m = x[0];
   for (int i = 1; i < kLanes; i++) m = std::max(m, x[i]);
   return m;
 }
+#endif
 inline vf select(vi condition, vf a, vf b) { return condition ? a : b; }
 // Where one is no number or they are equal, b.
 inline vf max(vf a, vf b) {
@@ -811,10 +815,12 @@ inline void rotate(Scalar* head, const float* cos_sin, int dim) {
 }
 
 // Rotates q and k of each row in place (after their norms, if given) and writes k and v to their slots.
-// K blocks are [kv_head, dim, 16] (a tile's 16 keys are the lanes), V blocks [kv_head, 16, dim].
+// K blocks are [kv_head, group of dims, 16, dim of the group] (a tile's 16 keys are the lanes), V blocks [kv_head, group
+// of positions, dim, position of the group]: what is multiplied together lies together, as in a linear layer's weights.
 template <typename Scalar>
 void rope_and_cache(const RopeArgs& a, Scalar* qkv, Scalar* k_cache, Scalar* v_cache, const Scalar* q_norm,
                     const Scalar* k_norm) {
+  constexpr int kOf = kGroup<Scalar>;
   int dim = a.head_dim, width = (a.num_heads + 2 * a.num_kv_heads) * dim;
   for_rows(a.rows, width, [&](int r) {
     Scalar* row = qkv + int64_t(r) * width;
@@ -828,10 +834,10 @@ void rope_and_cache(const RopeArgs& a, Scalar* qkv, Scalar* k_cache, Scalar* v_c
     for (int h = 0; h < a.num_kv_heads; h++) {
       const Scalar* k = row + (a.num_heads + h) * dim;
       const Scalar* v = k + a.num_kv_heads * dim;
-      Scalar* k_tile = k_cache + (block * a.num_kv_heads + h) * dim * kLanes + offset;
-      Scalar* v_tile = v_cache + (block * a.num_kv_heads + h) * dim * kLanes + offset * dim;
-      for (int d = 0; d < dim; d++) k_tile[d * kLanes] = k[d];
-      std::memcpy(v_tile, v, dim * sizeof(Scalar));
+      const int64_t tile = (block * a.num_kv_heads + h) * dim * kLanes;
+      for (int d = 0; d < dim; d += kOf) std::memcpy(k_cache + tile + d * kLanes + offset * kOf, k + d, kOf * sizeof(Scalar));
+      Scalar* to_v = v_cache + tile + offset / kOf * kOf * dim + offset % kOf;
+      for (int d = 0; d < dim; d++) to_v[d * kOf] = v[d];
     }
   });
 }
@@ -849,7 +855,21 @@ struct AttendArgs {
   float scale;
 };
 
-// The queries that share a register tile: `rows` rows of one sequence times `heads` heads of one kv head.
+// Whether attention multiplies by AMX. Queries there are bf16 as they come; the weights of values, which are not, are
+// sums of two bf16 numbers, or answers that are nearly tied would change.
+#ifdef USE_AMX
+template <typename Scalar>
+constexpr bool kByAmx = std::is_same_v<Scalar, uint16_t>;
+#else
+template <typename Scalar>
+constexpr bool kByAmx = false;
+#endif
+
+// Queries that share register tiles at most.
+template <typename Scalar>
+constexpr int kMaxQueries = kByAmx<Scalar> ? 16 : 12;
+
+// The queries that share register tiles: `rows` rows of one sequence times `heads` heads of one kv head.
 struct Unit {
   int sequence, kv_head, first_row, rows, first_head, heads;
 };
@@ -867,7 +887,18 @@ struct CachedTiles {
   }
   const Scalar* k(int tile) const { return keys + offset(tile); }
   const Scalar* v(int tile) const { return values + offset(tile); }
-  const Scalar* v_at(int slot) const { return v(slot / kLanes) + slot % kLanes * a.head_dim; }
+  void fetch(int tile) const {
+    for (int i = 0; i < a.head_dim * kLanes; i += 64 / sizeof(Scalar)) {
+      __builtin_prefetch(k(tile) + i);
+      __builtin_prefetch(v(tile) + i);
+    }
+  }
+  // The value's first dim; the next ones are kGroup apart.
+  const Scalar* v_at(int slot) const {
+    constexpr int kOf = kGroup<Scalar>;
+    const int place = slot % kLanes;
+    return v(slot / kLanes) + place / kOf * kOf * a.head_dim + place % kOf;
+  }
 };
 
 // Where the rows of a unit have the keys and values of their positions. Up to `fork` all have them where plain decoding
@@ -875,6 +906,7 @@ struct CachedTiles {
 struct Paths {
   int fork, width;         // whole tiles; positions behind them of the longest path
   std::vector<int> slots;  // [rows, width], logical ones; -1 behind a path's end
+  std::vector<int> tiles;  // those that they are in
 
   explicit Paths(const AttendArgs& a, const Unit& u) : fork(std::numeric_limits<int>::max() / kLanes), width(0) {
     if (!a.branching[u.sequence]) return;
@@ -892,34 +924,30 @@ struct Paths {
       for (; p >= begin && row >= 0; row = parents[row]) own[p-- - begin] = context + row;
       for (; p >= begin; p--) own[p - begin] = p;
     }
+    for (int slot : slots)
+      if (slot >= 0) tiles.push_back(slot / kLanes);
+    std::sort(tiles.begin(), tiles.end());
+    tiles.erase(std::unique(tiles.begin(), tiles.end()), tiles.end());
   }
   int begin() const { return fork * kLanes; }
   // Of a row of the unit, for positions from `begin` on.
   const int* of(int row) const { return slots.data() + int64_t(row) * width; }
-  // Those that they come in.
-  std::vector<int> tiles() const {
-    std::vector<int> all;
-    for (int slot : slots)
-      if (slot >= 0) all.push_back(slot / kLanes);
-    std::sort(all.begin(), all.end());
-    all.erase(std::unique(all.begin(), all.end()), all.end());
-    return all;
-  }
 };
 
 // scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
 // Meanwhile fetches what comes next: blocks are scattered, so the hardware does not foresee them.
 template <int N, int T, typename Scalar>
 inline void dot_tiles(const float* q, const Scalar* const* k, const Scalar* const* next, int dim, float* scores) {
-  vf acc[N][T];
-  for (int n = 0; n < N; n++)
-    for (int t = 0; t < T; t++) acc[n][t] = splat(0.f);
-  for (int d = 0; d < dim; d++) {
-    vf key[T];
-    for (int t = 0; t < T; t++) key[t] = load(k[t] + d * kLanes);
+  constexpr int kOf = kGroup<Scalar>;
+  vf acc[N][T] = {};
+  for (int d = 0; d < dim; d += kOf) {
     for (int t = 0; t < 2 * T; t++) __builtin_prefetch(next[t] + d * kLanes);
-    for (int n = 0; n < N; n++)
-      for (int t = 0; t < T; t++) acc[n][t] += key[t] * q[n * dim + d];
+    for (int j = 0; j < kOf; j++) {
+      vf key[T];
+      for (int t = 0; t < T; t++) key[t] = weights_of(k[t] + d * kLanes, j);
+      for (int n = 0; n < N; n++)
+        for (int t = 0; t < T; t++) acc[n][t] += key[t] * q[n * dim + d + j];
+    }
   }
   for (int n = 0; n < N; n++)
     for (int t = 0; t < T; t++) store(scores + n * kChunk + t * kLanes, acc[n][t]);
@@ -942,10 +970,11 @@ void score_tiles(const CachedTiles<Scalar>& cached, const float* q, int first, i
   }
 }
 
-// Values weighted by [N, kChunk]: sums[n], [dim] each, from 0 unless there are `more`. Those of a position are at
-// position(i), and `some` of them at a time have theirs one after the other, in order.
-template <int N, int Some, typename Position>
-void weigh_positions(const Position& position, int count, const float* weights, int dim, bool more, float* sums) {
+// Values weighted by [N, kChunk]: sums[n], [dim] each, which go on from where they are if there are `more`. The values of
+// the i-th 16 positions are at tile(i).
+template <int N, typename Tile>
+void weigh_tiles(const Tile& tile, int count, const float* weights, int dim, bool more, float* sums) {
+  constexpr int kOf = kGroup<std::remove_cv_t<std::remove_pointer_t<decltype(tile(0))>>>;
   for (int d = 0; d < dim; d += 2 * kLanes) {
     const bool wide = d + kLanes < dim;
     vf acc[N][2];
@@ -953,17 +982,16 @@ void weigh_positions(const Position& position, int count, const float* weights, 
       acc[n][0] = more ? load(sums + n * dim + d) : splat(0.f);
       acc[n][1] = more && wide ? load(sums + n * dim + d + kLanes) : splat(0.f);
     }
-    for (int i = 0; i < count; i++) {
-      const auto* v = position(i) + d;
-      for (int j = 0; j < Some; j++) {
-        vf left = load(v + j * dim), right = wide ? load(v + j * dim + kLanes) : splat(0.f);
+    for (int i = 0; i < count; i++)
+      for (int j = 0; j < kLanes; j++) {
+        const auto* v = tile(i) + j / kOf * kOf * dim + d * kOf;
+        vf left = weights_of(v, j % kOf), right = wide ? weights_of(v + kLanes * kOf, j % kOf) : splat(0.f);
         for (int n = 0; n < N; n++) {
-          float p = weights[n * kChunk + i * Some + j];
+          float p = weights[n * kChunk + i * kLanes + j];
           acc[n][0] += left * p;
           acc[n][1] += right * p;
         }
       }
-    }
     for (int n = 0; n < N; n++) {
       store(sums + n * dim + d, acc[n][0]);
       if (wide) store(sums + n * dim + d + kLanes, acc[n][1]);
@@ -971,20 +999,185 @@ void weigh_positions(const Position& position, int count, const float* weights, 
   }
 }
 
-// body(n) where n is known to the compiler, from 1 to kMaxQueries.
-template <int Known = 1, typename Body>
-inline void with_known(int n, const Body& body) {
-  if (n == Known) return body(std::integral_constant<int, Known>());
-  if constexpr (Known < kMaxQueries) with_known<Known + 1>(n, body);
-}
+// The two for so many queries.
+template <typename Scalar>
+struct Arithmetic {
+  using Query = float;
+
+  static void score(int queries, const CachedTiles<Scalar>& cached, const float* q, int first, int count, int dim,
+                    float* scores) {
+    with_known(queries, [&](auto n) { score_tiles<n>(cached, q, first, count, dim, scores); });
+  }
+  template <typename Tile>
+  static void weigh(int queries, const Tile& tile, int count, const float* weights, int dim, bool more, float* sums) {
+    with_known(queries, [&](auto n) { weigh_tiles<n>(tile, count, weights, dim, more, sums); });
+  }
+  static void put_weights(float* to, vf weights) { store(to, weights); }
+  static void end() {}
+
+ private:
+  // body(n) where n is known to the compiler.
+  template <int Known = 1, typename Body>
+  static void with_known(int n, const Body& body) {
+    if (n == Known) return body(std::integral_constant<int, Known>());
+    if constexpr (Known < kMaxQueries<Scalar>) with_known<Known + 1>(n, body);
+  }
+};
+
+#ifdef USE_AMX
+// On AMX, which takes groups of keys and values as they lie.
+template <>
+struct Arithmetic<uint16_t> {
+  using Query = uint16_t;
+
+  // Tiles 0 to 3 are sums of 16 positions each, 4 and 5 have 32 and 16 dims of the queries, 6 and 7 of the keys.
+  static void score(int queries, const CachedTiles<uint16_t>& cached, const uint16_t* q, int first, int count, int dim,
+                    float* scores) {
+    static const std::vector<AmxConfig> configs = all_configs([](AmxConfig& config) {
+      config.row_bytes[5] = kAmxInputs;
+      config.rows[7] = kLanes / 2;
+    });
+    _tile_loadconfig(&configs[queries]);
+    const int stride = dim * sizeof(uint16_t), whole = dim / kAmxInputs * kAmxInputs;
+    for (int t = 0; t < count; t += 4) {
+      const int some = std::min(4, count - t);
+      const uint16_t* k[4];
+      for (int i = 0; i < some; i++) {
+        const int later = std::min(t + i + 4, count - 1);
+        const uint16_t *v = cached.v(first + t + i), *next = cached.k(first + later);
+        k[i] = cached.k(first + t + i);
+        for (int d = 0; d < dim; d += 2) {
+          __builtin_prefetch(v + d * kLanes);
+          __builtin_prefetch(next + d * kLanes);
+        }
+      }
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int d = 0; d < whole; d += kAmxInputs) {
+        _tile_loadd(4, q + d, stride);
+        _tile_loadd(6, k[0] + d * kLanes, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (some > 1) {
+          _tile_loadd(6, k[1] + d * kLanes, 64);
+          _tile_dpbf16ps(1, 4, 6);
+        }
+        if (some > 2) {
+          _tile_loadd(6, k[2] + d * kLanes, 64);
+          _tile_dpbf16ps(2, 4, 6);
+        }
+        if (some > 3) {
+          _tile_loadd(6, k[3] + d * kLanes, 64);
+          _tile_dpbf16ps(3, 4, 6);
+        }
+      }
+      if (whole < dim) {
+        _tile_loadd(5, q + whole, stride);
+        _tile_loadd(7, k[0] + whole * kLanes, 64);
+        _tile_dpbf16ps(0, 5, 7);
+        if (some > 1) {
+          _tile_loadd(7, k[1] + whole * kLanes, 64);
+          _tile_dpbf16ps(1, 5, 7);
+        }
+        if (some > 2) {
+          _tile_loadd(7, k[2] + whole * kLanes, 64);
+          _tile_dpbf16ps(2, 5, 7);
+        }
+        if (some > 3) {
+          _tile_loadd(7, k[3] + whole * kLanes, 64);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      float* to = scores + t * kLanes;
+      constexpr int kStride = kChunk * sizeof(float);
+      _tile_stored(0, to, kStride);
+      if (some > 1) _tile_stored(1, to + kLanes, kStride);
+      if (some > 2) _tile_stored(2, to + 2 * kLanes, kStride);
+      if (some > 3) _tile_stored(3, to + 3 * kLanes, kStride);
+    }
+  }
+
+  // Tiles 0 to 3 are sums of 16 dims each, 4 and 5 the two parts of the weights of 16 positions, 6 and 7 values.
+  template <typename Tile>
+  static void weigh(int queries, const Tile& tile, int count, const float* weights, int dim, bool more, float* sums) {
+    static const std::vector<AmxConfig> configs = all_configs([](AmxConfig& config) {
+      config.row_bytes[4] = config.row_bytes[5] = kAmxInputs;
+      config.rows[6] = config.rows[7] = kLanes / 2;
+    });
+    _tile_loadconfig(&configs[queries]);
+    const int stride = dim * sizeof(float);
+    for (int d = 0; d < dim; d += 4 * kLanes) {
+      const int some = std::min(4, (dim - d) / kLanes);
+      float* to = sums + d;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      if (more) {
+        _tile_loadd(0, to, stride);
+        if (some > 1) _tile_loadd(1, to + kLanes, stride);
+        if (some > 2) _tile_loadd(2, to + 2 * kLanes, stride);
+        if (some > 3) _tile_loadd(3, to + 3 * kLanes, stride);
+      }
+      for (int i = 0; i < count; i++) {
+        const uint16_t *v = tile(i) + 2 * d, *p = reinterpret_cast<const uint16_t*>(weights + i * kLanes);
+        _tile_loadd(4, p, kChunk * sizeof(float));
+        _tile_loadd(5, p + kLanes, kChunk * sizeof(float));
+        _tile_loadd(6, v, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        if (some > 1) {
+          _tile_loadd(7, v + 2 * kLanes, stride);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        _tile_dpbf16ps(0, 5, 6);
+        if (some > 1) _tile_dpbf16ps(1, 5, 7);
+        if (some > 2) {
+          _tile_loadd(6, v + 4 * kLanes, stride);
+          _tile_dpbf16ps(2, 4, 6);
+          if (some > 3) {
+            _tile_loadd(7, v + 6 * kLanes, stride);
+            _tile_dpbf16ps(3, 4, 7);
+          }
+          _tile_dpbf16ps(2, 5, 6);
+          if (some > 3) _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+      _tile_stored(0, to, stride);
+      if (some > 1) _tile_stored(1, to + kLanes, stride);
+      if (some > 2) _tile_stored(2, to + 2 * kLanes, stride);
+      if (some > 3) _tile_stored(3, to + 3 * kLanes, stride);
+    }
+  }
+  // Once per unit: it takes as long as ten products.
+  static void end() { _tile_release(); }
+  // In the place of 16 floats what they are rounded to, then what that leaves.
+  static void put_weights(float* to, vf weights) {
+    auto* parts = reinterpret_cast<uint16_t*>(to);
+    weights = select(weights < 1e-30f, splat(0.f), weights);  // or what is left would be denormal, which takes long
+    store(parts, weights);
+    store(parts + kLanes, weights - round_to(parts, weights));
+  }
+
+ private:
+  template <typename Change>
+  static std::vector<AmxConfig> all_configs(const Change& change) {
+    std::vector<AmxConfig> all;
+    for (int queries = 0; queries <= kMaxQueries<uint16_t>; queries++) change(all.emplace_back(queries));
+    return all;
+  }
+};
+#endif
 
 // Softmax state of a query: the largest score, and the sum of exponentials.
 struct Softmax {
   float max = -kInf, sum = 0.f;
 };
 
-// A query's scores of `count` tiles, the first at position `begin`, become exponentials; 0 outside [lowest, highest].
-inline Softmax exponentials(float* scores, int begin, int count, int lowest, int highest, float scale) {
+// A query's scores of `count` tiles, the first at position `begin`, become weights of values: exponentials, and 0 outside
+// [lowest, highest].
+template <typename Scalar>
+Softmax exponentials(float* scores, int begin, int count, int lowest, int highest, float scale) {
   const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vf top = splat(-kInf);
   for (int i = 0; i < count; i++) {
@@ -1001,7 +1194,7 @@ inline Softmax exponentials(float* scores, int begin, int count, int lowest, int
   vf total = splat(0.f), shift = splat(result.max == -kInf ? 0.f : result.max);
   for (int i = 0; i < count; i++) {
     vf p = exp(load(scores + i * kLanes) * scale - shift);
-    store(scores + i * kLanes, p);
+    Arithmetic<Scalar>::put_weights(scores + i * kLanes, p);
     total += p;
   }
   result.sum = sum(total);
@@ -1012,73 +1205,99 @@ inline Softmax exponentials(float* scores, int begin, int count, int lowest, int
 inline void fold(Softmax& state, float* values, const Softmax& chunk, const float* chunk_values, int dim) {
   if (chunk.max == -kInf) return;
   float top = std::max(state.max, chunk.max);
-  float keep = state.max == -kInf ? 0.f : std::exp(state.max - top), add = std::exp(chunk.max - top);
+  auto factor = [&](float max) { return max == top ? 1.f : max == -kInf ? 0.f : std::exp(max - top); };
+  const float keep = factor(state.max), add = factor(chunk.max);
   state.sum = state.sum * keep + chunk.sum * add;
   for (int d = 0; d < dim; d += kLanes) store(values + d, load(values + d) * keep + load(chunk_values + d) * add);
   state.max = top;
 }
 
+// The values of a row's path, tiles of them as the cache has them: zeros behind its end.
+template <typename Scalar>
+void lay_out_path(Scalar* to, const CachedTiles<Scalar>& cached, const int* slots, int width, int tiles) {
+  constexpr int kOf = kGroup<Scalar>;
+  const int dim = cached.a.head_dim;
+  std::fill_n(to, int64_t(tiles) * dim * kLanes, 0);
+  for (int p = 0; p < width && slots[p] >= 0;) {
+    const Scalar* from = cached.v_at(slots[p]);
+    Scalar* own = to + p / kOf * kOf * dim + p % kOf;
+    if (p % kOf == 0 && slots[p] % kOf == 0 && p + kOf <= width && slots[p + kOf - 1] == slots[p] + kOf - 1) {  // as they lie
+      std::memcpy(own, from, kOf * dim * sizeof(Scalar));
+      p += kOf;
+    } else {
+      for (int d = 0; d < dim; d++) own[d * kOf] = from[d * kOf];
+      p++;
+    }
+  }
+}
+
 template <typename Scalar>
 void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache,
                  Scalar* out, int window) {
+  using Math = Arithmetic<Scalar>;
   static thread_local std::vector<float> buffer;
+  static thread_local std::vector<Scalar> path_buffer;
+  static thread_local std::vector<typename Math::Query> query_buffer;
   const int dim = a.head_dim, queries = u.rows * u.heads;
   const int width = (a.num_heads + 2 * a.num_kv_heads) * dim;
   const CachedTiles<Scalar> cached{a, k_cache, v_cache, u};
   const Paths paths(a, u);
-  float* q = room(buffer, queries * (3 * dim + kChunk + paths.width));
-  float* values = q + queries * dim;
+  for (int tile : paths.tiles) cached.fetch(tile);
+  float* values = room(buffer, queries * (2 * dim + 2 * kChunk + paths.width));
   float* chunk_values = values + queries * dim;
   float* scores = chunk_values + queries * dim;
   float* path_scores = scores + queries * kChunk;
-  Softmax states[kMaxQueries], chunks[kMaxQueries];
-  int lowest[kMaxQueries], highest[kMaxQueries];
+  Softmax states[kMaxQueries<Scalar>], chunks[kMaxQueries<Scalar>];
+  int lowest[kMaxQueries<Scalar>], highest[kMaxQueries<Scalar>];
   std::fill_n(values, queries * dim, 0.f);
+  auto* q = room(query_buffer, queries * dim);
   for (int n = 0; n < queries; n++) {
     int row = u.first_row + n / u.heads;
     const Scalar* from = qkv + int64_t(row) * width + (u.first_head + n % u.heads) * dim;
-    for (int d = 0; d < dim; d += kLanes) store(q + n * dim + d, load(from + d));
+    for (int d = 0; d < dim; d++) lay(q + n * dim + d, from[d]);
     highest[n] = a.positions[row];
     lowest[n] = window > 0 ? std::max(0, highest[n] - window + 1) : 0;
   }
-  auto score = [&](int first, int count) {
-    with_known(queries, [&](auto n) { score_tiles<n>(cached, q, first, count, dim, scores); });
+  const int path_tiles = (paths.width + kLanes - 1) / kLanes, path_size = path_tiles * dim * kLanes;
+  Scalar* path_values = room(path_buffer, int64_t(u.rows) * path_size);
+  bool is_laid_out = false;  // only when scores of the cache are there: meanwhile what it takes comes
+  auto lay_out_paths = [&] {
+    is_laid_out = true;
+    for (int tile : paths.tiles) {
+      float* of_tile = scores + queries * kChunk + queries * paths.width;
+      Math::score(queries, cached, q, tile, 1, dim, of_tile);
+      for (int n = 0; n < queries; n++)
+        for (int i = 0; i < paths.width; i++)
+          if (const int slot = paths.of(n / u.heads)[i]; slot / kLanes == tile)
+            path_scores[n * paths.width + i] = of_tile[n * kChunk + slot % kLanes];
+    }
+    for (int row = 0; row < u.rows; row++)
+      lay_out_path(path_values + int64_t(row) * path_size, cached, paths.of(row), paths.width, path_tiles);
   };
-  for (int tile : paths.tiles()) {
-    score(tile, 1);
-    for (int n = 0; n < queries; n++)
-      for (int i = 0; i < paths.width; i++)
-        if (const int slot = paths.of(n / u.heads)[i]; slot / kLanes == tile)
-          path_scores[n * paths.width + i] = scores[n * kChunk + slot % kLanes];
-  }
   const int least = *std::min_element(lowest, lowest + queries) / kLanes * kLanes;
   const int end = *std::max_element(highest, highest + queries) + 1;
   for (int chunk = least / kChunk * kChunk; chunk < end; chunk += kChunk) {
     const int begin = std::max(chunk, least), first = begin / kLanes;
     const int count = (std::min(chunk + kChunk, end) - begin + kLanes - 1) / kLanes;
     const int shared = std::min(std::max(paths.fork - first, 0), count);
-    if (shared) score(first, shared);
-    // Behind the shared tiles each row has positions of its own.
-    const int behind = shared * kLanes, skipped = begin + behind - paths.begin();
-    auto num_own = [&](int row) { return std::min(highest[row * u.heads] + 1, begin + count * kLanes) - (begin + behind); };
+    if (shared) Math::score(queries, cached, q, first, shared, dim, scores);
+    const int behind = first + shared - paths.fork;  // tiles of paths in earlier chunks
+    if (shared < count && !is_laid_out) lay_out_paths();
     for (int n = 0; n < queries && shared < count; n++)
-      if (const int some = num_own(n / u.heads); some > 0)
-        std::copy_n(path_scores + n * paths.width + skipped, some, scores + n * kChunk + behind);
+      std::copy_n(path_scores + n * paths.width + behind * kLanes,
+                  std::min((count - shared) * kLanes, paths.width - behind * kLanes), scores + n * kChunk + shared * kLanes);
     for (int n = 0; n < queries; n++)
-      chunks[n] = exponentials(scores + n * kChunk, begin, count, lowest[n], highest[n], a.scale);
+      chunks[n] = exponentials<Scalar>(scores + n * kChunk, begin, count, lowest[n], highest[n], a.scale);
     if (shared)
-      with_known(queries, [&](auto n) {
-        auto tile = [&](int i) { return cached.v(first + i); };
-        weigh_positions<n, kLanes>(tile, shared, scores, dim, false, chunk_values);
-      });
-    for (int row = 0; row < u.rows && shared < count; row++)
-      with_known(u.heads, [&](auto n) {
-        auto position = [&](int i) { return cached.v_at(paths.of(row)[skipped + i]); };
-        weigh_positions<n, 1>(position, std::max(num_own(row), 0), scores + row * u.heads * kChunk + behind, dim, shared > 0,
-                              chunk_values + row * u.heads * dim);
-      });
+      Math::weigh(queries, [&](int i) { return cached.v(first + i); }, shared, scores, dim, false, chunk_values);
+    for (int row = 0; row < u.rows && shared < count; row++) {
+      const Scalar* own = path_values + int64_t(row) * path_size + behind * dim * kLanes;
+      Math::weigh(u.heads, [&](int i) { return own + i * dim * kLanes; }, count - shared,
+                  scores + row * u.heads * kChunk + shared * kLanes, dim, shared > 0, chunk_values + row * u.heads * dim);
+    }
     for (int n = 0; n < queries; n++) fold(states[n], values + n * dim, chunks[n], chunk_values + n * dim, dim);
   }
+  Math::end();
   for (int n = 0; n < queries; n++) {
     Scalar* to = out + (int64_t(u.first_row + n / u.heads) * a.num_heads + u.first_head + n % u.heads) * dim;
     float inverse = 1.f / states[n].sum;
@@ -1086,24 +1305,24 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
   }
 }
 
-std::vector<Unit> plan_units(const AttendArgs& a) {
+std::vector<Unit> plan_units(const AttendArgs& a, int max_queries) {
   std::vector<Unit> units;
   const int group = a.num_heads / a.num_kv_heads;
   for (int s = 0; s < a.sequences; s++) {
-    const int rows = a.row_starts[s + 1] - a.row_starts[s], most = std::max(1, kMaxQueries / group);
+    const int rows = a.row_starts[s + 1] - a.row_starts[s], most = std::max(1, max_queries / group);
     const int tiles = (rows + most - 1) / most, tile_rows = tiles ? (rows + tiles - 1) / tiles : 1;
     for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
       for (int h = 0; h < a.num_kv_heads; h++)
-        for (int g = 0; g < group; g += kMaxQueries)
+        for (int g = 0; g < group; g += max_queries)
           units.push_back({s, h, row, std::min(tile_rows, a.row_starts[s + 1] - row), h * group + g,
-                           std::min(group - g, kMaxQueries)});
+                           std::min(group - g, max_queries)});
   }
   return units;
 }
 
 template <typename Scalar>
 void attend(const AttendArgs& a, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache, Scalar* out, int window) {
-  const std::vector<Unit> units = plan_units(a);
+  const std::vector<Unit> units = plan_units(a, kMaxQueries<Scalar>);
   Team::instance().run(int(units.size()), [&](int i) { attend_unit(a, units[i], qkv, k_cache, v_cache, out, window); });
 }
 

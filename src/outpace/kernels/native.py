@@ -221,6 +221,7 @@ class NativeKernels(Kernels):
         own = SUFFIXES[dtype]
         self.tile_rows = getattr(self._lib, f"tile_rows_{own}")()
         self._tile_inputs = getattr(self._lib, f"tile_inputs_{own}")()
+        self.cache_group = torch.float32.itemsize // dtype.itemsize
         self._linear = getattr(self._lib, f"linear_{own}")
         self._rms_norm = getattr(self._lib, f"rms_norm_{own}")
         self._add_rms_norm = getattr(self._lib, f"add_rms_norm_{own}")
@@ -476,6 +477,7 @@ class NativeStack(LayerStack):
         eps: float,
     ) -> None:
         super().__init__(kernels, layers, cache, last_norm, eps)
+        assert all(of.shape[-1] == kernels.cache_group for pair in cache for of in pair), "another's cache"
         self._run = kernels.decoder_layers
         self._args = (LayerArgs * len(layers))(*map(_layer_args, layers, cache))
         self._last_norm_address = last_norm.data_ptr()

@@ -41,16 +41,17 @@ class ReferenceAttention(LayerAttention):
         q = self._rotate(q if q_norm is None else rms_norm(q, q_norm, self._eps))
         k = self._rotate(k if k_norm is None else rms_norm(k, k_norm, self._eps))
         block, offset = self._rows.slots.long() // BLOCK_SIZE, self._rows.slots.long() % BLOCK_SIZE
-        k_cache[block, :, :, offset] = k
-        v_cache[block, :, offset] = v
+        group = v_cache.shape[-1]
+        k_cache[block, :, :, offset] = k.unflatten(-1, (-1, group))
+        v_cache[block, :, offset // group, :, offset % group] = v
 
         out = torch.empty(num_rows, heads.num_heads, heads.head_dim, dtype=qkv.dtype)
-        group = heads.num_heads // heads.num_kv_heads
         for row, path in enumerate(self._paths):
             slots = path if window is None else path[-window:]
-            keys = k_cache[slots // BLOCK_SIZE, :, :, slots % BLOCK_SIZE].float()  # [path, kv_heads, dim]
-            values = v_cache[slots // BLOCK_SIZE, :, slots % BLOCK_SIZE].float()
-            query = q[row].float().view(heads.num_kv_heads, group, heads.head_dim)
+            block, offset = slots // BLOCK_SIZE, slots % BLOCK_SIZE
+            keys = k_cache[block, :, :, offset].flatten(-2).float()  # [path, kv_heads, dim]
+            values = v_cache[block, :, offset // group, :, offset % group].float()
+            query = q[row].float().view(heads.num_kv_heads, -1, heads.head_dim)
             weights = torch.einsum("hgd,phd->hgp", query, keys) * heads.head_dim**-0.5
             mixed = torch.einsum("hgp,phd->hgd", weights.softmax(-1), values)
             out[row] = mixed.reshape(heads.num_heads, heads.head_dim).to(qkv.dtype)

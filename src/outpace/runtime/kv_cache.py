@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -16,14 +17,17 @@ from outpace.request import Sequence
 from outpace.runtime.block_manager import BlockManager
 from outpace.tree import EMPTY_TREE, DraftTree
 
+if TYPE_CHECKING:
+    from outpace.models.decoder import Decoder
+
 
 class KVCache:
     """The cache tensors of one model and the blocks they are divided in.
 
     Attributes:
         blocks: Who owns which block.
-        keys: [layers, blocks, kv_heads, head_dim, 16].
-        values: [layers, blocks, kv_heads, 16, head_dim].
+        keys: As `new_cache` has them: those of a slot are at [:, block, :, :, offset].
+        values: Likewise: at [:, block, :, offset // group, :, offset % group].
         layers: Per layer its keys and values.
         null_block: The last one, which nobody owns: rows that pad a pass are written there.
     """
@@ -35,12 +39,29 @@ class KVCache:
         dtype: torch.dtype,
         enable_prefix_caching: bool,
         device: torch.device = CPU,
+        group: int = 1,
     ) -> None:
+        """Makes an empty one.
+
+        Args:
+            config: The model's shape.
+            num_blocks: Of `BLOCK_SIZE` tokens each.
+            dtype: The model's.
+            enable_prefix_caching: Whether blocks are found again by what is in them.
+            device: Where.
+            group: The `cache_group` of the kernels that are to use it.
+        """
         self.blocks = BlockManager(num_blocks, enable_prefix_caching)
         self.null_block = num_blocks
         shape = (config.num_layers, num_blocks + 1, config.num_kv_heads)
-        self.keys, self.values = new_cache(shape, config.head_dim, dtype, device)
+        self.keys, self.values = new_cache(shape, config.head_dim, dtype, device, group)
         self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
+
+    @classmethod
+    def of(cls, decoder: Decoder, num_blocks: int, enable_prefix_caching: bool) -> Self:
+        """An empty one for a decoder."""
+        group = decoder.kernels.cache_group
+        return cls(decoder.config, num_blocks, decoder.dtype, enable_prefix_caching, decoder.device, group)
 
     @staticmethod
     def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -98,7 +119,10 @@ class KVCache:
         from_block, from_offset = source // BLOCK_SIZE, source % BLOCK_SIZE
         to_block, to_offset = target // BLOCK_SIZE, target % BLOCK_SIZE
         self.keys[:, to_block, :, :, to_offset] = self.keys[:, from_block, :, :, from_offset]
-        self.values[:, to_block, :, to_offset] = self.values[:, from_block, :, from_offset]
+        group = self.values.shape[-1]
+        self.values[:, to_block, :, to_offset // group, :, to_offset % group] = self.values[
+            :, from_block, :, from_offset // group, :, from_offset % group
+        ]
 
 
 def slot_of(sequence: Sequence, logical: int) -> int:

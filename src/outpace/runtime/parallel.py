@@ -344,8 +344,9 @@ class LeadingCache(KVCache):
         dtype: torch.dtype,
         enable_prefix_caching: bool,
         device: torch.device = CPU,
+        group: int = 1,
     ) -> None:
-        super().__init__(config, num_blocks, dtype, enable_prefix_caching, device)
+        super().__init__(config, num_blocks, dtype, enable_prefix_caching, device, group)
         self.moved: Moves = []
 
     def move(self, moves: Moves) -> None:
@@ -476,13 +477,13 @@ def start(
     check_devices(part.device, size)
     if size == 1:
         decoder = part.load(Shard())
-        cache = KVCache(decoder.config, num_blocks(decoder), decoder.dtype, has_prefixes, decoder.device)
+        cache = KVCache.of(decoder, num_blocks(decoder), has_prefixes)
         return build_runner(config, decoder, cache), cache
     workers = Workers(part, size)
     try:
         decoder = part.load(Shard(0, size), workers.ranks.total)
         number = num_blocks(decoder)
-        leading = LeadingCache(decoder.config, number, decoder.dtype, has_prefixes, decoder.device)
+        leading = LeadingCache.of(decoder, number, has_prefixes)
         workers.join()
         with workers.watched():
             workers.send(np.array([number], dtype=np.int32).tobytes())

@@ -62,7 +62,7 @@ def _serve(task: dict[str, Any], status: int) -> None:
     os.write(status, b".")
     ranks.join()
     (num_blocks,) = read_integers(_PIPE, 1).tolist()
-    cache = KVCache(decoder.config, num_blocks, decoder.dtype, False, decoder.device)
+    cache = KVCache.of(decoder, num_blocks, False)
     stack = decoder.stack(cache.layers)
     while True:
         step = receive(_PIPE)

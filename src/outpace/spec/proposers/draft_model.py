@@ -155,12 +155,12 @@ def create(context: DraftContext) -> DraftModel:
     Raises:
         ConfigError: It cannot be had, its vocabulary is not the target's, or it was trained for another one.
     """
-    settings, target = context.speculative, context.decoder
+    settings = context.speculative
     path = resolve_model(settings.model)
     decoder, vocab = _trained(path, context) if _is_trained(path) else (_whole(path, context), None)
     # As many tokens as the target's: `choose_num_blocks` has planned both.
     num_blocks, has_prefixes = context.kv.blocks.num_blocks, context.config.enable_prefix_caching
-    kv = KVCache(decoder.config, num_blocks, target.dtype, has_prefixes, target.device)
+    kv = KVCache.of(decoder, num_blocks, has_prefixes)
     logger.info("draft model %s of %d layers", settings.model, decoder.config.num_layers)
     runner, max_rows = context.runner.beside(decoder, kv), context.config.max_num_batched_tokens
     return DraftModel(Drafter(runner, kv, settings.draft_branching or 1, max_rows, vocab))
