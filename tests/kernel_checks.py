@@ -163,6 +163,11 @@ def rows_attend_to_the_same_bits(
         on_tree = run([(start, parents)], qkv, cache(start))
         assert torch.equal(on_tree[[0, 2, 4, 5, 6]], whole[start : start + 5])
 
+    # a chain of wrong guesses across blocks, and what follows behind its second and its first
+    qkv = torch.cat((tokens[290:292], noise[:20], tokens[292:294], noise[:1]))
+    on_tree = run([(290, [*range(-1, 21), 1, 22, 0])], qkv, cache(290))
+    assert torch.equal(on_tree[[0, 1, 22, 23]], whole[290:294])
+
 
 def row_kernels_agree(kernels: Kernels, dtype: torch.dtype, rows: int, device: torch.device = CPU) -> None:
     """Norms and activation are those of the reference."""

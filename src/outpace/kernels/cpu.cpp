@@ -912,8 +912,10 @@ struct Paths {
     if (!a.branching[u.sequence]) return;
     const int start = a.row_starts[u.sequence], context = a.context_lens[u.sequence];
     const int* parents = a.parents + start;
-    int chain = 0;  // rows that have but one path
-    while (chain < a.row_starts[u.sequence + 1] - start && parents[chain] == chain - 1) chain++;
+    const int rows = a.row_starts[u.sequence + 1] - start;
+    int chain = rows;  // the first of them, which no row branches off from
+    for (int r = 0; r < rows; r++)
+      if (parents[r] != r - 1) chain = std::min(chain, parents[r] + 1);
     fork = (context + chain) / kLanes;
     const int begin = this->begin(), *positions = a.positions + u.first_row;
     width = std::max(0, *std::max_element(positions, positions + u.rows) + 1 - begin);
@@ -1311,8 +1313,8 @@ std::vector<Unit> plan_units(const AttendArgs& a, int max_queries) {
   for (int s = 0; s < a.sequences; s++) {
     const int rows = a.row_starts[s + 1] - a.row_starts[s], most = std::max(1, max_queries / group);
     const int tiles = (rows + most - 1) / most, tile_rows = tiles ? (rows + tiles - 1) / tiles : 1;
-    for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
-      for (int h = 0; h < a.num_kv_heads; h++)
+    for (int h = 0; h < a.num_kv_heads; h++)  // one after the other, so that one thread fetches its keys
+      for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
         for (int g = 0; g < group; g += max_queries)
           units.push_back({s, h, row, std::min(tile_rows, a.row_starts[s + 1] - row), h * group + g,
                            std::min(group - g, max_queries)});
