@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -306,6 +307,15 @@ def stream_heads_agree(kernels: Kernels, dtype: torch.dtype, hidden: int, rank: 
         given = (units[alone], places[alone], probs[alone], temperature[alone])
         _, one = kernels.likeliest_behind(change, *given, 4)
         assert torch.equal(one, chances[alone])
+
+    head, table = kernels.linear(drawn(vocab, hidden)), drawn(vocab, hidden)
+    which, before = torch.tensor([3, 0, 4, 3]), torch.tensor([7, 63, 0, 7])
+    at_once, one_by_one = (
+        candidates(change, head, states, which, table, before, tokens, 2)
+        for candidates in (kernels.stream_candidates, partial(Kernels.stream_candidates, kernels))
+    )
+    assert all(torch.equal(*pair) for pair in zip(at_once, one_by_one, strict=True))
+    assert not torch.equal(at_once[0][0], at_once[0][1])
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

@@ -291,7 +291,8 @@ def test_a_draft_is_the_most_probable_part_of_the_product_of_all_streams(checkpo
     engine.step()
     proposer, (sequence,) = proposer_of(engine), [e.sequence for e in engine.scheduler._running]
     (tree,) = proposer.propose([sequence], [7])
-    probs = engine.runner.decoder.logits(proposer._said[sequence.id]).softmax(-1)
+    hidden, place = proposer._said[sequence.id]
+    probs = engine.runner.decoder.logits(hidden[place]).softmax(-1)
     top = [of.topk(2) for of in probs]
     for depth, token_id, confidence in zip(tree.depths(), tree.token_ids, tree.confidence or (), strict=True):
         place = top[depth - 1].indices.tolist().index(token_id)
@@ -312,7 +313,8 @@ def test_a_token_is_as_probable_as_its_stream_says_behind_the_one_before(
     submit(engine, "0", list(range(20)), replace(GREEDY, temperature=temperature))
     engine.step()
     proposer, (sequence,) = proposer_of(engine), [e.sequence for e in engine.scheduler._running]
-    said = proposer._said[sequence.id].clone()
+    hidden, place = proposer._said[sequence.id]
+    said = hidden[place].clone()
     (tree,) = proposer.propose([sequence], [9])
     token_ids = proposer._candidates([sequence])[sequence.id].token_ids
     decoder, weights = engine.runner.decoder, load_file(conditioned / "model.safetensors")

@@ -355,6 +355,42 @@ class Kernels(ABC):
         chances, index = logits.softmax(-1)[..., :-1].topk(number)
         return index, chances
 
+    def stream_candidates(
+        self,
+        change: TokenChange,
+        head: Linear,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        embedding: torch.Tensor,
+        before: torch.Tensor,
+        number: int,
+        most: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All between what streams said and what greedy sequences may go on with.
+
+        Args:
+            change: What tokens before change.
+            head: The draft's output head.
+            hidden: [rows, streams, hidden], what streams say behind any token.
+            anchors: [anchors] int64, which rows are meant.
+            embedding: [tokens, hidden], the target's.
+            before: [anchors] int64, the token that is known by now.
+            number: Candidates of a stream, up to the head's tokens.
+            most: The likeliest of them behind each of the stream before, up to `number`.
+
+        Returns:
+            [anchors, streams, number] int64, where candidates are in the draft's vocabulary, and what
+            `likeliest_behind` gives of them.
+        """
+        said = hidden.index_select(0, anchors)
+        units = self.change_first_(change, said, embedding.index_select(0, before))
+        nothing = torch.zeros(len(said) * said.shape[1], dtype=torch.int64, device=said.device)
+        logits = head(said.flatten(0, 1))
+        found = self.noisy_topk(logits, number, nothing, nothing, nothing.bool())
+        places, probs = (of.view(len(said), -1, number) for of in found)
+        temperature = torch.ones(len(said), device=said.device)
+        return places, *self.likeliest_behind(change, units, places, probs, temperature, most)
+
     def exit_probs(
         self,
         weights: EarlyExit,

@@ -1632,11 +1632,9 @@ void exit_probs(float* out, const Scalar* x, const Scalar* head, const int64_t* 
   });
 }
 
-}  // namespace
-
-extern "C" void likeliest_behind(int64_t* index, float* chances, const float* units, const int64_t* places,
-                                 const float* probs, const float* temperature, const float* befores, const float* afters,
-                                 int anchors, int streams, int rank, int tokens, int number) {
+void likeliest_behind(int64_t* index, float* chances, const float* units, const int64_t* places, const float* probs,
+                      const float* temperature, const float* befores, const float* afters, int anchors, int streams,
+                      int rank, int tokens, int number) {
   for_rows(anchors, streams * tokens * (tokens + 2) * rank / kLanes, [&](int a) {
     for (int j = 0, row = a * streams; j < streams; j++, row++) {
       const int64_t from = int64_t(row) * tokens, to = from * number;
@@ -1649,6 +1647,53 @@ extern "C" void likeliest_behind(int64_t* index, float* chances, const float* un
         take_best(index + place, chances + place, probs + from, tokens, number);
     }
   });
+}
+
+// What a token before changes in what streams say, as `TokenChange` of base.py has it.
+struct ChangeArgs {
+  const void *said, *before, *up;
+  const float *befores, *afters;
+  int32_t hidden, rank;
+  float eps;
+};
+
+template <typename Scalar>
+void change_first(float* units, Scalar* said, const Scalar* embeddings, const ChangeArgs& a, int anchors, int streams) {
+  change_first(units, said, embeddings, static_cast<const Scalar*>(a.said), static_cast<const Scalar*>(a.before),
+               static_cast<const Scalar*>(a.up), a.eps, anchors, streams, a.hidden, a.rank);
+}
+
+// All between what streams said and the candidates: `number` of each stream, the `most` likeliest behind each of them.
+template <typename Scalar>
+void stream_candidates(int64_t* places, int64_t* index, float* chances, const Scalar* hidden, const int64_t* anchors,
+                       const Scalar* embedding, const int64_t* before, const ChangeArgs& a, const LinearArgs& head, int count,
+                       int streams, int number, int most) {
+  static thread_local std::vector<Scalar> buffer;
+  const int rows = count * streams, vocab = head.outputs;
+  const int64_t row = a.hidden;
+  Scalar* said = room(buffer, (rows + count) * row + int64_t(rows) * vocab);
+  Scalar *embeddings = said + rows * row, *logits = embeddings + count * row;
+  for (int n = 0; n < count; n++) {
+    std::memcpy(said + n * streams * row, hidden + anchors[n] * streams * row, streams * row * sizeof(Scalar));
+    std::memcpy(embeddings + n * row, embedding + before[n] * row, row * sizeof(Scalar));
+  }
+  std::vector<float> units(rows * a.rank), probs(rows * number), temperature(count, 1.f);
+  change_first(units.data(), said, embeddings, a, count, streams);
+  linear<Scalar>(logits, said, head, rows);
+  const std::vector<int64_t> nothing(rows);
+  const std::vector<uint8_t> noisy(rows);
+  noisy_topk(places, probs.data(), logits, nothing.data(), nothing.data(), noisy.data(), rows, vocab, number);
+  likeliest_behind(index, chances, units.data(), places, probs.data(), temperature.data(), a.befores, a.afters, count, streams,
+                   a.rank, number, most);
+}
+
+}  // namespace
+
+extern "C" void likeliest_behind(int64_t* index, float* chances, const float* units, const int64_t* places,
+                                 const float* probs, const float* temperature, const ChangeArgs* args, int anchors,
+                                 int streams, int tokens, int number) {
+  likeliest_behind(index, chances, units, places, probs, temperature, args->befores, args->afters, anchors, streams, args->rank,
+                   tokens, number);
 }
 
 extern "C" void filter_logits(float* logits, const int64_t* top_k, const float* top_p, const float* min_p, int rows,
@@ -1727,10 +1772,16 @@ extern "C" void keep_freed_memory() {
                                          int streams, int hidden) {                                                     \
     start_streams<Scalar>(out, residual, sources, rows, embeddings, count, num_streams, streams, hidden);               \
   }                                                                                                                     \
-  extern "C" void change_first_##suffix(float* units, Scalar* said, const Scalar* embeddings, const Scalar* of_said,    \
-                                        const Scalar* of_before, const Scalar* up, float eps, int anchors, int streams, \
-                                        int hidden, int rank) {                                                         \
-    change_first<Scalar>(units, said, embeddings, of_said, of_before, up, eps, anchors, streams, hidden, rank);         \
+  extern "C" void change_first_##suffix(float* units, Scalar* said, const Scalar* embeddings, const ChangeArgs* args,   \
+                                          int anchors, int streams) {                                                   \
+    change_first<Scalar>(units, said, embeddings, *args, anchors, streams);                                             \
+  }                                                                                                                     \
+  extern "C" void stream_candidates_##suffix(int64_t* places, int64_t* index, float* chances, const Scalar* hidden,     \
+                                               const int64_t* anchors, const Scalar* embedding, const int64_t* before,  \
+                                               const ChangeArgs* args, const LinearArgs* head, int count, int streams,  \
+                                               int number, int most) {                                                  \
+    stream_candidates<Scalar>(places, index, chances, hidden, anchors, embedding, before, *args, *head, count, streams, \
+                              number, most);                                                                            \
   }                                                                                                                     \
   extern "C" void exit_probs_##suffix(float* out, const Scalar* x, const Scalar* head, const int64_t* rows,             \
                                       const int64_t* token_ids, const float* q, const float* down, const float* up,     \

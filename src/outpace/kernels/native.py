@@ -60,7 +60,8 @@ SIGNATURES = {
     "noisy_argmax": (*[Pointer] * 5, Int, Int),
     "noisy_topk": (*[Pointer] * 6, Int, Int, Int),
     "start_streams": (*[Pointer] * 5, Int, Int, Int, Int),
-    "change_first": (*[Pointer] * 6, Float, Int, Int, Int, Int),
+    "change_first": (*[Pointer] * 4, Int, Int),
+    "stream_candidates": (*[Pointer] * 9, Int, Int, Int, Int),
     "exit_probs": (*[Pointer] * 10, Int, Int, Int),
 }
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -113,6 +114,21 @@ class AttendArgs(ctypes.Structure):
         ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("scale", Float),
+    )
+
+
+class ChangeArgs(ctypes.Structure):
+    """`ChangeArgs` of cpu.cpp."""
+
+    _fields_ = (
+        ("said", Pointer),
+        ("before", Pointer),
+        ("up", Pointer),
+        ("befores", Pointer),
+        ("afters", Pointer),
+        ("hidden", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("eps", Float),
     )
 
 
@@ -214,7 +230,7 @@ class NativeKernels(Kernels):
                 function.argtypes, function.restype = argtypes, None
         self._lib.filter_logits.argtypes = (Pointer, Pointer, Pointer, Pointer, Int, Int)
         self._lib.filter_logits.restype = None
-        self._lib.likeliest_behind.argtypes = (*[Pointer] * 8, Int, Int, Int, Int, Int)
+        self._lib.likeliest_behind.argtypes = (*[Pointer] * 7, Int, Int, Int, Int)
         self._lib.likeliest_behind.restype = None
         self._lib.set_num_threads(num_threads)
         self._lib.keep_freed_memory()
@@ -231,6 +247,7 @@ class NativeKernels(Kernels):
         self.decoder_layers = getattr(self._lib, f"decoder_layers_{own}")
         self._start_streams = getattr(self._lib, f"start_streams_{own}")
         self._change_first = getattr(self._lib, f"change_first_{own}")
+        self._stream_candidates = getattr(self._lib, f"stream_candidates_{own}")
         self._exit_probs = getattr(self._lib, f"exit_probs_{own}")
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
@@ -352,23 +369,43 @@ class NativeKernels(Kernels):
         self, change: TokenChange, said: torch.Tensor, embeddings: torch.Tensor
     ) -> torch.Tensor:
         """See `Kernels`."""
-        anchors, streams, hidden = said.shape
-        rank = len(change.said)
-        units = torch.empty((anchors, streams, rank), dtype=torch.float32)
-        self._change_first(
-            units.data_ptr(),
-            said.data_ptr(),
-            embeddings.data_ptr(),
-            change.said.data_ptr(),
-            change.before.data_ptr(),
-            change.up.data_ptr(),
-            UNIT_EPS,
-            anchors,
-            streams,
-            hidden,
-            rank,
-        )
+        anchors, streams, _ = said.shape
+        units = torch.empty((anchors, streams, len(change.said)), dtype=torch.float32)
+        args = ctypes.byref(_change_args(change))
+        self._change_first(units.data_ptr(), said.data_ptr(), embeddings.data_ptr(), args, anchors, streams)
         return units
+
+    def stream_candidates(
+        self,
+        change: TokenChange,
+        head: Linear,
+        hidden: torch.Tensor,
+        anchors: torch.Tensor,
+        embedding: torch.Tensor,
+        before: torch.Tensor,
+        number: int,
+        most: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Kernels`. One call, since each is slow behind a pass, which leaves nothing in the caches."""
+        if not isinstance(head, NativeLinear):  # a shard's
+            return super().stream_candidates(change, head, hidden, anchors, embedding, before, number, most)
+        shape = (len(anchors), hidden.shape[1], number)
+        places, index = torch.empty(shape, dtype=torch.int64), torch.empty((*shape, most), dtype=torch.int64)
+        chances = torch.empty((*shape, most), dtype=torch.float32)
+        self._stream_candidates(
+            places.data_ptr(),
+            index.data_ptr(),
+            chances.data_ptr(),
+            hidden.data_ptr(),
+            anchors.data_ptr(),
+            embedding.data_ptr(),
+            before.data_ptr(),
+            ctypes.byref(_change_args(change)),
+            head.address,
+            *shape,
+            most,
+        )
+        return places, index, chances
 
     def likeliest_behind(
         self,
@@ -389,10 +426,8 @@ class NativeKernels(Kernels):
             places.data_ptr(),
             probs.data_ptr(),
             temperature.data_ptr(),
-            change.befores.data_ptr(),
-            change.afters.data_ptr(),
-            *units.shape,
-            places.shape[2],
+            ctypes.byref(_change_args(change)),
+            *places.shape,
             number,
         )
         return index, chances
@@ -587,6 +622,12 @@ class NativeAttention(LayerAttention):
         )
         self._attend(self.args_address, q, k, v, out.data_ptr(), window or 0)
         return out
+
+
+def _change_args(change: TokenChange) -> ChangeArgs:
+    weights = (change.said, change.before, change.up, change.befores, change.afters)
+    rank, hidden = change.said.shape
+    return ChangeArgs(*(of.data_ptr() for of in weights), hidden, rank, UNIT_EPS)
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -87,7 +87,9 @@ class DraftVocab:
 
     def ids(self, places: torch.Tensor) -> torch.Tensor:
         """Which tokens are at places, int64 of the same shape."""
-        return places if self.token_ids is None else self.token_ids[places]
+        if self.token_ids is None:
+            return places
+        return self.token_ids.index_select(0, places.flatten()).view_as(places)
 
     def spread(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of these tokens as logits of all of the target's, -inf for others.

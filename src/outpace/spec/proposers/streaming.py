@@ -97,7 +97,8 @@ class Streaming(Proposer):
         self._vocab, self._head = vocab, decoder.head(vocab)
         self._branching, self._min_prob = branching, min_prob
         self._wanted: set[str] = set()  # sequences that may draft in the present step
-        self._said: dict[str, torch.Tensor] = {}  # [streams, hidden] of each sequence's last row
+        # What streams said at each sequence's last row: where that is in [rows, streams, hidden].
+        self._said: dict[str, tuple[torch.Tensor, int]] = {}
 
     def propose(self, sequences: list[Sequence], limits: list[int]) -> list[DraftTree]:
         """See Proposer. Streams of this step are for those with a limit: they are asked to draft."""
@@ -131,7 +132,7 @@ class Streaming(Proposer):
             if said is None or place is None:
                 self._said.pop(entry.sequence.id, None)
             else:
-                self._said[entry.sequence.id] = said.hidden[place]
+                self._said[entry.sequence.id] = said.hidden, place
 
     def release(self, sequence_id: str) -> None:
         """See Proposer."""
@@ -142,11 +143,18 @@ class Streaming(Proposer):
     def _candidates(self, sequences: list[Sequence]) -> dict[str, _Candidates]:
         """For each sequence what may come."""
         kernels, depth, change = self._decoder.kernels, self._streams.config.num_streams, self._streams.change
-        said = torch.stack([self._said[s.id] for s in sequences])  # [sequences, streams, hidden]
-        units = None
-        if change is not None:
-            last = indices([s.token_ids[-1] for s in sequences], said.device)
-            units = kernels.change_first_(change, said, self._decoder.embed(last))
+        hidden, anchors = self._all_said(sequences)
+        last = indices([s.token_ids[-1] for s in sequences], hidden.device)
+        is_plain = all(p.is_greedy and not p.adjusts for p in (s.request.sampling for s in sequences))
+        if change is not None and is_plain:
+            number = min(max(self._branching, _CONSIDERED), len(self._vocab))
+            most = min(self._branching, number)
+            places, index, chances = kernels.stream_candidates(
+                change, self._head, hidden, anchors, self._decoder.embedding, last, number, most
+            )
+            return self._named(sequences, self._vocab.ids(places), index, chances)
+        said = hidden.index_select(0, anchors)  # [sequences, streams, hidden]
+        units = None if change is None else kernels.change_first_(change, said, self._decoder.embed(last))
         # A stream does not know which tokens come before its own; the last known one stands for them.
         rows = [SampleRow(s, (s.token_ids[-1],) * place) for s in sequences for place in range(depth)]
         number = self._branching if change is None else max(self._branching, _CONSIDERED)
@@ -161,7 +169,20 @@ class Streaming(Proposer):
             index, chances = kernels.likeliest_behind(change, units, places, probs, temperature, most)
         else:  # the same behind each token before
             chances, index = probs.unsqueeze(2).expand(-1, -1, probs.shape[2], -1).topk(most)
-        each = zip(*(of.tolist() for of in [Download(of) for of in (token_ids, index, chances)]), strict=True)
+        return self._named(sequences, token_ids, index, chances)
+
+    def _all_said(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What streams said, [rows, streams, hidden], and which row is each sequence's, [sequences] int64."""
+        hidden, places = zip(*(self._said[s.id] for s in sequences), strict=True)
+        if all(of is hidden[0] for of in hidden):  # they were in the same steps
+            return hidden[0], indices(places, hidden[0].device)
+        stacked = torch.stack([of[place] for of, place in zip(hidden, places, strict=True)])
+        return stacked, indices(range(len(stacked)), stacked.device)
+
+    @staticmethod
+    def _named(sequences: list[Sequence], *found: torch.Tensor) -> dict[str, _Candidates]:
+        """For each sequence its part of the fields of `_Candidates`."""
+        each = zip(*(of.tolist() for of in [Download(of) for of in found]), strict=True)
         return {s.id: _Candidates(*of) for s, of in zip(sequences, each, strict=True)}
 
     def _drawn(self, sequences: list[Sequence], probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
