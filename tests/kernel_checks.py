@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from outpace.kernels import EarlyExit, Heads, Kernels, RopeTable, Rows, TokenChange, new_cache
+from outpace.kernels import EarlyExit, Heads, Kernels, RopeTable, Rows, TokenChange, move_slots, new_cache
 from outpace.kernels.reference import ReferenceKernels
 from outpace.models.config import RopeConfig
 from outpace.models.decoder import rope_table
@@ -168,6 +168,20 @@ def rows_attend_to_the_same_bits(
     qkv = torch.cat((tokens[290:292], noise[:20], tokens[292:294], noise[:1]))
     on_tree = run([(290, [*range(-1, 21), 1, 22, 0])], qkv, cache(290))
     assert torch.equal(on_tree[[0, 1, 22, 23]], whole[290:294])
+
+
+def slots_move(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Slots are copied as torch copies them, those that are read and written, too."""
+    cache = new_cache((3, 4, 2), 32, dtype, group=kernels.cache_group)
+    for of in cache:
+        of.normal_(generator=torch.Generator().manual_seed(0))
+    moved, expected = ([of.clone() for of in cache] for _ in range(2))
+    moves = [(20, 3), (21, 20), (63, 21), (5, 62)]
+    kernels.move_slots(moved[0], moved[1], moves)
+    move_slots(expected[0], expected[1], moves)
+    for ours, theirs, before in zip(moved, expected, cache, strict=True):
+        assert torch.equal(ours, theirs)
+        assert not torch.equal(ours, before)
 
 
 def row_kernels_agree(kernels: Kernels, dtype: torch.dtype, rows: int, device: torch.device = CPU) -> None:

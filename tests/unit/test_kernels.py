@@ -331,6 +331,11 @@ def test_ranked_tokens_are_those_chosen_one_after_the_other(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_slots_of_a_cache_move(dtype: torch.dtype) -> None:
+    checks.slots_move(backend("native", dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("hidden", "rank", "tokens"), [(64, 48, 16), (90, 6, 5)])
 def test_what_streams_need_beside_a_pass_is_what_torch_makes_of_it(
     hidden: int, rank: int, tokens: int, dtype: torch.dtype

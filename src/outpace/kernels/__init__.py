@@ -20,8 +20,10 @@ from outpace.kernels.base import (
     LayerAttention,
     LayerStack,
     Linear,
+    Moves,
     RopeTable,
     Rows,
+    move_slots,
 )
 from outpace.kernels.huge_pages import HugePages, populate
 from outpace.kernels.stream_heads import EarlyExit, TokenChange
@@ -35,10 +37,12 @@ __all__ = [
     "LayerAttention",
     "LayerStack",
     "Linear",
+    "Moves",
     "RopeTable",
     "Rows",
     "TokenChange",
     "load_kernels",
+    "move_slots",
     "new_cache",
 ]
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from outpace.config import BLOCK_SIZE
+from outpace.device import tensor_of, upload
 from outpace.kernels.stream_heads import EarlyExit, TokenChange, exit_logits, unit
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -155,6 +157,24 @@ class LayerStack:
         return type(self)(self._kernels, (*kept, *layers), self._cache, self._last_norm, self._eps)
 
 
+Moves = Sequence[tuple[int, int]]  # slots of a cache (from, to)
+
+
+def move_slots(keys: torch.Tensor, values: torch.Tensor, moves: Moves) -> None:
+    """Copies keys and values of slots, over all layers.
+
+    Args:
+        keys: [layers, ...], as `new_cache` has them; overwritten.
+        values: Likewise.
+        moves: All are read before one is written.
+    """
+    source, target = upload(tensor_of(moves).unbind(1), keys.device)
+    (block, at), (to_block, to) = ((of // BLOCK_SIZE, of % BLOCK_SIZE) for of in (source, target))
+    keys[:, to_block, :, :, to] = keys[:, block, :, :, at]
+    group = values.shape[-1]
+    values[:, to_block, :, to // group, :, to % group] = values[:, block, :, at // group, :, at % group]
+
+
 class Kernels(ABC):
     """One backend.
 
@@ -219,6 +239,10 @@ class Kernels(ABC):
             eps: Of the norms.
         """
         return LayerStack(self, layers, cache, last_norm, eps)
+
+    def move_slots(self, keys: torch.Tensor, values: torch.Tensor, moves: Moves) -> None:
+        """Copies keys and values of slots over all layers, see the function."""
+        move_slots(keys, values, moves)
 
     @abstractmethod
     def filter_logits_(

@@ -842,6 +842,31 @@ void rope_and_cache(const RopeArgs& a, Scalar* qkv, Scalar* k_cache, Scalar* v_c
   });
 }
 
+// Copies slots, (from, to) each, of a cache [layers, blocks, kv_heads, ...]; all are read before one is written.
+template <typename Scalar>
+void move_slots(Scalar* keys, Scalar* values, const int64_t* moves, int count, int layers, int64_t blocks, int kv_heads, int dim) {
+  constexpr int kOf = kGroup<Scalar>;
+  for_rows(layers, 2 * count * kv_heads * dim, [&](int layer) {
+    std::vector<Scalar> buffer(2 * int64_t(count) * dim);
+    for (int h = 0; h < kv_heads; h++)
+      for (int side = 0; side < 2; side++) {
+        Scalar* at = buffer.data();
+        for (const int64_t* slot = moves + side; slot < moves + 2 * count; slot += 2) {
+          const int64_t tile = ((layer * blocks + *slot / kLanes) * kv_heads + h) * dim * kLanes;
+          const int place = int(*slot % kLanes);
+          Scalar *k = keys + tile + place * kOf, *v = values + tile + place / kOf * kOf * dim + place % kOf;
+          for (int d = 0; d < dim; d++, at++) {
+            Scalar &key = k[d / kOf * kOf * kLanes + d % kOf], &value = v[d * kOf];
+            if (side)
+              key = at[0], value = at[int64_t(count) * dim];
+            else
+              at[0] = key, at[int64_t(count) * dim] = value;
+          }
+        }
+      }
+  });
+}
+
 // ------------------------------------------------------------------------------------------ attention
 
 struct AttendArgs {
@@ -1746,6 +1771,10 @@ extern "C" void keep_freed_memory() {
   extern "C" void rope_and_cache_##suffix(const RopeArgs* args, Scalar* qkv, Scalar* k_cache, Scalar* v_cache,           \
                                           const Scalar* q_norm, const Scalar* k_norm) {                                  \
     rope_and_cache<Scalar>(*args, qkv, k_cache, v_cache, q_norm, k_norm);                                                \
+  }                                                                                                                     \
+  extern "C" void move_slots_##suffix(Scalar* keys, Scalar* values, const int64_t* moves, int count, int layers,        \
+                                        int64_t blocks, int kv_heads, int dim) {                                        \
+    move_slots<Scalar>(keys, values, moves, count, layers, blocks, kv_heads, dim);                                      \
   }                                                                                                                     \
   extern "C" void attend_##suffix(const AttendArgs* args, const Scalar* qkv, const Scalar* k_cache,                      \
                                   const Scalar* v_cache, Scalar* out, int window) {                                      \

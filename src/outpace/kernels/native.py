@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from outpace.config import BLOCK_SIZE, cache_dir
+from outpace.device import tensor_of
 from outpace.errors import ConfigError
 from outpace.kernels.base import (
     Cache,
@@ -26,6 +27,7 @@ from outpace.kernels.base import (
     LayerAttention,
     LayerStack,
     Linear,
+    Moves,
     RopeTable,
     Rows,
 )
@@ -56,6 +58,7 @@ SIGNATURES = {
     "silu_mul": (Pointer, Pointer, Int, Int),
     "rope_and_cache": (Pointer, Pointer, Pointer, Pointer, Pointer, Pointer),
     "attend": (Pointer, Pointer, Pointer, Pointer, Pointer, Int),
+    "move_slots": (Pointer, Pointer, Pointer, Int, Int, ctypes.c_int64, Int, Int),
     "decoder_layers": (*[Pointer] * 5, Int, Pointer, Float),
     "noisy_argmax": (*[Pointer] * 5, Int, Int),
     "noisy_topk": (*[Pointer] * 6, Int, Int, Int),
@@ -244,6 +247,7 @@ class NativeKernels(Kernels):
         self._silu_mul = getattr(self._lib, f"silu_mul_{own}")
         self._rope_and_cache = getattr(self._lib, f"rope_and_cache_{own}")
         self._attend = getattr(self._lib, f"attend_{own}")
+        self._move_slots = getattr(self._lib, f"move_slots_{own}")
         self.decoder_layers = getattr(self._lib, f"decoder_layers_{own}")
         self._start_streams = getattr(self._lib, f"start_streams_{own}")
         self._change_first = getattr(self._lib, f"change_first_{own}")
@@ -297,6 +301,21 @@ class NativeKernels(Kernels):
     def attention(self, heads: Heads, rope: RopeTable, eps: float, rows: Rows) -> LayerAttention:
         """See `Kernels`."""
         return NativeAttention(self._rope_and_cache, self._attend, heads, rope, eps, rows)
+
+    def move_slots(self, keys: torch.Tensor, values: torch.Tensor, moves: Moves) -> None:
+        """See `Kernels`."""
+        slots, (layers, blocks, kv_heads) = tensor_of(moves), keys.shape[:3]
+        head_dim = values.shape[4]
+        self._move_slots(
+            keys.data_ptr(),
+            values.data_ptr(),
+            slots.data_ptr(),
+            len(moves),
+            layers,
+            blocks,
+            kv_heads,
+            head_dim,
+        )
 
     def filter_logits_(
         self, logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor

@@ -10,8 +10,8 @@ import torch
 
 from outpace.batch import Batch, BatchEntry, Scheduled, Verdict
 from outpace.config import BLOCK_SIZE
-from outpace.device import CPU, tensor_of, upload
-from outpace.kernels import Rows, new_cache
+from outpace.device import CPU, tensor_of
+from outpace.kernels import Kernels, Moves, Rows, move_slots, new_cache
 from outpace.models.config import ModelConfig
 from outpace.request import Sequence
 from outpace.runtime.block_manager import BlockManager
@@ -39,7 +39,7 @@ class KVCache:
         dtype: torch.dtype,
         enable_prefix_caching: bool,
         device: torch.device = CPU,
-        group: int = 1,
+        kernels: Kernels | None = None,
     ) -> None:
         """Makes an empty one.
 
@@ -49,19 +49,21 @@ class KVCache:
             dtype: The model's.
             enable_prefix_caching: Whether blocks are found again by what is in them.
             device: Where.
-            group: The `cache_group` of the kernels that are to use it.
+            kernels: Who is to use it; None is kernels that want nothing of it.
         """
         self.blocks = BlockManager(num_blocks, enable_prefix_caching)
         self.null_block = num_blocks
         shape = (config.num_layers, num_blocks + 1, config.num_kv_heads)
+        group = 1 if kernels is None else kernels.cache_group
         self.keys, self.values = new_cache(shape, config.head_dim, dtype, device, group)
+        self._kernels = kernels
         self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
 
     @classmethod
     def of(cls, decoder: Decoder, num_blocks: int, enable_prefix_caching: bool) -> Self:
         """An empty one for a decoder."""
-        group = decoder.kernels.cache_group
-        return cls(decoder.config, num_blocks, decoder.dtype, enable_prefix_caching, decoder.device, group)
+        config, kernels = decoder.config, decoder.kernels
+        return cls(config, num_blocks, decoder.dtype, enable_prefix_caching, decoder.device, kernels)
 
     @staticmethod
     def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -112,17 +114,10 @@ class KVCache:
         self.blocks.reserve(sequence, known + len(tree))
         return tree
 
-    def move(self, moves: list[tuple[int, int]]) -> None:
-        """Copies physical slots, (from, to) each, over all layers."""
-        # Indexing copies the sources before any target is written.
-        source, target = upload(tensor_of(moves).unbind(1), self.keys.device)
-        from_block, from_offset = source // BLOCK_SIZE, source % BLOCK_SIZE
-        to_block, to_offset = target // BLOCK_SIZE, target % BLOCK_SIZE
-        self.keys[:, to_block, :, :, to_offset] = self.keys[:, from_block, :, :, from_offset]
-        group = self.values.shape[-1]
-        self.values[:, to_block, :, to_offset // group, :, to_offset % group] = self.values[
-            :, from_block, :, from_offset // group, :, from_offset % group
-        ]
+    def move(self, moves: Moves) -> None:
+        """Copies physical slots over all layers."""
+        of = move_slots if self._kernels is None else self._kernels.move_slots
+        of(self.keys, self.values, moves)
 
 
 def slot_of(sequence: Sequence, logical: int) -> int:

@@ -37,7 +37,7 @@ from outpace.batch import Batch, TargetOutput
 from outpace.config import EngineConfig, flag
 from outpace.device import CPU
 from outpace.errors import ConfigError, EngineDeadError
-from outpace.kernels import Rows, load_kernels
+from outpace.kernels import Kernels, Moves, Rows, load_kernels
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder, Total
 from outpace.models.loader import dummy_weights, load_config, load_weights
@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 dist: Any = torch.distributed  # whose types leave out half of what is used here
 
-Moves = list[tuple[int, int]]  # physical cache slots (from, to)
 
 _LONGEST_WAIT = timedelta(minutes=10)  # for a rank that lives and does not come
 _LAST_WORDS_S = 2.0  # in which a process that broke a connection is seen to have ended
@@ -344,10 +343,10 @@ class LeadingCache(KVCache):
         dtype: torch.dtype,
         enable_prefix_caching: bool,
         device: torch.device = CPU,
-        group: int = 1,
+        kernels: Kernels | None = None,
     ) -> None:
-        super().__init__(config, num_blocks, dtype, enable_prefix_caching, device, group)
-        self.moved: Moves = []
+        super().__init__(config, num_blocks, dtype, enable_prefix_caching, device, kernels)
+        self.moved: list[tuple[int, int]] = []
 
     def move(self, moves: Moves) -> None:
         """See KVCache."""
