@@ -18,6 +18,7 @@ from outpace.errors import ConfigError
 from outpace.kernels import Kernels, Rows, load_kernels
 from outpace.models.decoder import Decoder
 from outpace.models.loader import load_config, load_weights
+from outpace.runtime.kv_cache import KVCache
 
 TOLERANCE = 5e-5
 LENGTH = 75
@@ -40,12 +41,7 @@ def our_logits(
     decoder = Decoder(config, load_weights(path, config, torch.float32), torch.float32, kernels)
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     table = torch.arange(num_blocks, dtype=torch.int32).flip(0)  # blocks lie in any order
-    shape = (num_blocks, config.num_kv_heads)
-    cache = [
-        (torch.zeros(*shape, config.head_dim, BLOCK_SIZE), torch.zeros(*shape, BLOCK_SIZE, config.head_dim))
-        for _ in range(config.num_layers)
-    ]
-    stack = decoder.stack(cache)
+    stack = decoder.stack(KVCache.of(decoder, num_blocks, enable_prefix_caching=False).layers)
     logits, done = [], 0
     for length in chunks:
         positions = torch.arange(done, done + length, dtype=torch.int32)
