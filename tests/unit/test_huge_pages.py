@@ -74,3 +74,12 @@ def test_populated_memory_is_there_before_it_is_written() -> None:
     thread.join()
     assert not populated.any()
     assert num_faults(populated) < num_faults(untouched) / 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems find memory when it is written")
+def test_memory_that_is_not_free_is_not_populated(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = HugePages().zeros((2 * mmap.PAGESIZE,), torch.uint8)
+    monkeypatch.setattr("os.sysconf", lambda _: 3)  # pages, half of which are fewer than two
+    assert populate(tensor) is None
+    monkeypatch.setattr("os.sysconf", lambda _: 4)
+    assert populate(tensor) is not None

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -52,12 +53,16 @@ class HugePages:
 def populate(*tensors: torch.Tensor) -> threading.Thread | None:
     """Has the system find the memory of tensors meanwhile, which else the first to write there waits for.
 
-    Their contents stay. Where the system cannot do that nothing happens.
+    Their contents stay. Nothing happens where the system cannot do that, or where it would take more than
+    half of the memory that is free: a cache may be promised more than it ever needs.
 
     Returns:
         The thread that waits for the system; None where there is none.
     """
     if sys.platform != "linux":
+        return None
+    free = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+    if sum(tensor.nbytes for tensor in tensors) > free // 2:
         return None
     madvise = ctypes.CDLL(None).madvise  # that of `mmap` would hold up all other threads
 
