@@ -156,6 +156,20 @@ def test_a_run_may_begin_with_the_draft_that_an_earlier_one_wrote(
     assert len(report["init_sha256"]) == 64
 
 
+def test_a_model_that_learnt_streams_learns_them_further(target: Path, texts: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = {"mode": "shared", "tuned_layers": "streams", "draft_vocab_size": 64}
+    options: dict[str, Any] = {"settings": settings, "save_dtype": "float32"}
+    train(tiny_run(target, texts, first, "streaming", max_steps=3, **options))
+    further: dict[str, Any] = {"max_steps": 1, "lr": 1e-12, "init": first / "streams"}
+    train(tiny_run(first, texts, second, "streaming", **further, **options))
+    for part in (".", "streams"):
+        before, after = (load_file(of / part / "model.safetensors") for of in (first, second))
+        assert before.keys() == after.keys()
+        for name, weight in before.items():
+            torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-6)
+
+
 def test_a_draft_to_begin_with_must_be_of_the_same_kind(target: Path, texts: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     train(tiny_run(target, texts, first, max_steps=1, settings={"num_heads": 2, "draft_vocab_size": 64}))

@@ -214,18 +214,28 @@ class Streaming(TrainableDraft):
         """See TrainableDraft; in shared mode adapters are among them that become part of the model."""
         return {name.replace("-", "."): weight.detach() for name, weight in self.weights.items()}
 
+    def begin_with(self, weights: dict[str, torch.Tensor]) -> None:
+        """See TrainableDraft. In shared mode adapters begin anew: an earlier run's are part of its model."""
+        own = self.served()
+        anew = own.keys() - self._served_config().weight_shapes(self._trunk.config)
+        super().begin_with(weights | {name: own[name] for name in anew})
+
     def save(self, directory: Path) -> None:
         """Writes the streams; in shared mode the fine-tuned model, and the streams in `streams` there."""
-        model, config, run = self._trunk.config, self.config, self._run
+        model, config, run = self._trunk.config, self._served_config(), self._run
         dtype = run.save_dtype or self._trunk.dtype
         weights = self.served()
         if self._is_shared:
             write_model(directory, model, self._merged(weights, dtype), load_tokenizer(run.path))
-            config, run = replace(config, lora_rank=0, lora_targets=()), replace(run, model=str(directory))
+            run = replace(run, model=str(directory))
             directory = directory / "streams"
         served = {name: weights[name].to(dtype) for name in config.weight_shapes(model)}
         of_run = section(self._trunk, run, config.num_streams)
         write_draft(directory, of_run, asdict(config), served, self.vocab)
+
+    def _served_config(self) -> StreamConfig:
+        """The shape of what is served: in shared mode without adapters, which become part of the model."""
+        return replace(self.config, lora_rank=0, lora_targets=()) if self._is_shared else self.config
 
     def _merged(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The model's weights with the adapters in them."""
