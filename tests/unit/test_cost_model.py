@@ -113,7 +113,7 @@ def test_least_squares_without_negative_solutions_match_exhaustive_search() -> N
                 x[columns] = np.linalg.lstsq(design[:, columns], target, rcond=None)[0]
             if (x >= 0).all():
                 best = min(best, float(np.linalg.norm(design @ x - target)))
-        found = nonnegative_least_squares(design, target)
+        found = np.array(nonnegative_least_squares(design, target))
         assert (found >= 0).all()
         assert np.linalg.norm(design @ found - target) == pytest.approx(best)
 

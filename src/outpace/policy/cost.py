@@ -387,7 +387,9 @@ class CostModel:
         design = np.hstack([np.ones((len(shapes), 1)), rises, linear])
         weights = 1 / np.array(seconds)
         unit = np.maximum(np.abs(design * weights[:, None]).max(axis=0), 1e-30)
-        solution = nonnegative_least_squares(design * weights[:, None] / unit, np.ones(len(shapes))) / unit
+        solution = (
+            np.array(nonnegative_least_squares(design * weights[:, None] / unit, np.ones(len(shapes)))) / unit
+        )
         table = np.maximum(np.cumsum(solution[: len(knots)]), _LEAST_S)
         context, pair, sample = map(float, solution[len(knots) :])
         return cls(

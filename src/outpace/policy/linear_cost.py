@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,13 @@ class LinearCost:
     """
 
     def __init__(self, coefficients: Sequence[float], ridge: float | Sequence[float] = _LINEAR_RIDGE) -> None:
+        num_features = len(coefficients)
         self.coefficients = [float(c) for c in coefficients]
-        self._ridge = np.array(ridge)
+        self._ridge = [ridge] * num_features if isinstance(ridge, float) else [*ridge]
         self._num_observed = 0
         self._robust = Robust()
-        self._latest: list[tuple[float, ...]] = []  # features and seconds, since coefficients were worked out
-        num_features = len(coefficients)
-        self._squares: Floats = np.zeros((num_features, num_features))  # discounted Σ x·xᵀ
-        self._products: Floats = np.zeros(num_features)  # and Σ x·seconds
+        self._squares = [[0.0] * num_features for _ in range(num_features)]  # discounted Σ x·xᵀ
+        self._products = [0.0] * num_features  # and Σ x·seconds
 
     def seconds(self, *features: Any) -> Any:
         """Predicts; features may be arrays of one shape."""
@@ -57,22 +57,23 @@ class LinearCost:
     def observe(self, seconds: float, *features: float) -> None:
         """Learns from a measurement: at once from the first ones, later from several together."""
         predicted = self.seconds(*features)
-        self._latest.append((*features, predicted + self._robust(seconds - predicted)))
+        seconds = predicted + self._robust(seconds - predicted)
+        for row, x in zip(self._squares, features, strict=True):
+            row[:] = [_LINEAR_KEEP * square + x * other for square, other in zip(row, features, strict=True)]
+        products = zip(self._products, features, strict=True)
+        self._products = [_LINEAR_KEEP * product + x * seconds for product, x in products]
         self._num_observed += 1
-        if self._num_observed <= _LINEAR_ALL or len(self._latest) == _LINEAR_EVERY:
+        if self._num_observed <= _LINEAR_ALL or self._num_observed % _LINEAR_EVERY == 0:
             self._fit()
 
     def _fit(self) -> None:
         """Solves the normal equations anew: to cut an old solution off at 0 and go on from there drifts."""
-        latest = np.array(self._latest)
-        self._latest.clear()
-        x, keep = latest[:, :-1], _LINEAR_KEEP ** len(latest)
-        self._squares = keep * self._squares + x.T @ x
-        self._products = keep * self._products + x.T @ latest[:, -1]
-        ridge = self._ridge * np.diag(self._squares) + 1e-12
-        root = np.linalg.cholesky(self._squares + np.diag(ridge))
-        target = np.linalg.solve(root, self._products + ridge * self.coefficients)
-        self.coefficients = nonnegative_least_squares(np.asarray(root.T, np.float64), target).tolist()
+        squares, products = [row[:] for row in self._squares], self._products[:]
+        for i, (share, coefficient) in enumerate(zip(self._ridge, self.coefficients, strict=True)):
+            ridge = share * squares[i][i] + 1e-12
+            squares[i][i] += ridge
+            products[i] += ridge * coefficient
+        self.coefficients = nonnegative_minimum(squares, products)
 
 
 class DraftCost:
@@ -120,31 +121,62 @@ def asked_of(limits: Sequence[int]) -> tuple[int, int, int]:
     return len(limits) - limits.count(0), sum(limits), max(limits, default=0)
 
 
-def nonnegative_least_squares(design: Floats, target: Floats) -> Floats:
-    """The x ≥ 0 that minimises |design·x - target|, by active sets (Lawson and Hanson, 1974).
+def nonnegative_least_squares(design: Floats, target: Floats) -> list[float]:
+    """The x ≥ 0 that minimises |design·x - target|.
 
     Args:
         design: [observations, unknowns].
         target: [observations].
     """
-    num_unknowns = design.shape[1]
-    x = np.zeros(num_unknowns)
-    free = np.zeros(num_unknowns, dtype=bool)
-    for _ in range(10 * num_unknowns):
-        gradient = design.T @ (target - design @ x)
-        gradient[free] = -np.inf
-        if free.all() or gradient.max() <= 1e-10:
+    return nonnegative_minimum((design.T @ design).tolist(), (design.T @ target).tolist())
+
+
+def nonnegative_minimum(squares: list[list[float]], products: list[float]) -> list[float]:
+    """The x ≥ 0 that minimises x·squares·x / 2 - products·x, by active sets (Lawson and Hanson, 1974).
+
+    In plain numbers: between passes, when its code is in no cache, LAPACK takes milliseconds for five unknowns.
+
+    Args:
+        squares: [unknowns, unknowns], symmetric, with no negative eigenvalue.
+        products: [unknowns].
+    """
+    unknowns = range(len(products))
+    x = [0.0] * len(products)
+    free: list[int] = []
+    for _ in range(10 * len(products)):
+        falls = {i: products[i] - sum(map(mul, squares[i], x)) for i in unknowns if i not in free}
+        best = max(falls, key=falls.__getitem__, default=None)
+        if best is None or falls[best] <= 1e-10:
             break
-        free[int(np.argmax(gradient))] = True
+        free.append(best)
         while True:
-            wanted = np.zeros(num_unknowns)
-            wanted[free] = np.linalg.lstsq(design[:, free], target, rcond=None)[0]
-            falling = free & (wanted <= 0)
-            if not falling.any():
+            wanted = _solution([[squares[i][j] for j in free] for i in free], [products[i] for i in free])
+            step = min(
+                (x[i] / max(x[i] - w, 1e-300) for i, w in zip(free, wanted, strict=True) if w <= 0),
+                default=1.0,
+            )
+            for i, w in zip(free, wanted, strict=True):
+                x[i] += step * (w - x[i])
+            free = [i for i in free if x[i] > 1e-15]
+            x = [of if i in free else 0.0 for i, of in enumerate(x)]
+            if step == 1.0:
                 break
-            step = float(np.min(x[falling] / np.maximum(x[falling] - wanted[falling], 1e-300)))
-            x = x + step * (wanted - x)
-            free &= x > 1e-15
-            x[~free] = 0.0
-        x = wanted
+    return x
+
+
+def _solution(squares: list[list[float]], products: list[float]) -> list[float]:
+    """Of squares·x = products, by elimination; unknowns that earlier ones leave nothing for are 0."""
+    num = len(products)
+    rows = [[*row, product] for row, product in zip(squares, products, strict=True)]
+    for i in range(num):
+        is_left = rows[i][i] > 1e-13 * squares[i][i]
+        for below in rows[i + 1 :]:
+            share = below[i] / rows[i][i] if is_left else 0.0
+            for j in range(i, num + 1):
+                below[j] -= share * rows[i][j]
+        if not is_left:
+            rows[i] = [*(float(i == j) for j in range(num)), 0.0]
+    x = [0.0] * num
+    for i in reversed(range(num)):
+        x[i] = (rows[i][num] - sum(map(mul, rows[i][i + 1 : num], x[i + 1 :]))) / rows[i][i]
     return x

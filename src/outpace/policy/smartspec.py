@@ -114,7 +114,7 @@ def latency_regression(cost: CostModel) -> tuple[float, float, float]:
     seconds = np.array([cost.step_s(s, batch) for s, (_, _, batch) in zip(shapes, points, strict=True)])
     relative = design / seconds[:, None]
     per_context, per_token, fixed = nonnegative_least_squares(relative, np.ones(len(points)))
-    return float(per_context), float(per_token), float(fixed)
+    return per_context, per_token, fixed
 
 
 def create(context: PolicyContext) -> SmartSpecPolicy:
