@@ -134,7 +134,7 @@ def nonnegative_least_squares(design: Floats, target: Floats) -> list[float]:
 def nonnegative_minimum(squares: list[list[float]], products: list[float]) -> list[float]:
     """The x ≥ 0 that minimises x·squares·x / 2 - products·x, by active sets (Lawson and Hanson, 1974).
 
-    In plain numbers: between passes, when its code is in no cache, LAPACK takes milliseconds for five unknowns.
+    In plain numbers: between passes its code is in no cache, and LAPACK takes milliseconds for five unknowns.
 
     Args:
         squares: [unknowns, unknowns], symmetric, with no negative eigenvalue.
