@@ -404,18 +404,21 @@ def test_dear_rows_leave_streams_only_where_they_pay(checkpoint: Path) -> None:
     sequence = started(engine, list(range(20)), 19)
     batch = engine.kv.place([Scheduled(sequence, 1, True)], [TREE])
     normed = torch.zeros(6, MODEL.hidden_size)
+    stops: list[bool] = []
 
     def kept(prices: Prices) -> int:
         proposer.propose([sequence], [6])
         beside = proposer.streams(batch, prices)
         assert beside is not None
-        return len(beside.choose(normed)[0])
+        stops.append(beside.choose is not None)
+        return len((beside.choose(normed) if beside.choose else beside.anchors)[0])
 
     def at(each: float) -> Prices:
         return lambda rows, more: [each * num for num in more]
 
     counts = [kept(at(each)) for each in (0.0, 0.05, 0.2, 10.0)]
     assert counts[0] == 6
+    assert stops == [False, True, False, False], "for what costs nothing, or is not wanted, no pass stops"
     fitting = (15 - batch.num_rows) // proposer._streams.config.num_streams
     assert kept(lambda rows, more: [10.0 * (rows + num > 15) for num in more]) == fitting > 1, (
         "no more than a stair has room for"

@@ -16,7 +16,7 @@ import torch
 from outpace.batch import Batch, BatchEntry, StreamOutput, fields_of
 from outpace.config import BLOCK_SIZE
 from outpace.device import tensor_of, upload
-from outpace.kernels import LayerStack, Rows
+from outpace.kernels import LayerAttention, LayerStack, Rows
 from outpace.models.decoder import Decoder
 from outpace.models.streams import Streams
 from outpace.runtime.block_manager import BlockManager
@@ -51,14 +51,14 @@ class StreamPass:
 
     Attributes:
         streams: Their weights.
-        anchors: Where they may start, with slots reserved.
-        choose: Of those, given the normed states of all rows where streams begin, [rows, hidden], where they
-            do start.
+        anchors: Where they start, with slots reserved.
+        choose: If there is one, of those, given the normed states of all rows where streams begin, [rows,
+            hidden], where they do start. The pass stops for it.
     """
 
     streams: Streams
     anchors: Anchors
-    choose: Callable[[torch.Tensor], Anchors]
+    choose: Callable[[torch.Tensor], Anchors] | None = None
 
     @torch.inference_mode()
     def forward(
@@ -80,16 +80,23 @@ class StreamPass:
             [rows, hidden], hidden states of the batch's rows after the final norm, and what streams say.
         """
         config = self.streams.config
-        first = len(stack) - config.num_stream_layers
+        first, num_own = len(stack) - config.num_stream_layers, len(placed.token_ids)
+
+        def laid_out(anchors: Anchors) -> tuple[Layout, torch.Tensor, LayerAttention]:
+            layout = lay_out(batch, anchors, config.num_streams).to(decoder.device)
+            return layout, layout.order[num_own:], decoder.attention(layout.rows)
+
+        if self.choose is None:  # before the pass: behind it caches are cold
+            ready = laid_out(self.anchors)
         residual = decoder.embed(placed.token_ids)
         normed = stack.run(decoder.attention(placed.rows), residual, end=first)
-        layout = lay_out(batch, self.choose(normed), config.num_streams).to(decoder.device)
-        num_own, order = len(residual), layout.order
-        joined = self.streams.start(residual, layout.sources, order[num_own:])
-        adapted = self.streams.adapt(stack, order[num_own:])
-        hidden = adapted.run(decoder.attention(layout.rows), joined, first)
+        if self.choose is not None:
+            ready = laid_out(self.choose(normed))
+        layout, rows, attention = ready
+        joined = self.streams.start(residual, layout.sources, rows)
+        hidden = self.streams.adapt(stack, rows).run(attention, joined, first)
         if not layout.is_in_order:
-            hidden = hidden.index_select(0, order)
+            hidden = hidden.index_select(0, layout.order)
         said = hidden[num_own:].view(-1, config.num_streams, hidden.shape[1])
         num_rows = len(said) * config.num_streams * config.num_stream_layers / len(stack)
         return hidden[:num_own], StreamOutput(said, layout.places, num_rows)

@@ -19,7 +19,6 @@ import operator
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 
 from outpace.batch import Batch, BatchEntry, TargetOutput, Verdict
 from outpace.device import Download, indices, tensor_of, upload
+from outpace.kernels import EarlyExit
 from outpace.models.config import ModelConfig
 from outpace.models.decoder import Decoder
 from outpace.models.draft_checkpoint import Shapes, read_draft
@@ -47,6 +47,7 @@ _KEPT = 0.98  # weight of what was seen before in what a draft wins: about the l
 _LEAST_VALUE = 1e-3  # accepted tokens that a draft is taken to win, however bad it was
 _MOST_PRICES = 16  # about so many are asked for in a step, each some microseconds with cold caches
 _CONSIDERED = 16  # tokens of a stream, of which the best behind each one before are looked for
+_STOP = 0.03  # of a step's tokens that asking the early exit costs: the pass has to stop for it
 _UNKNOWN = 0.5  # acceptance of a draft about which its method says nothing
 
 
@@ -118,7 +119,19 @@ class Streaming(Proposer):
         anchors = [self._anchors(entry) if entry.sequence.id in wanted else [] for entry in batch.entries]
         if not any(anchors):
             return None
-        return StreamPass(self._streams, anchors, partial(self._choose, batch, anchors, prices))
+        several = [entry for entry, nodes in zip(batch.entries, anchors, strict=True) if len(nodes) > 1]
+        expected = [q for entry in several for q in entry.tree.confidence or [_UNKNOWN] * len(entry.tree)]
+        chosen, cost = self._choose(batch, anchors, prices, expected)
+        early_exit = self._streams.early_exit
+        is_dear = self._min_prob is not None or cost > _STOP * (1 + self.value) * len(several)
+        if early_exit is None or not several or not is_dear:
+            return StreamPass(self._streams, chosen)
+
+        def choose(normed: torch.Tensor) -> Anchors:
+            acceptance = self._acceptance(early_exit, several, expected, normed)
+            return self._choose(batch, anchors, prices, acceptance)[0]
+
+        return StreamPass(self._streams, anchors, choose)
 
     def observe(self, batch: Batch, target: TargetOutput, verdict: Verdict) -> None:
         """Keeps the streams of the rows where paths ended."""
@@ -215,34 +228,40 @@ class Streaming(Proposer):
         ]
         return reserve(self._blocks, entry, nodes, num_streams)
 
-    def _choose(self, batch: Batch, anchors: Anchors, prices: Prices, normed: torch.Tensor) -> Anchors:
+    def _choose(
+        self, batch: Batch, anchors: Anchors, prices: Prices, acceptance: list[float]
+    ) -> tuple[Anchors, float]:
         """Drops rows whose streams are not worth their time; each sequence keeps its likeliest.
 
         Args:
             batch: The step.
             anchors: Rows that have room for streams.
             prices: What rows cost.
-            normed: [rows, hidden], states where streams begin, after the final norm.
+            acceptance: For each node of the trees of entries that have several of these the probability that
+                it is accepted if its parent is.
+
+        Returns:
+            The rows that are left, and what those beyond the likeliest cost, in tokens.
         """
         kept: Anchors = [[] for _ in anchors]
         others: list[tuple[float, int, int]] = []  # chance of ending the path, entry, node
-        several = [entry for entry, nodes in zip(batch.entries, anchors, strict=True) if len(nodes) > 1]
-        acceptance = self._acceptance(several, normed)
+        left = iter(acceptance)
         for index, (entry, nodes) in enumerate(zip(batch.entries, anchors, strict=True)):
-            ends = _ends(entry.tree, acceptance) if len(nodes) > 1 else [1.0]
+            ends = _ends(entry.tree, left) if len(nodes) > 1 else [1.0]
             best = max(nodes, key=lambda node: ends[node + 1], default=None)
             kept[index] += [node for node in nodes if node == best]
             others += [(ends[node + 1], index, node) for node in nodes if node != best]
         others.sort(reverse=True)
         num_first = sum(map(len, kept))
-        for _, index, node in others[
-            : self._num_worthwhile([o[0] for o in others], num_first, batch, prices)
-        ]:
+        num, cost = self._num_worthwhile([chance for chance, *_ in others], num_first, batch, prices)
+        for _, index, node in others[:num]:
             kept[index].append(node)
-        return [sorted(nodes) for nodes in kept]
+        return [sorted(nodes) for nodes in kept], cost
 
-    def _num_worthwhile(self, chances: list[float], num_first: int, batch: Batch, prices: Prices) -> int:
-        """How many more rows should have streams.
+    def _num_worthwhile(
+        self, chances: list[float], num_first: int, batch: Batch, prices: Prices
+    ) -> tuple[int, float]:
+        """How many more rows should have streams, and what these cost, in tokens.
 
         Args:
             chances: That paths end at them, falling.
@@ -251,7 +270,7 @@ class Streaming(Proposer):
             prices: What rows cost.
         """
         if self._min_prob is not None:
-            return bisect_right(chances, -self._min_prob, key=operator.neg)
+            return bisect_right(chances, -self._min_prob, key=operator.neg), 0.0
         config = self._streams.config
         share = config.num_stream_layers / self._decoder.config.num_layers
 
@@ -261,19 +280,28 @@ class Streaming(Proposer):
         # The last layers have these rows more: where kernels have stairs, that is not what as many rows cost
         # that are spread over all layers.
         costs = prices(batch.num_rows, [(num_first + num) * config.num_streams for num in places])
-        return max((won[num] - share * cost, num) for num, cost in zip(places, costs, strict=True))[1]
+        _, num, cost = max(
+            (won[num] - share * cost, num, cost) for num, cost in zip(places, costs, strict=True)
+        )
+        return num, share * (cost - costs[0])
 
-    def _acceptance(self, entries: list[BatchEntry], normed: torch.Tensor) -> Iterator[float]:
-        """For the nodes of all their trees the probability that each is accepted if its parent is."""
-        expected = [q for entry in entries for q in entry.tree.confidence or [_UNKNOWN] * len(entry.tree)]
-        early_exit = self._streams.early_exit
-        if early_exit is None or not entries:
-            return iter(expected)
+    def _acceptance(
+        self, early_exit: EarlyExit, entries: list[BatchEntry], expected: list[float], normed: torch.Tensor
+    ) -> list[float]:
+        """For the nodes of all their trees the probability that each is accepted if its parent is.
+
+        Args:
+            early_exit: Who says so.
+            entries: Whose trees.
+            expected: What drafts themselves said.
+            normed: [rows, hidden], states where streams begin, after the final norm.
+        """
         parents = [e.first_row + e.num_known + parent for e in entries for parent in e.tree.parents]
         token_ids = [token_id for entry in entries for token_id in entry.tree.token_ids]
         of_tokens = [tensor_of(parents), tensor_of(token_ids), tensor_of(expected, np.float32)]
         probs = self._decoder.kernels.exit_probs(early_exit, normed, *upload(of_tokens, normed.device))
-        return iter(probs.tolist())
+        chances: list[float] = probs.tolist()
+        return chances
 
 
 def _ends(tree: DraftTree, acceptance: Iterator[float]) -> list[float]:
