@@ -89,13 +89,15 @@ class _Piece:
 
     Attributes:
         rows: Where they are.
-        tokens: Where the tokens are that they may attend to. Streams also attend among themselves.
+        document: Which one's tokens they may attend to. Streams also attend among themselves.
+        num_tokens: How many of those, from the first on.
         seen: [seen rows] int64, the positions of the tokens, then of those streams.
         mask: [rows, seen rows], 0 or -inf, added to scores; None where each attends to those up to itself.
     """
 
     rows: slice
-    tokens: slice
+    document: int
+    num_tokens: int
     seen: torch.Tensor
     mask: torch.Tensor | None = None
 
@@ -113,6 +115,10 @@ class _Rows:
     hidden: torch.Tensor
     positions: torch.Tensor
     pieces: list[_Piece]
+
+    def split(self, heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[heads, rows, head_dim] by pieces. A slice of each would have a gradient as large as all of it."""
+        return torch.split(heads, [piece.rows.stop - piece.rows.start for piece in self.pieces], 1)
 
 
 class Streaming(TrainableDraft):
@@ -258,7 +264,8 @@ class Streaming(TrainableDraft):
             slice(end - length, end) for end, length in zip(accumulate(lengths), lengths, strict=True)
         ]
         positions = batch.positions[kept]
-        main = _Rows(states[kept], positions, [_Piece(of, of, positions[of]) for of in documents])
+        pieces = [_Piece(of, i, of.stop - of.start, positions[of]) for i, of in enumerate(documents)]
+        main = _Rows(states[kept], positions, pieces)
         for layer in range(0 if is_known else self._first):
             self._step(layer, main)
         return main
@@ -273,7 +280,7 @@ class Streaming(TrainableDraft):
         positions = (main.positions[anchors].unsqueeze(1) + ahead).clamp(max=most).flatten()
         streams = _Rows(hidden.flatten(0, 1), positions, [])
         places, end = anchors.tolist(), 0
-        for document in main.pieces:
+        for index, document in enumerate(main.pieces):
             begin, end = end, bisect_left(places, document.rows.stop)
             for first in range(begin, end, _PIECE):
                 few = slice(first, min(first + _PIECE, end))
@@ -284,7 +291,8 @@ class Streaming(TrainableDraft):
                 among = (place // gamma == place.unsqueeze(1) // gamma) & (place <= place.unsqueeze(1))
                 may_see = torch.cat((before.repeat_interleave(gamma, 0), among), 1)
                 seen = torch.cat((main.positions[tokens], positions[rows]))
-                streams.pieces.append(_Piece(rows, tokens, seen, added_mask(may_see, hidden.dtype)))
+                mask = added_mask(may_see, hidden.dtype)
+                streams.pieces.append(_Piece(rows, index, tokens.stop - tokens.start, seen, mask))
         return streams
 
     def _upper(self, batch: TrainBatch, main: _Rows, streams: _Rows, answers: torch.Tensor) -> None:
@@ -316,25 +324,25 @@ class Streaming(TrainableDraft):
         """
         layer = self._trunk.model.model.layers[index]
         x = layer.input_layernorm(main.hidden)
-        k, v = self._heads("kv", index, x, main.positions, self._is_shared)
+        of_main = [main.split(of) for of in self._heads("kv", index, x, main.positions, self._is_shared)]
         if self._is_shared:  # what else a frozen model computes is known
             taken = main if answers is None else _part(main, answers)
             x = x if answers is None else x[answers]
             (q,) = self._heads("q", index, x, taken.positions, True)
             mixed = [
-                self._attend(index, taken, piece, q, k[:, piece.tokens], v[:, piece.tokens])
-                for piece in taken.pieces
+                self._attend(index, taken, piece, of_piece, *(of[piece.document] for of in of_main))
+                for piece, of_piece in zip(taken.pieces, taken.split(q), strict=True)
             ]
             done = self._finish(index, taken, torch.cat(mixed), True)
             main.hidden = done if answers is None else main.hidden.masked_scatter(answers[:, None], done)
         if streams is not None:
             x = layer.input_layernorm(streams.hidden)
-            q, *own = self._heads("qkv", index, x, streams.positions, True)
+            of_streams = map(streams.split, self._heads("qkv", index, x, streams.positions, True))
             mixed = []
-            for piece in streams.pieces:
+            for piece, q, *own in zip(streams.pieces, *of_streams, strict=True):
                 seen = [
-                    torch.cat((of_main[:, piece.tokens], of_streams[:, piece.rows]), 1)
-                    for of_main, of_streams in zip((k, v), own, strict=True)
+                    torch.cat((tokens[piece.document][:, : piece.num_tokens], beside), 1)
+                    for tokens, beside in zip(of_main, own, strict=True)
                 ]
                 mixed.append(self._attend(index, streams, piece, q, *seen))
             streams.hidden = self._finish(index, streams, torch.cat(mixed), True)
@@ -373,7 +381,7 @@ class Streaming(TrainableDraft):
             index: The layer.
             rows: Of which it is a piece.
             piece: The piece.
-            q: [heads, rows, head_dim], of all rows.
+            q: [heads, rows of the piece, head_dim].
             k: [key heads, seen rows, head_dim], of what the piece sees.
             v: The same.
 
@@ -388,9 +396,7 @@ class Streaming(TrainableDraft):
             mask = inside if mask is None else inside + mask
         # repeated here and not by torch, whose fast kernels take a mask or fewer key heads but not both
         k, v = (x.repeat_interleave(config.num_heads // config.num_kv_heads, 0)[None] for x in (k, v))
-        mixed = F.scaled_dot_product_attention(
-            q[None, :, piece.rows], k, v, attn_mask=mask, is_causal=mask is None
-        )
+        mixed = F.scaled_dot_product_attention(q[None], k, v, attn_mask=mask, is_causal=mask is None)
         return mixed[0].transpose(0, 1).flatten(1)
 
     def _finish(self, index: int, rows: _Rows, mixed: torch.Tensor, adapted: bool) -> torch.Tensor:
@@ -519,7 +525,7 @@ def _part(rows: _Rows, kept: torch.Tensor) -> _Rows:
         begin, end = end, end + int(kept[document.rows].sum())
         may_see = document.seen <= part.positions[begin:end, None]
         mask = added_mask(may_see, rows.hidden.dtype)
-        part.pieces.append(_Piece(slice(begin, end), document.tokens, document.seen, mask))
+        part.pieces.append(replace(document, rows=slice(begin, end), mask=mask))
     return part
 
 
