@@ -170,6 +170,29 @@ def test_a_model_that_learnt_streams_learns_them_further(target: Path, texts: st
             torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-6)
 
 
+def test_streams_that_begin_with_fewer_have_those_and_copies_of_the_last(
+    target: Path, texts: str, tmp_path: Path
+) -> None:
+    settings = {"num_streams": 2, "draft_vocab_size": 64}
+    options: dict[str, Any] = {"save_dtype": "float32"}
+    for out, more in (("first", {}), ("second", {"init": tmp_path / "first", "lr": 1e-12})):
+        train(
+            tiny_run(
+                target, texts, tmp_path / out, "streaming", max_steps=2, settings=settings, **options, **more
+            )
+        )
+        settings = settings | {"num_streams": 4}
+    few, many = (load_file(tmp_path / of / "model.safetensors")["embeddings"] for of in ("first", "second"))
+    torch.testing.assert_close(many, few[[0, 1, 1, 1]], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"embeddings is \(4, 64\) there, \(2, 64\) here"):
+        few_again = {"num_streams": 2, "draft_vocab_size": 64}
+        train(
+            tiny_run(
+                target, texts, tmp_path / "third", "streaming", settings=few_again, init=tmp_path / "second"
+            )
+        )
+
+
 def test_a_draft_to_begin_with_must_be_of_the_same_kind(target: Path, texts: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     train(tiny_run(target, texts, first, max_steps=1, settings={"num_heads": 2, "draft_vocab_size": 64}))

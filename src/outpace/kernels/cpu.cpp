@@ -580,7 +580,7 @@ void amx_tiles(float* sums, const uint16_t* const* x, const uint16_t* panel, con
       for (int line = 0; line < share; line += kLine) __builtin_prefetch(ahead + line, 0, 2);
     } else {  // apart, since a loop of known length is faster
       const uint16_t* ahead = i < wrap ? w + kAhead / sizeof(uint16_t) : next + int64_t(i - wrap) * kPanel;
-      for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(ahead + line, 0, 2);
+      for (int line = 0; line < kStep; line += kLine) __builtin_prefetch(ahead + line);  // L1 has room for it
     }
     _tile_loadd(6, w, panel_stride);
     _tile_loadd(7, w + kPanel, panel_stride);

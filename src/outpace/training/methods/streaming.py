@@ -221,10 +221,17 @@ class Streaming(TrainableDraft):
         return {name.replace("-", "."): weight.detach() for name, weight in self.weights.items()}
 
     def begin_with(self, weights: dict[str, torch.Tensor]) -> None:
-        """See TrainableDraft. In shared mode adapters begin anew: an earlier run's are part of its model."""
+        """See TrainableDraft.
+
+        In shared mode adapters begin anew: an earlier run's are part of its model. Where it had fewer streams
+        the others begin as its last one, whose position they do not have.
+        """
         own = self.served()
         anew = own.keys() - self._served_config().weight_shapes(self._trunk.config)
-        super().begin_with(weights | {name: own[name] for name in anew})
+        known = weights.get("embeddings", own["embeddings"])
+        more = known[-1:].expand(max(0, self.config.num_streams - len(known)), -1)
+        embeddings = {"embeddings": torch.cat((known, more))}
+        super().begin_with(weights | embeddings | {name: own[name] for name in anew})
 
     def save(self, directory: Path) -> None:
         """Writes the streams; in shared mode the fine-tuned model, and the streams in `streams` there."""
