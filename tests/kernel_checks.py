@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -126,8 +126,9 @@ def rows_attend_to_the_same_bits(
     alone_at: Iterable[int],
     heads: Heads = GROUPED,
     device: torch.device = CPU,
+    num_random: int = 24,
 ) -> None:
-    """A row's bits are the same alone, in a chunk, beside others and on a path of a tree."""
+    """A row's bits are the same alone, in a chunk, beside others and on the paths of trees."""
     total, num_blocks = 300, 96
     width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
     tokens = random_like(total, width, dtype=dtype, device=device)
@@ -156,18 +157,32 @@ def rows_attend_to_the_same_bits(
     beside = [(250, chain(50)), (0, chain(64))]  # a chunk beside another sequence
     assert torch.equal(run(beside, torch.cat((tokens[250:], noise)), cache(250))[:50], whole[250:])
 
-    # rows 0, 2, 4, 5, 6 are tokens that follow, 1 and 3 wrong guesses; across a chunk's border and behind it
-    parents = [-1, 0, 0, 1, 2, 4, 5]
-    for start in (253, 290):
-        right = tokens[start : start + 5]
-        qkv = torch.stack([right[0], noise[0], right[1], noise[1], right[2], right[3], right[4]])
-        on_tree = run([(start, parents)], qkv, cache(start))
-        assert torch.equal(on_tree[[0, 2, 4, 5, 6]], whole[start : start + 5])
+    filled = cache(total)  # what stands behind a tree's context is not to be seen
+    for start, parents, path in trees(total, num_random):
+        qkv = noise[torch.arange(len(parents)) % len(noise)]  # wrong guesses, but on one path
+        qkv[path] = tokens[start : start + len(path)]
+        on_tree = run([(start, parents)], qkv, (filled[0].clone(), filled[1].clone()))
+        assert torch.equal(on_tree[path], whole[start : start + len(path)]), (start, parents, path)
 
-    # a chain of wrong guesses across blocks, and what follows behind its second and its first
-    qkv = torch.cat((tokens[290:292], noise[:20], tokens[292:294], noise[:1]))
-    on_tree = run([(290, [*range(-1, 21), 1, 22, 0])], qkv, cache(290))
-    assert torch.equal(on_tree[[0, 1, 22, 23]], whole[290:294])
+
+def trees(total: int, num_random: int) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Trees below sequences of up to `total` tokens: context, parents, and the rows of a path from the root.
+
+    Some are known: one across a chunk's border and behind it, and a chain across blocks that branches off
+    where it began. The others are random, some of them nearly chains.
+    """
+    yield 253, [-1, 0, 0, 1, 2, 4, 5], [0, 2, 4, 5, 6]
+    yield 290, [-1, 0, 0, 1, 2, 4, 5], [0, 2, 4, 5, 6]
+    yield 290, [*range(-1, 21), 1, 22, 0], [0, 1, 22, 23]
+    rng = random.Random(0)
+    for _ in range(num_random):
+        branches, size = rng.random(), rng.randrange(2, 48)
+        parents = [row if rng.random() > branches else rng.randrange(row + 1) for row in range(size)]
+        parents = [-1, *parents]
+        path = [rng.randrange(len(parents))]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        yield rng.randrange(total - len(path) + 1), parents, path
 
 
 def slots_move(kernels: Kernels, dtype: torch.dtype) -> None:

@@ -99,7 +99,10 @@ def test_triton_attention_agrees_with_the_reference(
 def test_a_row_attends_to_the_same_bits_alone_in_a_batch_in_a_chunk_or_on_a_tree_path(
     dtype: torch.dtype, window: int | None, name: Name
 ) -> None:
-    checks.rows_attend_to_the_same_bits(backend(name, dtype), dtype, window, range(300))
+    num_random = 24 if name == "native" else 4
+    checks.rows_attend_to_the_same_bits(
+        backend(name, dtype), dtype, window, range(300), num_random=num_random
+    )
 
 
 @pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.bfloat16, 40)])
@@ -107,7 +110,7 @@ def test_in_triton_too_a_row_attends_to_the_same_bits_everywhere(
     dtype: torch.dtype, window: int | None
 ) -> None:
     checks.rows_attend_to_the_same_bits(
-        backend("triton", dtype), dtype, window, (64, 256, 299), heads=Heads(2, 1, 16)
+        backend("triton", dtype), dtype, window, (64, 256, 299), heads=Heads(2, 1, 16), num_random=2
     )
 
 

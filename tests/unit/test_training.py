@@ -184,13 +184,12 @@ def test_streams_that_begin_with_fewer_have_those_and_copies_of_the_last(
         settings = settings | {"num_streams": 4}
     few, many = (load_file(tmp_path / of / "model.safetensors")["embeddings"] for of in ("first", "second"))
     torch.testing.assert_close(many, few[[0, 1, 1, 1]], rtol=1e-6, atol=1e-6)
+    few_again = {"num_streams": 2, "draft_vocab_size": 64}
+    fewer_run = tiny_run(
+        target, texts, tmp_path / "third", "streaming", settings=few_again, init=tmp_path / "second"
+    )
     with pytest.raises(ConfigError, match=r"embeddings is \(4, 64\) there, \(2, 64\) here"):
-        few_again = {"num_streams": 2, "draft_vocab_size": 64}
-        train(
-            tiny_run(
-                target, texts, tmp_path / "third", "streaming", settings=few_again, init=tmp_path / "second"
-            )
-        )
+        train(fewer_run)
 
 
 def test_a_draft_to_begin_with_must_be_of_the_same_kind(target: Path, texts: str, tmp_path: Path) -> None:
