@@ -4,7 +4,7 @@
 //   1. A row's arithmetic depends on that row alone. It is never split by the number of threads, by the
 //      other rows of the batch, or by how many rows share a register tile.
 //   2. Sums run in an order fixed by the row's own length: 16 lanes over positions mod 16, tiles in order,
-//      chunks of kChunk positions in order; a linear layer's inputs in order, or as `one_row` has them.
+//      chunks of kChunk positions in order; a linear layer's inputs in order, or as AMX adds them.
 //
 // Portable C++17 with the vector extensions of GCC and Clang: 16 floats are one AVX-512 register, two AVX
 // ones or four NEON ones. Intrinsics only for bf16 products where there are fast ones (`dot_group`, AMX), and
@@ -533,8 +533,9 @@ void linear(Scalar* out, const Scalar* x, const Scalar* packed, const Scalar* bi
 
 #ifdef USE_AMX
 // With AMX a tile is up to 16 rows of 32 inputs, which one instruction multiplies by 32 inputs of 16 outputs: half a
-// panel as it lies. So 16 rows take as long as one, which is as long as memory takes to bring the weights. One row
-// is done without it, by the same operations in the same order, since memory is read a tenth faster so.
+// panel as it lies. So 16 rows take as long as one, which is as long as memory takes to bring the weights. Sums are the
+// processor's (Intel's manual, TDPBF16PS): in 32 inputs a chain over the even ones and one over the odd ones, both from
+// 0, which are added, then their sum to that of the inputs before. Denormal numbers count as 0.
 constexpr int kAmxRows = 16, kAmxInputs = 32;
 constexpr int kAmxDepth = 288;  // inputs whose weights in a panel stay in L1, beside two tiles of rows
 
@@ -601,34 +602,6 @@ void amx_tiles(float* sums, const uint16_t* const* x, const uint16_t* panel, con
   }
 }
 
-// What `amx_tiles` makes of one row, bit for bit (Intel's manual, TDPBF16PS): in 32 inputs a chain of sums over the even
-// ones and one over the odd ones, both from 0, which are added, then their sum to that of the inputs before. Denormal
-// numbers count as 0.
-void one_row(float* sums, const uint16_t* const* x, const uint16_t* panel, const uint16_t* next, int inputs) {
-  const int turn = std::max(inputs - kAhead / int(kPanel * sizeof(uint16_t)), 0);
-  const unsigned control = _mm_getcsr();
-  _mm_setcsr(control | 0x8040);  // denormals are zeros, as inputs and as results
-  vf acc[2] = {};
-  for (int i = 0; i < inputs; i += kAmxInputs) {
-    __m512 part[2][2] = {};
-    for (int g = i; g < i + kAmxInputs; g += 2) {
-      const uint16_t* w = panel + int64_t(g) * kPanel;
-      const uint16_t* ahead = g < turn ? w + kAhead / sizeof(uint16_t) : next + int64_t(g - turn) * kPanel;
-      for (int j = 0; j < 2; j++) __builtin_prefetch(ahead + j * kPanel, 0, 2);
-      uint32_t pair;
-      std::memcpy(&pair, *x + g, sizeof pair);
-      for (int odd = 0; odd < 2; odd++) {
-        const __m512 input = bits<__m512>(vu{} + (odd ? pair & 0xFFFF0000u : pair << 16));
-        for (int j = 0; j < 2; j++)
-          part[j][odd] = _mm512_fmadd_ps(bits<__m512>(weights_of(w + j * kPanel, odd)), input, part[j][odd]);
-      }
-    }
-    for (int j = 0; j < 2; j++) acc[j] += bits<vf>(part[j][0]) + bits<vf>(part[j][1]);
-  }
-  for (int j = 0; j < 2; j++) store(sums + j * kAmxRows * kLanes, acc[j]);
-  _mm_setcsr(control);
-}
-
 // A linear layer; a gated one's outputs are gates and as many others, and it gives silu(gate) * other.
 template <bool Gated>
 void amx_linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const uint16_t* bias, int rows, int inputs,
@@ -662,11 +635,8 @@ void amx_linear(uint16_t* out, const uint16_t* x, const uint16_t* packed, const 
         const int rows_of[2] = {first_row(block), first_row(block + count - 1)};
         const uint16_t* from[2] = {x + int64_t(rows_of[0]) * padded, x + int64_t(rows_of[1]) * padded};
         float* sums = all_sums + block * kSums;
-        if (rows == 1)
-          one_row(sums, from, weights, weights_next, padded);
-        else
-          (count == 2 ? amx_tiles<2> : amx_tiles<1>)(sums, from, weights, weights_next, padded, begin, end, block / 2,
-                                                     (blocks + 1) / 2);
+        (count == 2 ? amx_tiles<2> : amx_tiles<1>)(sums, from, weights, weights_next, padded, begin, end, block / 2,
+                                                   (blocks + 1) / 2);
         for (int b = 0; b < count && end == padded; b++) finish(block + b);
       }
   };
