@@ -7,9 +7,10 @@ draft: every token of depth j + 1 may follow every token of depth j, and of that
 are kept. Streams that were trained with `token_rank` say how probable a token is behind each of those.
 
 Which rows get streams is a question of price. A row's chance of ending the path, times what a draft wins,
-is set against what its streams cost at the going rate of tokens (the paper has a constant threshold). A row
-that ends the path without streams costs a step without a draft. The output head runs on the streams of that
-one row, in the next step, and only if that step may draft.
+is set against what its streams cost at the going rate of tokens (the paper has a constant threshold). The
+chance is what the draft said, or, where the rows in question cost more than a stop in the middle of the pass,
+what the early exit says there. A row that ends the path without streams costs a step without a draft. The
+output head runs on the streams of that one row, in the next step, and only if that step may draft.
 """
 
 from __future__ import annotations
