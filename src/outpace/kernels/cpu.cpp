@@ -1565,15 +1565,16 @@ void start_streams(Scalar* out, const Scalar* residual, const int64_t* sources, 
 template <typename Scalar>
 void change_first(float* units, Scalar* said, const Scalar* embeddings, const Scalar* of_said, const Scalar* of_before,
                   const Scalar* up, float eps, int anchors, int streams, int hidden, int rank) {
-  for_rows(anchors, 2 * (streams + 2) * rank * hidden / kLanes, [&](int a) {
-    Scalar* first = said + int64_t(a) * streams * hidden;
-    float* own = units + int64_t(a) * streams * rank;
-    for (int j = 0; j < streams; j++) of_unit(own + j * rank, of_said, first + int64_t(j) * hidden, eps, hidden, rank);
+  for_rows(anchors * streams, 4 * rank * hidden / kLanes, [&](int row) {
+    Scalar* own = said + int64_t(row) * hidden;
+    float* own_unit = units + int64_t(row) * rank;
+    of_unit(own_unit, of_said, own, eps, hidden, rank);
+    if (row % streams) return;
     std::vector<float> unit(rank), added(hidden);
-    of_unit(unit.data(), of_before, embeddings + int64_t(a) * hidden, eps, hidden, rank);
-    silu_sum(unit.data(), unit.data(), own, rank);
+    of_unit(unit.data(), of_before, embeddings + int64_t(row / streams) * hidden, eps, hidden, rank);
+    silu_sum(unit.data(), unit.data(), own_unit, rank);
     for (int r = 0; r < rank; r++) add_times(added.data(), unit[r], up + int64_t(r) * hidden, hidden);
-    for (int i = 0; i < hidden; i++) put(first + i, widen(first[i]) + added[i]);
+    for (int i = 0; i < hidden; i++) put(own + i, widen(own[i]) + added[i]);
   });
 }
 
@@ -1630,17 +1631,13 @@ void exit_probs(float* out, const Scalar* x, const Scalar* head, const int64_t* 
 void likeliest_behind(int64_t* index, float* chances, const float* units, const int64_t* places, const float* probs,
                       const float* temperature, const float* befores, const float* afters, int anchors, int streams,
                       int rank, int tokens, int number) {
-  for_rows(anchors, streams * tokens * (tokens + 2) * rank / kLanes, [&](int a) {
-    for (int j = 0, row = a * streams; j < streams; j++, row++) {
-      const int64_t from = int64_t(row) * tokens, to = from * number;
-      if (j) {
-        likeliest_behind_row(index + to, chances + to, units + int64_t(row) * rank, places + from - tokens, places + from,
-                             probs + from, temperature[a], befores, afters, rank, tokens, number);
-        continue;
-      }
-      for (int64_t place = to; place < to + tokens * number; place += number)
-        take_best(index + place, chances + place, probs + from, tokens, number);
-    }
+  for_rows(anchors * streams, tokens * (tokens + 2) * rank, [&](int row) {
+    const int64_t from = int64_t(row) * tokens, to = from * number;
+    if (row % streams)
+      return likeliest_behind_row(index + to, chances + to, units + int64_t(row) * rank, places + from - tokens, places + from,
+                                  probs + from, temperature[row / streams], befores, afters, rank, tokens, number);
+    for (int64_t place = to; place < to + tokens * number; place += number)
+      take_best(index + place, chances + place, probs + from, tokens, number);
   });
 }
 

@@ -28,6 +28,7 @@ class DraftVocab:
     def __init__(self, target_size: int, token_ids: torch.Tensor | None = None) -> None:
         """Takes token ids, which rise and are below `target_size`; None stands for all."""
         self.target_size, self.token_ids = target_size, token_ids
+        self._names: list[int] = []  # `token_ids`, once they are asked for so
         self._places: torch.Tensor | None = None
         if token_ids is not None:
             self._places = torch.full((target_size,), -1, device=token_ids.device)
@@ -90,6 +91,14 @@ class DraftVocab:
         if self.token_ids is None:
             return places
         return self.token_ids.index_select(0, places.flatten()).view_as(places)
+
+    def names(self, places: list[int]) -> list[int]:
+        """The same for a few places, in plain numbers."""
+        if self.token_ids is None:
+            return places
+        if not self._names:
+            self._names = self.token_ids.tolist()
+        return [self._names[place] for place in places]
 
     def spread(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of these tokens as logits of all of the target's, -inf for others.

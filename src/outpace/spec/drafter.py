@@ -167,10 +167,14 @@ def likely_tokens(
 ) -> list[list[tuple[int, float]]]:
     """For each row the tokens whose places `best_places` gives, and their probabilities."""
     places, probs, vocab = best_places(logits, rows, number, kernels, vocab or DraftVocab(logits.shape[1]))
-    found = Download(vocab.ids(places)), Download(probs)
+    found = Download(places), Download(probs)
     return [  # what the filters left out is chosen when nothing else remains
-        [pair for rank, pair in enumerate(zip(*of_row, strict=True)) if pair[1] or not rank]
-        for of_row in zip(*(of.tolist() for of in found), strict=True)
+        [
+            pair
+            for rank, pair in enumerate(zip(vocab.names(of_row), chances, strict=True))
+            if pair[1] or not rank
+        ]
+        for of_row, chances in zip(*(of.tolist() for of in found), strict=True)
     ]
 
 

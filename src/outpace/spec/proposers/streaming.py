@@ -166,7 +166,7 @@ class Streaming(Proposer):
             places, index, chances = kernels.stream_candidates(
                 change, self._head, hidden, anchors, self._decoder.embedding, last, number, most
             )
-            return self._named(sequences, self._vocab.ids(places), index, chances)
+            return self._named(sequences, self._vocab, places, index, chances)
         said = hidden.index_select(0, anchors)  # [sequences, streams, hidden]
         units = None if change is None else kernels.change_first_(change, said, self._decoder.embed(last))
         # A stream does not know which tokens come before its own; the last known one stands for them.
@@ -174,16 +174,14 @@ class Streaming(Proposer):
         number = self._branching if change is None else max(self._branching, _CONSIDERED)
         *found, vocab = best_places(self._head(said.flatten(0, 1)), rows, number, kernels, self._vocab)
         places, probs = (of.view(-1, depth, of.shape[1]) for of in found)  # [sequences, streams, tokens]
-        token_ids = vocab.ids(places)
         most = min(self._branching, probs.shape[2])
         if change is not None and units is not None:
             temperature, probs = self._drawn(sequences, probs)
-            if vocab is not self._vocab:
-                places = self._vocab.places(token_ids)
-            index, chances = kernels.likeliest_behind(change, units, places, probs, temperature, most)
+            own = places if vocab is self._vocab else self._vocab.places(vocab.ids(places))
+            index, chances = kernels.likeliest_behind(change, units, own, probs, temperature, most)
         else:  # the same behind each token before
             chances, index = probs.unsqueeze(2).expand(-1, -1, probs.shape[2], -1).topk(most)
-        return self._named(sequences, token_ids, index, chances)
+        return self._named(sequences, vocab, places, index, chances)
 
     def _all_said(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
         """What streams said, [rows, streams, hidden], and which row is each sequence's, [sequences] int64."""
@@ -194,10 +192,13 @@ class Streaming(Proposer):
         return stacked, indices(range(len(stacked)), stacked.device)
 
     @staticmethod
-    def _named(sequences: list[Sequence], *found: torch.Tensor) -> dict[str, _Candidates]:
-        """For each sequence its part of the fields of `_Candidates`."""
+    def _named(sequences: list[Sequence], vocab: DraftVocab, *found: torch.Tensor) -> dict[str, _Candidates]:
+        """For each sequence the fields of `_Candidates`, where tokens are still places in a vocabulary."""
         each = zip(*(of.tolist() for of in [Download(of) for of in found]), strict=True)
-        return {s.id: _Candidates(*of) for s, of in zip(sequences, each, strict=True)}
+        return {
+            s.id: _Candidates([vocab.names(of_depth) for of_depth in places], index, chances)
+            for s, (places, index, chances) in zip(sequences, each, strict=True)
+        }
 
     def _drawn(self, sequences: list[Sequence], probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The temperatures, [sequences], and of candidates' probabilities those that noise leaves a chance.
