@@ -896,27 +896,27 @@ struct CachedTiles {
   }
 };
 
-// Where the rows of a unit have the keys and values of their positions. Up to `fork` all have them where plain decoding
-// would, the others have a path of their own through a tree.
+// Where the rows of a sequence have the keys and values of their positions. Up to `fork` all have them where plain
+// decoding would, the others have a path of their own through a tree.
 struct Paths {
-  int fork, width;         // whole tiles; positions behind them of the longest path
-  std::vector<int> slots;  // [rows, width], logical ones; -1 behind a path's end
-  std::vector<int> tiles;  // those that they are in
+  int fork, width;          // whole tiles; positions behind them of the longest path
+  std::vector<int> slots;   // [rows, width], logical ones; -1 behind a path's end
+  std::vector<int> tiles;   // those that they are in
+  std::vector<int> places;  // [rows, width], where each slot is in these tiles, side by side
 
-  explicit Paths(const AttendArgs& a, const Unit& u) : fork(std::numeric_limits<int>::max() / kLanes), width(0) {
-    if (!a.branching[u.sequence]) return;
-    const int start = a.row_starts[u.sequence], context = a.context_lens[u.sequence];
-    const int* parents = a.parents + start;
-    const int rows = a.row_starts[u.sequence + 1] - start;
+  Paths(const AttendArgs& a, int sequence) : fork(std::numeric_limits<int>::max() / kLanes), width(0) {
+    if (!a.branching[sequence]) return;
+    const int start = a.row_starts[sequence], rows = a.row_starts[sequence + 1] - start, context = a.context_lens[sequence];
+    const int *parents = a.parents + start, *positions = a.positions + start;
     int chain = rows;  // the first of them, which no row branches off from
     for (int r = 0; r < rows; r++)
       if (parents[r] != r - 1) chain = std::min(chain, parents[r] + 1);
     fork = (context + chain) / kLanes;
-    const int begin = this->begin(), *positions = a.positions + u.first_row;
-    width = std::max(0, *std::max_element(positions, positions + u.rows) + 1 - begin);
-    slots.assign(int64_t(u.rows) * width, -1);
-    for (int r = 0; r < u.rows; r++) {
-      int p = positions[r], row = u.first_row + r - start;
+    const int begin = fork * kLanes;
+    width = std::max(0, *std::max_element(positions, positions + rows) + 1 - begin);
+    slots.assign(int64_t(rows) * width, -1);
+    for (int r = 0; r < rows; r++) {
+      int p = positions[r], row = r;
       int* own = slots.data() + int64_t(r) * width;
       for (; p >= begin && row >= 0; row = parents[row]) own[p-- - begin] = context + row;
       for (; p >= begin; p--) own[p - begin] = p;
@@ -925,10 +925,11 @@ struct Paths {
       if (slot >= 0) tiles.push_back(slot / kLanes);
     std::sort(tiles.begin(), tiles.end());
     tiles.erase(std::unique(tiles.begin(), tiles.end()), tiles.end());
+    for (int slot : slots) {
+      const auto tile = std::lower_bound(tiles.begin(), tiles.end(), slot / kLanes);
+      places.push_back(slot < 0 ? -1 : int(tile - tiles.begin()) * kLanes + slot % kLanes);
+    }
   }
-  int begin() const { return fork * kLanes; }
-  // Of a row of the unit, for positions from `begin` on.
-  const int* of(int row) const { return slots.data() + int64_t(row) * width; }
 };
 
 // scores[n][lane] = q[n] . k[lane] for T tiles at once; the order of the sum over dims is the same for all N, T.
@@ -1229,7 +1230,7 @@ void lay_out_path(Scalar* to, const CachedTiles<Scalar>& cached, const int* slot
 }
 
 template <typename Scalar>
-void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache,
+void attend_unit(const AttendArgs& a, const Unit& u, const Paths& paths, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache,
                  Scalar* out, int window) {
   using Math = Arithmetic<Scalar>;
   static thread_local std::vector<float> buffer;
@@ -1238,7 +1239,6 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
   const int dim = a.head_dim, queries = u.rows * u.heads;
   const int width = (a.num_heads + 2 * a.num_kv_heads) * dim;
   const CachedTiles<Scalar> cached{a, k_cache, v_cache, u};
-  const Paths paths(a, u);
   for (int tile : paths.tiles) cached.fetch(tile);
   float* values = room(buffer, queries * (2 * dim + 2 * kChunk + paths.width));
   float* chunk_values = values + queries * dim;
@@ -1260,16 +1260,20 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
   bool is_laid_out = false;  // only when scores of the cache are there: meanwhile what it takes comes
   auto lay_out_paths = [&] {
     is_laid_out = true;
-    for (int tile : paths.tiles) {
-      float* of_tile = scores + queries * kChunk + queries * paths.width;
-      Math::score(queries, cached, q, tile, 1, dim, of_tile);
+    float* of_tiles = path_scores + queries * paths.width;  // as many as fit
+    const int64_t first_row = int64_t(u.first_row - a.row_starts[u.sequence]) * paths.width;
+    const int *places = paths.places.data() + first_row, *slots = paths.slots.data() + first_row;
+    constexpr int kMost = kChunk / kLanes;
+    for (int first = 0; first < int(paths.tiles.size()); first += kMost) {
+      const int some = std::min(kMost, int(paths.tiles.size()) - first), least = first * kLanes;
+      for (int t = 0; t < some; t++) Math::score(queries, cached, q, paths.tiles[first + t], 1, dim, of_tiles + t * kLanes);
       for (int n = 0; n < queries; n++)
         for (int i = 0; i < paths.width; i++)
-          if (const int slot = paths.of(n / u.heads)[i]; slot / kLanes == tile)
-            path_scores[n * paths.width + i] = of_tile[n * kChunk + slot % kLanes];
+          if (const int place = places[n / u.heads * paths.width + i]; place >= least && place < least + kChunk)
+            path_scores[n * paths.width + i] = of_tiles[n * kChunk + place - least];
     }
     for (int row = 0; row < u.rows; row++)
-      lay_out_path(path_values + int64_t(row) * path_size, cached, paths.of(row), paths.width, path_tiles);
+      lay_out_path(path_values + int64_t(row) * path_size, cached, slots + row * paths.width, paths.width, path_tiles);
   };
   const int least = *std::min_element(lowest, lowest + queries) / kLanes * kLanes;
   const int end = *std::max_element(highest, highest + queries) + 1;
@@ -1302,25 +1306,33 @@ void attend_unit(const AttendArgs& a, const Unit& u, const Scalar* qkv, const Sc
   }
 }
 
-std::vector<Unit> plan_units(const AttendArgs& a, int max_queries) {
+// What the rows of a pass need in every layer.
+struct Plan {
   std::vector<Unit> units;
-  const int group = a.num_heads / a.num_kv_heads;
-  for (int s = 0; s < a.sequences; s++) {
-    const int rows = a.row_starts[s + 1] - a.row_starts[s], most = std::max(1, max_queries / group);
-    const int tiles = (rows + most - 1) / most, tile_rows = tiles ? (rows + tiles - 1) / tiles : 1;
-    for (int h = 0; h < a.num_kv_heads; h++)  // one after the other, so that one thread fetches its keys
-      for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
-        for (int g = 0; g < group; g += max_queries)
-          units.push_back({s, h, row, std::min(tile_rows, a.row_starts[s + 1] - row), h * group + g,
-                           std::min(group - g, max_queries)});
+  std::vector<Paths> paths;  // of each sequence
+
+  Plan(const AttendArgs& a, int max_queries) {
+    const int group = a.num_heads / a.num_kv_heads;
+    for (int s = 0; s < a.sequences; s++) {
+      paths.emplace_back(a, s);
+      const int rows = a.row_starts[s + 1] - a.row_starts[s], most = std::max(1, max_queries / group);
+      const int tiles = (rows + most - 1) / most, tile_rows = tiles ? (rows + tiles - 1) / tiles : 1;
+      for (int h = 0; h < a.num_kv_heads; h++)  // one after the other, so that one thread fetches its keys
+        for (int row = a.row_starts[s]; row < a.row_starts[s + 1]; row += tile_rows)
+          for (int g = 0; g < group; g += max_queries)
+            units.push_back({s, h, row, std::min(tile_rows, a.row_starts[s + 1] - row), h * group + g,
+                             std::min(group - g, max_queries)});
+    }
   }
-  return units;
-}
+};
 
 template <typename Scalar>
-void attend(const AttendArgs& a, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache, Scalar* out, int window) {
-  const std::vector<Unit> units = plan_units(a, kMaxQueries<Scalar>);
-  Team::instance().run(int(units.size()), [&](int i) { attend_unit(a, units[i], qkv, k_cache, v_cache, out, window); });
+void attend(const AttendArgs& a, const Plan& plan, const Scalar* qkv, const Scalar* k_cache, const Scalar* v_cache,
+            Scalar* out, int window) {
+  Team::instance().run(int(plan.units.size()), [&](int i) {
+    const Unit& u = plan.units[i];
+    attend_unit(a, u, plan.paths[u.sequence], qkv, k_cache, v_cache, out, window);
+  });
 }
 
 // --------------------------------------------------------------------------------------------- layers
@@ -1337,6 +1349,7 @@ template <typename Scalar>
 void decoder_layers(Scalar* x, Scalar* residual, const RopeArgs& rope, const AttendArgs& attention,
                     const LayerArgs* layers, int count, const Scalar* last_norm, float eps) {
   static thread_local std::vector<Scalar> buffer;
+  const Plan plan(attention, kMaxQueries<Scalar>);
   const int64_t rows = rope.rows;
   const int width = layers->out->outputs;
   auto norm = [](const void* weight) { return static_cast<const Scalar*>(weight); };
@@ -1350,7 +1363,7 @@ void decoder_layers(Scalar* x, Scalar* residual, const RopeArgs& rope, const Att
     Scalar *keys = static_cast<Scalar*>(a->k_cache), *values = static_cast<Scalar*>(a->v_cache);
     linear(heads, x, *a->qkv, rows);
     rope_and_cache(rope, heads, keys, values, norm(a->q_norm), norm(a->k_norm));
-    attend<Scalar>(attention, heads, keys, values, mixed, a->window);
+    attend<Scalar>(attention, plan, heads, keys, values, mixed, a->window);
     linear(change, mixed, *a->out, rows);
     rms_norm<Scalar>(x, residual, change, residual, norm(a->post_norm), eps, rows, width);
     gated_linear(gated, gates, x, *a->gate_up, rows);
@@ -1745,7 +1758,7 @@ extern "C" void keep_freed_memory() {
   }                                                                                                                     \
   extern "C" void attend_##suffix(const AttendArgs* args, const Scalar* qkv, const Scalar* k_cache,                      \
                                   const Scalar* v_cache, Scalar* out, int window) {                                      \
-    attend<Scalar>(*args, qkv, k_cache, v_cache, out, window);                                                           \
+    attend<Scalar>(*args, Plan(*args, kMaxQueries<Scalar>), qkv, k_cache, v_cache, out, window);                                                           \
   }                                                                                                                     \
   extern "C" void silu_mul_##suffix(Scalar* out, const Scalar* gate_up, int rows, int width) {                           \
     silu_mul<Scalar>(out, gate_up, rows, width);                                                                         \
