@@ -416,7 +416,7 @@ void silu_mul(Scalar* out, const Scalar* gate_up, int rows, int width) {
 constexpr int kPanel = 2 * kLanes;
 constexpr int kTileRows = 12;   // at most; times two registers of sums: 24 of AVX-512's 32
 constexpr int kClaimedRows = 32;  // panels times rows that a thread claims at once
-constexpr int kAhead = 8192;    // bytes fetched ahead, into L2: more of it can be on its way than into L1
+constexpr int kAhead = 8192;    // bytes fetched ahead, by vectors into L2: more can be on its way than into L1
 
 template <typename Scalar>
 constexpr int kGroup = sizeof(float) / sizeof(Scalar);
