@@ -192,6 +192,26 @@ def test_streams_that_begin_with_fewer_have_those_and_copies_of_the_last(
         train(fewer_run)
 
 
+def test_streams_that_were_not_told_the_token_before_may_begin_to_be(
+    target: Path, texts: str, tmp_path: Path
+) -> None:
+    settings = {"token_rank": 0, "draft_vocab_size": 64}
+    options: dict[str, Any] = {"max_steps": 2, "save_dtype": "float32"}
+    train(tiny_run(target, texts, tmp_path / "first", "streaming", settings=settings, **options))
+    told, further = settings | {"token_rank": 8}, {"init": tmp_path / "first", "lr": 1e-12}
+    train(tiny_run(target, texts, tmp_path / "second", "streaming", settings=told, **options, **further))
+    first, second = (load_file(tmp_path / of / "model.safetensors") for of in ("first", "second"))
+    for name, weight in first.items():
+        torch.testing.assert_close(second.pop(name), weight, rtol=1e-6, atol=1e-6)
+    assert sorted(second) == [f"token.{part}.weight" for part in ("before", "said", "up")]
+    assert second["token.up.weight"].abs().max() < 1e-9  # nothing is said yet
+    not_told = tiny_run(
+        target, texts, tmp_path / "third", "streaming", settings=settings, init=tmp_path / "second"
+    )
+    with pytest.raises(ConfigError, match=r"token\.before\.weight is .*, not in this one here"):
+        train(not_told)
+
+
 def test_a_draft_to_begin_with_must_be_of_the_same_kind(target: Path, texts: str, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     train(tiny_run(target, texts, first, max_steps=1, settings={"num_heads": 2, "draft_vocab_size": 64}))

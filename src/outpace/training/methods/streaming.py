@@ -224,10 +224,13 @@ class Streaming(TrainableDraft):
         """See TrainableDraft.
 
         In shared mode adapters begin anew: an earlier run's are part of its model. Where it had fewer streams
-        the others begin as its last one, whose position they do not have.
+        the others begin as its last one, whose position they do not have; where its streams were not told the
+        token before theirs (`token_rank` 0), what it tells them begins with nothing.
         """
         own = self.served()
         anew = own.keys() - self._served_config().weight_shapes(self._trunk.config)
+        if "token.up.weight" not in weights:
+            anew |= {name for name in own if name.startswith("token.")}
         known = weights.get("embeddings", own["embeddings"])
         more = known[-1:].expand(max(0, self.config.num_streams - len(known)), -1)
         embeddings = {"embeddings": torch.cat((known, more))}
