@@ -19,7 +19,17 @@ import torch
 import kernel_checks as checks
 from kernel_checks import DTYPES, GROUPED, TREE, chain, random_like
 from outpace.errors import ConfigError
-from outpace.kernels import Heads, Kernels, Layer, LayerStack, Linear, RopeTable, Rows, load_kernels, native
+from outpace.kernels import (
+    Heads,
+    Kernels,
+    Layer,
+    LayerStack,
+    Linear,
+    RopeTable,
+    Rows,
+    cpu_library,
+    load_kernels,
+)
 from outpace.models.config import RopeConfig
 from outpace.models.decoder import rope_table
 from outpace.sampling import SamplingParams
@@ -29,7 +39,7 @@ Name = Literal["native", "reference", "triton"]
 
 
 def backend(name: Name, dtype: torch.dtype, num_threads: int = 2) -> Kernels:
-    if name == "native" and native.find_compiler() is None:
+    if name == "native" and cpu_library.find_compiler() is None:
         pytest.skip("no C++ compiler here")
     if name == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
@@ -188,9 +198,9 @@ def test_a_linear_row_has_the_same_bits_in_any_batch(
 def test_without_amx_too_a_linear_row_has_the_same_bits_in_any_batch(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not native.may_use_amx():
+    if not cpu_library.may_use_amx():
         pytest.skip("this machine has no AMX: the test above is this one")
-    monkeypatch.setattr(native, "may_use_amx", lambda: False)
+    monkeypatch.setattr(cpu_library, "may_use_amx", lambda: False)
     kernels = backend("native", torch.bfloat16)
     checks.linear_rows_have_the_same_bits(kernels, torch.bfloat16, shape, COUNTS)
     checks.linear_agrees_with_the_exact_product(kernels, torch.bfloat16, shape, has_bias=True)
@@ -385,7 +395,7 @@ def test_kernels_of_a_cpu_are_refused_on_a_gpu() -> None:
 def test_without_a_compiler_auto_falls_back_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "find_compiler", lambda: None)
+    monkeypatch.setattr(cpu_library, "find_compiler", lambda: None)
     kernels = load_kernels("auto", torch.float32, head_dim=32, widths=(64,), num_threads=2)
     assert kernels.name == "reference"
     assert "no C++ compiler" in caplog.text

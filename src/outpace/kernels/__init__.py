@@ -78,7 +78,7 @@ def load_kernels(
     """
     if choice == "triton" or device.type != "cpu":
         return _load_triton(choice, device, batch_invariant)
-    from outpace.kernels import native
+    from outpace.kernels import cpu_library, native
     from outpace.kernels.reference import ReferenceKernels
 
     torch.set_num_threads(num_threads)
@@ -88,7 +88,7 @@ def load_kernels(
         reason = native.unsupported_reason(head_dim, *widths)
         if reason is not None:
             raise ConfigError(reason)
-        kernels = native.NativeKernels(dtype, native.build(), num_threads)
+        kernels = native.NativeKernels(dtype, cpu_library.build(), num_threads)
     except (ConfigError, OSError) as error:
         if choice == "native":
             raise ConfigError(f"--kernels native: {error}") from error

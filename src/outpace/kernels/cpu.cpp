@@ -422,7 +422,7 @@ template <typename Scalar>
 constexpr int kGroup = sizeof(float) / sizeof(Scalar);
 
 // Whether one instruction takes a group of bf16. Where it has half the rate of a multiplication in float, the
-// build says so (native.py) and weights are widened instead: once for all rows of a tile.
+// build says so (cpu_library.py) and weights are widened instead: once for all rows of a tile.
 #if defined(__AVX512BF16__) && !defined(SLOW_BF16_DOT)
 constexpr bool kDotGroups = true;
 inline vf dot_group(vf acc, uint32_t x, vu w) {

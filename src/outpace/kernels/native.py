@@ -1,24 +1,17 @@
-"""The C++ kernels: built on first use with the system compiler, called through ctypes."""
+"""The C++ kernels, called through ctypes."""
 
 from __future__ import annotations
 
 import copy
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from outpace.config import BLOCK_SIZE, cache_dir
+from outpace.config import BLOCK_SIZE
 from outpace.device import tensor_of
-from outpace.errors import ConfigError
 from outpace.kernels.base import (
     Cache,
     Heads,
@@ -31,184 +24,20 @@ from outpace.kernels.base import (
     RopeTable,
     Rows,
 )
+from outpace.kernels.cpu_library import (
+    SUFFIXES,
+    AttendArgs,
+    ChangeArgs,
+    LayerArgs,
+    LinearArgs,
+    RopeArgs,
+    load,
+)
 from outpace.kernels.huge_pages import HugePages
 from outpace.kernels.stream_heads import UNIT_EPS, EarlyExit, TokenChange
 
 LANES = 16
 PANEL = 2 * LANES  # outputs of a linear layer that lie together: kPanel of cpu.cpp
-SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = [
-    "-O3",
-    "-std=gnu++17",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-shared",
-    "-fPIC",
-    "-pthread",
-    "-Wno-psabi",
-]
-
-_ARCH_PRCTL, _REQUEST_PERMISSION, _AMX_REGISTERS = 158, 0x1023, 18  # on x86-64
-
-Pointer, Int, Float = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-SIGNATURES = {
-    "linear": (Pointer, Pointer, Pointer, Int),
-    "rms_norm": (Pointer, Pointer, Pointer, Float, Int, Int),
-    "add_rms_norm": (Pointer, Pointer, Pointer, Pointer, Float, Int, Int),
-    "silu_mul": (Pointer, Pointer, Int, Int),
-    "rope_and_cache": (Pointer, Pointer, Pointer, Pointer, Pointer, Pointer),
-    "attend": (Pointer, Pointer, Pointer, Pointer, Pointer, Int),
-    "move_slots": (Pointer, Pointer, Pointer, Int, Int, ctypes.c_int64, Int, Int),
-    "decoder_layers": (*[Pointer] * 5, Int, Pointer, Float),
-    "noisy_argmax": (*[Pointer] * 5, Int, Int),
-    "noisy_topk": (*[Pointer] * 6, Int, Int, Int),
-    "start_streams": (*[Pointer] * 5, Int, Int, Int, Int),
-    "change_first": (*[Pointer] * 4, Int, Int),
-    "stream_candidates": (*[Pointer] * 9, Int, Int, Int, Int),
-    "exit_probs": (*[Pointer] * 10, Int, Int, Int),
-}
-SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
-
-
-class LinearArgs(ctypes.Structure):
-    """`LinearArgs` of cpu.cpp."""
-
-    _fields_ = (
-        ("packed", Pointer),
-        ("bias", Pointer),
-        ("down", Pointer),
-        ("up", Pointer),
-        ("changed", Pointer),
-        ("inputs", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("num_changed", ctypes.c_int32),
-    )
-
-
-class RopeArgs(ctypes.Structure):
-    """`RopeArgs` of cpu.cpp."""
-
-    _fields_ = (
-        ("positions", Pointer),
-        ("slots", Pointer),
-        ("cos_sin", Pointer),
-        ("rows", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("num_kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("eps", Float),
-    )
-
-
-class AttendArgs(ctypes.Structure):
-    """`AttendArgs` of cpu.cpp."""
-
-    _fields_ = (
-        ("positions", Pointer),
-        ("parents", Pointer),
-        ("row_starts", Pointer),
-        ("context_lens", Pointer),
-        ("block_tables", Pointer),
-        ("branching", Pointer),
-        ("sequences", ctypes.c_int32),
-        ("max_blocks", ctypes.c_int32),
-        ("num_heads", ctypes.c_int32),
-        ("num_kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("scale", Float),
-    )
-
-
-class ChangeArgs(ctypes.Structure):
-    """`ChangeArgs` of cpu.cpp."""
-
-    _fields_ = (
-        ("said", Pointer),
-        ("before", Pointer),
-        ("up", Pointer),
-        ("befores", Pointer),
-        ("afters", Pointer),
-        ("hidden", ctypes.c_int32),
-        ("rank", ctypes.c_int32),
-        ("eps", Float),
-    )
-
-
-class LayerArgs(ctypes.Structure):
-    """`LayerArgs` of cpu.cpp."""
-
-    _fields_ = (
-        ("input_norm", Pointer),
-        ("q_norm", Pointer),
-        ("k_norm", Pointer),
-        ("post_norm", Pointer),
-        ("qkv", Pointer),
-        ("out", Pointer),
-        ("gate_up", Pointer),
-        ("down", Pointer),
-        ("k_cache", Pointer),
-        ("v_cache", Pointer),
-        ("window", ctypes.c_int32),
-    )
-
-
-def find_compiler() -> str | None:
-    """The C++ compiler: `$CXX`, else the first of c++, g++ and clang++ on the path."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name):
-            return name
-    return None
-
-
-def build() -> Path:
-    """Compiles cpu.cpp for this machine, unless the cache has it, and gives the library's path.
-
-    Raises:
-        ConfigError: There is no compiler, or it fails.
-    """
-    compiler = find_compiler()
-    if compiler is None:
-        raise ConfigError("no C++ compiler found (tried $CXX, c++, g++, clang++)")
-    flags = [*FLAGS, "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
-    if "GenuineIntel" in _cpu_info("vendor_id"):
-        flags.append("-DSLOW_BF16_DOT")
-    if may_use_amx():
-        flags.append("-DUSE_AMX")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    # What -march=native looks at, so that a cache shared between machines does not mix their libraries.
-    machine = f"{platform.machine()} {_cpu_info('flags', 'Features')}"
-    key = hashlib.sha256("\0".join((SOURCE.read_text(), *flags, version, machine)).encode())
-    library = cache_dir() / "kernels" / f"cpu-{key.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        built = Path(scratch) / library.name
-        command = [compiler, *flags, "-o", str(built), str(SOURCE)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            reason = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[0]
-            raise ConfigError(f"{compiler} could not compile {SOURCE.name}: {reason}")
-        built.rename(library)
-    return library
-
-
-def may_use_amx() -> bool:
-    """Asks Linux for the registers of AMX, which it gives to processes that ask."""
-    if "amx_bf16" not in _cpu_info("flags").split():
-        return False
-    refused: int = ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _AMX_REGISTERS)
-    return not refused
-
-
-def _cpu_info(*names: str) -> str:
-    """The first line of /proc/cpuinfo that begins with one of the names, else the processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(names)), platform.processor())
 
 
 class NativeKernels(Kernels):
@@ -221,20 +50,12 @@ class NativeKernels(Kernels):
 
         Args:
             dtype: The model's: float32 or bfloat16.
-            library: What `build` returned.
+            library: What `cpu_library.build` returned.
             num_threads: That share the work, of all such kernels in the process.
         """
         self.build = library.stem
         self._pages = HugePages()
-        self._lib = ctypes.CDLL(str(library))
-        for stem, argtypes in SIGNATURES.items():
-            for suffix in SUFFIXES.values():
-                function = getattr(self._lib, f"{stem}_{suffix}")
-                function.argtypes, function.restype = argtypes, None
-        self._lib.filter_logits.argtypes = (Pointer, Pointer, Pointer, Pointer, Int, Int)
-        self._lib.filter_logits.restype = None
-        self._lib.likeliest_behind.argtypes = (*[Pointer] * 7, Int, Int, Int, Int)
-        self._lib.likeliest_behind.restype = None
+        self._lib = load(library)
         self._lib.set_num_threads(num_threads)
         self._lib.keep_freed_memory()
         own = SUFFIXES[dtype]
